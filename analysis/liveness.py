@@ -1,0 +1,196 @@
+"""From a plan's rows to phases: what each step loads, stores and drops."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from graphcache.analysis.bases import coefficients
+from graphcache.ir.errors import PlanError
+from graphcache.ir.graph import Branch
+from graphcache.ir.plan import Letter, Plan, Row
+from graphcache.ir.schedule import Action, Phase, Schedule, Step
+from graphcache.ir.selector import Resolution, resolve
+
+
+@dataclass
+class _Track:
+    """One site's row while it is simulated: its actions, what they read, what must be kept."""
+
+    name: str
+    row: Row
+    blocks: range
+    actions: list[Action] = field(default_factory=list)
+    weights: list[tuple[float, ...]] = field(default_factory=list)
+    computed: list[int] = field(default_factory=list)
+    last_read: dict[int, int] = field(default_factory=dict)
+
+    def keep(self, step: int) -> int:
+        """Entries still to be read after `step`."""
+        return sum(1 for c, read in self.last_read.items() if c <= step < read)
+
+
+def lower(plan: Plan, branches: Sequence[Branch], start: int = 0) -> Schedule:
+    """Turn a plan into phases.
+
+    Args:
+        plan: the grid of actions.
+        branches: the model's residual branches, in execution order.
+        start: first step that will run; earlier ones are skipped, and what lacks history computes.
+
+    Raises:
+        PlanError: rows that match nothing, actions without the history they need, overlapping ranges.
+    """
+    blocks = len({branch.block for branch in branches})
+    resolution = resolve(plan, branches, blocks)
+    tracks = _tracks(resolution, branches, blocks)
+    letters = {letter.symbol: letter for letter in plan.letters}
+    for step in range(start, plan.steps):
+        held = _held_by(tracks, step, letters)
+        for track in tracks:
+            _advance(track, step, letters, plan.steps, held.get(track.name), start)
+    return _assemble(tracks, range(start, plan.steps))
+
+
+def _tracks(resolution: Resolution, branches: Sequence[Branch], blocks: int) -> list[_Track]:
+    """Sites that a row ever takes from the cache, outermost first."""
+    if resolution.guidance is not None and set(resolution.guidance.actions) != {"#"}:
+        raise PlanError("row guidance: one-branch steps are not available in this version; remove the row")
+    tracks = []
+    if resolution.output is not None:
+        tracks.append(_Track("output", resolution.output, range(blocks)))
+    for row, first, last in sorted(resolution.ranges, key=lambda item: item[1] - item[2]):
+        tracks.append(_Track(f"range({first}..{last})", row, range(first, last + 1)))
+    for branch in branches:
+        row_ = resolution.branches.get(branch.name)
+        if row_ is not None:
+            tracks.append(_Track(branch.name, row_, range(branch.block, branch.block + 1)))
+    return [track for track in tracks if set(track.row.actions) != {"#"}]
+
+
+def _held_by(tracks: Sequence[_Track], step: int, letters: dict[str, Letter]) -> dict[str, str]:
+    """Sites that neither compute nor age at a step, and the reused site around them."""
+    held: dict[str, str] = {}
+    around = [t for t in tracks if t.name == "output" or t.name.startswith("range(")]
+    for outer in around:
+        if outer.name in held or not _is_skipped(outer, step, letters):
+            continue
+        for track in tracks:
+            if track is outer or track.name in held:
+                continue
+            if outer.name == "output" or set(track.blocks) <= set(outer.blocks):
+                held[track.name] = outer.name
+            elif set(track.blocks) & set(outer.blocks) and _is_skipped(track, step, letters):
+                raise PlanError(
+                    f"step {step}: {outer.name} and {track.name} overlap and are both taken from the cache; "
+                    "let one of them compute there"
+                )
+    return held
+
+
+def _is_skipped(track: _Track, step: int, letters: dict[str, Letter]) -> bool:
+    """Whether the site is taken from its history; one that has none yet computes instead."""
+    symbol = track.row.actions[step]
+    return bool(track.computed) and (symbol == "." or (symbol in letters and letters[symbol].is_forecast))
+
+
+def _advance(
+    track: _Track, step: int, letters: dict[str, Letter], steps: int, held: str | None, start: int
+) -> None:
+    symbol = track.row.actions[step]
+    letter = letters.get(symbol)
+    if held is not None:
+        _record(track, Action("hold"), ())
+        return
+    if letter is not None and letter.is_tokens:
+        raise PlanError(
+            f"site {track.name}, step {step}: letter '{symbol}' is a token budget, "
+            "which this version cannot lower; use '#' or '.' there"
+        )
+    needs_history = symbol != "#"
+    if needs_history and not track.computed:
+        if start == 0:
+            raise PlanError(
+                f"site {track.name}, step {step}: '{symbol}' needs a computed value and there is none yet "
+                "(a range around it was reused when its row computes); compute it one step earlier"
+            )
+        symbol, letter = "#", None
+    if symbol == "#":
+        _record(track, Action("compute"), ())
+        track.computed.insert(0, step)
+    elif letter is None:
+        _read(track, step, 1)
+        _record(track, Action("reuse", 1), ())
+    else:
+        _weighted(track, step, letter, steps)
+
+
+def _weighted(track: _Track, step: int, letter: Letter, steps: int) -> None:
+    symbol = letter.symbol
+    weights = coefficients(
+        letter,
+        step,
+        (step, *track.computed) if letter.is_compute else tuple(track.computed),
+        steps=steps,
+        first_forecast=track.row.actions.index(symbol),
+        listed=track.row.listed(step),
+    )
+    if letter.is_compute:
+        _read(track, step, 1)
+        _record(track, Action("correct", 1), weights)
+        track.computed.insert(0, step)
+    else:
+        _read(track, step, letter.order + 1)
+        _record(track, Action("forecast", len(weights)), weights)
+
+
+def _read(track: _Track, step: int, count: int) -> None:
+    for computed in track.computed[:count]:
+        track.last_read[computed] = step
+
+
+def _record(track: _Track, action: Action, weights: tuple[float, ...]) -> None:
+    track.actions.append(action)
+    track.weights.append(weights)
+
+
+def _assemble(tracks: Sequence[_Track], steps: range) -> Schedule:
+    """Merge equal columns; a phase stores what any of its steps needs stored."""
+    columns = [tuple(track.actions[i] for track in tracks) for i in range(len(steps))]
+    order = {column: i for i, column in enumerate(dict.fromkeys(columns))}
+    members = defaultdict(list)
+    for i, column in enumerate(columns):
+        members[order[column]].append(i)
+    phases, weights = [], {}
+    for column, index in order.items():
+        phase, groups = _phase(tracks, column, members[index], steps)
+        phases.append(phase)
+        for i in members[index]:
+            weights[i] = tuple(tracks[t].weights[i] for t in groups)
+    result = tuple(
+        Step(order[columns[i]], weights[i], {t.name: t.keep(step) for t in tracks})
+        for i, step in enumerate(steps)
+    )
+    ranges = tuple(
+        (t.name, t.blocks.start, t.blocks.stop - 1) for t in tracks if t.name.startswith("range(")
+    )
+    return Schedule(tuple(phases), result, ranges)
+
+
+def _phase(
+    tracks: Sequence[_Track], column: tuple[Action, ...], members: Sequence[int], steps: range
+) -> tuple[Phase, list[int]]:
+    """The phase of a column, and for each coefficient group a track that has its weights."""
+    groups: dict[tuple[tuple[float, ...], ...], int] = {}
+    owners: list[int] = []
+    actions = []
+    for t, (track, action) in enumerate(zip(tracks, column, strict=True)):
+        if action.kind in ("forecast", "correct"):
+            rows = tuple(track.weights[i] for i in members)
+            if rows not in groups:
+                groups[rows] = len(groups)
+                owners.append(t)
+            action = replace(action, group=groups[rows])
+        computes = action.kind in ("compute", "correct")
+        stores = computes and any(steps[i] in track.last_read for i in members)
+        actions.append((track.name, replace(action, stores=stores)))
+    return Phase(tuple(actions)), owners

@@ -1,0 +1,131 @@
+"""What the analyses know about ATen operations: data, not behaviour."""
+
+import operator
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.unsqueeze.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.movedim.int,
+        aten.alias.default,
+        aten.detach.default,
+        aten.contiguous.default,
+        aten.view_as.default,
+        aten.expand_as.default,
+        aten.swapaxes.default,
+    }
+)
+"""Same elements, another shape."""
+
+COPIES = frozenset(
+    {
+        aten.clone.default,
+        aten._to_copy.default,
+        aten.to.dtype,
+        aten.to.device,
+        aten.to.dtype_layout,
+        aten.type_as.default,
+        aten.lift_fresh_copy.default,
+        aten.dropout.default,
+    }
+)
+"""Same elements, another storage or dtype."""
+
+BROADCASTS = frozenset(
+    {
+        aten.expand.default,
+        aten.repeat.default,
+        aten.repeat_interleave.self_int,
+        aten.tile.default,
+    }
+)
+"""Few elements, repeated."""
+
+SLICES = frozenset(
+    {
+        operator.getitem,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.narrow.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.tensor_split.sections,
+        aten.unbind.int,
+    }
+)
+"""Some of the elements."""
+
+ATTENTION = frozenset({aten.scaled_dot_product_attention.default})
+
+CONTRACTIONS = frozenset(
+    {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.einsum.default}
+)
+"""Products that are attention when they multiply two activations."""
+
+HEAVY = (
+    ATTENTION
+    | CONTRACTIONS
+    | {
+        aten.linear.default,
+        aten.addmm.default,
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.conv2d.padding,
+        aten.conv3d.default,
+        aten.conv3d.padding,
+        aten.convolution.default,
+    }
+)
+"""What a cache is for: work that grows with channels or tokens squared."""
+
+ASSERTS = frozenset(
+    {
+        aten._assert_tensor_metadata.default,
+        aten._assert_scalar.default,
+        aten._assert_async.msg,
+        aten._assert_async.default,
+        aten.sym_constrain_range_for_size.default,
+        aten.sym_constrain_range.default,
+    }
+)
+
+
+def is_view(node: fx.Node) -> bool:
+    return node.target in VIEWS
+
+
+def is_slice(node: fx.Node) -> bool:
+    return node.target in SLICES
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether the node is real work; an einsum over one operand only permutes."""
+    if node.target is aten.einsum.default:
+        return len(operands(node)) > 1
+    return node.target in HEAVY
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a product multiplies."""
+    first = node.args[0]
+    if node.target is aten.einsum.default:
+        tensors = node.args[1]
+        return [item for item in tensors if isinstance(item, fx.Node)]  # type: ignore[union-attr]
+    count = 3 if node.target in ATTENTION or node.target is aten.baddbmm.default else 2
+    return [item for item in (first, *node.args[1:count]) if isinstance(item, fx.Node)]

@@ -1,0 +1,67 @@
+"""What a slice of a concatenation depends on: the rows it takes, not the whole."""
+
+from typing import Any
+
+from torch import fx
+
+from graphcache.analysis import ops
+from graphcache.analysis.dataflow import Dataflow
+from graphcache.ir.graph import is_tensor, value_of
+
+aten = ops.aten
+_ELEMENTWISE = (aten.add.Tensor, aten.mul.Tensor, *ops.COPIES)
+
+
+def rows_depend(flow: Dataflow, node: fx.Node, kinds: int) -> bool:
+    """Whether the rows that `node` takes out of concatenated streams depend on inputs of `kinds`."""
+    taken = _slice(node)
+    if taken is None:
+        if ops.is_view(node) or node.target in ops.COPIES:
+            return rows_depend(flow, node.all_input_nodes[0], kinds)
+        return bool(flow.depends[node] & kinds)
+    source, dim, start, stop = taken
+    return _range_depends(flow, source, dim, start, stop, kinds)
+
+
+def _range_depends(flow: Dataflow, node: fx.Node, dim: int, start: int, stop: int, kinds: int) -> bool:
+    if node.target is aten.cat.default:
+        return _operand_depends(flow, node, dim, start, stop, kinds)
+    if node.target in _ELEMENTWISE:
+        same = [n for n in node.all_input_nodes if is_tensor(n) and value_of(n).shape == value_of(node).shape]
+        rest = [n for n in node.all_input_nodes if n not in same]
+        return any(_range_depends(flow, n, dim, start, stop, kinds) for n in same) or any(
+            flow.depends[n] & kinds for n in rest
+        )
+    return bool(flow.depends[node] & kinds)
+
+
+def _operand_depends(flow: Dataflow, node: fx.Node, dim: int, start: int, stop: int, kinds: int) -> bool:
+    pieces: Any = node.args[0]
+    joined = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    if joined % value_of(node).dim() != dim:
+        return any(_range_depends(flow, piece, dim, start, stop, kinds) for piece in pieces)
+    offset = 0
+    for piece in pieces:
+        size = int(value_of(piece).shape[dim])
+        first, last = max(start, offset), min(stop, offset + size)
+        if first < last and _range_depends(flow, piece, dim, first - offset, last - offset, kinds):
+            return True
+        offset += size
+    return False
+
+
+def _slice(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
+    """(source, dim, start, stop) of a plain slice or of one piece of a split."""
+    if node.target is aten.slice.Tensor:
+        source, dim, start, stop = (*node.args, *(0, 0, 2**62)[len(node.args) - 1 :])[:4]
+        size = int(value_of(source).shape[dim])  # type: ignore[arg-type,index]
+        bounds = [min(b + size if b < 0 else b, size) for b in (start or 0, stop)]  # type: ignore[operator]
+        return source, dim % value_of(node).dim(), bounds[0], bounds[1]  # type: ignore[operator,return-value]
+    split = node.args[0] if node.op == "call_function" and node.args else None
+    if isinstance(split, fx.Node) and split.target in (aten.split_with_sizes.default, aten.split.Tensor):
+        source, index = split.args[0], node.args[1]
+        dim = int(split.args[2]) if len(split.args) > 2 else 0  # type: ignore[arg-type]
+        sizes = [int(piece.shape[dim]) for piece in split.meta["val"]]
+        start = sum(sizes[:index])  # type: ignore[misc]
+        return source, dim % value_of(node).dim(), start, start + sizes[index]  # type: ignore[index,return-value]
+    return None

@@ -1,0 +1,179 @@
+"""From a module and one call of it to a functional StepGraph."""
+
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+
+from graphcache.ir.call import CallSpec, OutputSpec
+from graphcache.ir.errors import CaptureError
+from graphcache.ir.graph import Input, Output, StepGraph
+
+_TORCH = str(Path(torch.__file__).parent)
+_PURE_RANDOM = {
+    torch.ops.aten.scaled_dot_product_attention.default,
+    torch.ops.aten.dropout.default,
+}
+
+
+def capture(model: nn.Module, call: CallSpec, tensors: tuple[torch.Tensor, ...]) -> tuple[StepGraph, OutputSpec]:
+    """Trace one evaluation of `model` into a pure graph over flat tensors.
+
+    Args:
+        model: in eval mode, without hooks.
+        call: how the flat tensors make up the arguments.
+        tensors: example leaves; only their shapes, strides, dtypes and devices matter.
+
+    Returns:
+        The graph, sharing the model's parameters, and the structure of the model's result.
+
+    Raises:
+        CaptureError: for whatever a graph cannot hold, naming the cause and what to do about it.
+    """
+    refuse_state(model)
+    outputs: list[OutputSpec] = []
+    wrapper = _FlatCall(model, call, outputs.append)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(wrapper, tensors, strict=False)
+            program = program.run_decompositions({})
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(_explain(error)) from error
+    _refuse_mutation(program.graph_signature)
+    module = program.module(check_guards=False)
+    graph = _plain_graph(module)
+    _refuse_ops(graph)
+    output = outputs[-1]
+    step = StepGraph(
+        fx.GraphModule(module, graph),
+        tuple(Input(call.kind(index), index, name) for index, name in enumerate(call.leaf_names)),
+        tuple(Output(index) for index in range(output.count)),
+    )
+    return step, output
+
+
+class _FlatCall(nn.Module):
+    """The model behind a flat signature; remembers the structure of what it returned."""
+
+    def __init__(self, model: nn.Module, call: CallSpec, returned: Callable[[OutputSpec], None]) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+        # export restores every attribute that forward sets, so the structure leaves through a function
+        self.returned = returned
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args, kwargs = self.call.arguments(tensors)
+        result = self.model(*args, **kwargs)
+        output, leaves = OutputSpec.of(result)
+        self.returned(output)
+        return leaves
+
+
+def refuse_state(model: nn.Module) -> None:
+    """Raise for training mode and for hooks, both of which a captured graph would lose silently."""
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise CaptureError(f"{training[0]} is in training mode; call model.eval() before the first generation")
+    hooked = next(_hooked(model), None)
+    if hooked:
+        raise CaptureError(
+            f"{hooked}, which would run once during the capture and never again; "
+            "remove it (for diffusers' caches: model.disable_cache()) before transforming"
+        )
+
+
+def _hooked(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        where = name or "the model"
+        if module._forward_hooks or module._forward_pre_hooks:
+            yield f"{where} has forward hooks"
+        if "forward" in vars(module):
+            yield f"{where} has a forward of its own set on the instance (accelerate's hooks do that)"
+
+
+def _refuse_mutation(signature: Any) -> None:
+    changed = {OutputKind.BUFFER_MUTATION: "buffer", OutputKind.USER_INPUT_MUTATION: "input"}
+    for output in signature.output_specs:
+        if output.kind in changed:
+            raise CaptureError(
+                f"the model's forward changes the {changed[output.kind]} '{output.target}' in place; "
+                "a cached step would skip that change: make forward pure"
+            )
+    for entry in signature.input_specs:
+        if entry.kind == InputKind.TOKEN:
+            raise CaptureError("the model's forward has effects beyond its result (an effect token); make it pure")
+
+
+def _plain_graph(module: fx.GraphModule) -> fx.Graph:
+    """The exported graph without pytree code: flat placeholders in, one flat tuple out."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    inputs = module.graph.find_nodes(op="placeholder")
+    for node in inputs:
+        env[node] = graph.node_copy(node)
+    results = graph.graph_copy(module.graph, env)
+    graph.output(tuple(results))  # type: ignore[arg-type]
+    return graph
+
+
+def _refuse_ops(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            continue
+        if target._schema.is_mutable:
+            raise CaptureError(f"{_place(node)} runs {target}, which changes its input in place")
+        if target is torch.ops.aten.dropout.default and node.args[2]:
+            raise CaptureError(f"{_place(node)} runs dropout in training mode; pass training=self.training")
+        if torch.Tag.nondeterministic_seeded in target.tags and target not in _PURE_RANDOM:
+            raise CaptureError(
+                f"{_place(node)} draws random numbers ({target}); a plan cannot say what reusing them means: "
+                "draw them outside the model and pass them in"
+            )
+
+
+def _place(node: fx.Node) -> str:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path = stack[-1][0].removeprefix("model").lstrip(".") if stack else ""
+    return f"module '{path}'" if path else "the model"
+
+
+def _explain(error: BaseException) -> str:
+    place = _user_line(error)
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return (
+        f"the model cannot be captured{place}: {reason}. A step must not branch on tensor values; "
+        "move that decision out of forward"
+    )
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost frame of the user's own code behind an export error."""
+    seen: set[int] = set()
+    chain: BaseException | None = error
+    while chain is not None and id(chain) not in seen:
+        seen.add(id(chain))
+        frames = [f for f in traceback.extract_tb(chain.__traceback__) if _is_user_code(f.filename)]
+        if frames:
+            last = frames[-1]
+            return f" because of {last.filename}:{last.lineno} in {last.name}: `{last.line}`"
+        chain = chain.__cause__ or chain.__context__
+    return ""
+
+
+def _is_user_code(filename: str) -> bool:
+    return not filename.startswith((_TORCH, "<")) and filename != __file__
+
+
+def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the class's forward, without self."""
+    signature = inspect.signature(type(model).forward)
+    return dict(list(signature.parameters.items())[1:])

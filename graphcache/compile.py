@@ -1,0 +1,71 @@
+"""From a specialised graph to something to call: eager, or any torch.compile backend."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphcache.ir.graph import StepGraph, has_static_shape, is_tensor
+
+Backend = str | Callable[..., Any] | Mapping[str, Any] | None
+"""None runs the graph as it is; a name or callable is torch.compile's `backend`; a mapping holds
+torch.compile's keyword arguments, such as {"backend": "inductor", "options": {"cpp_wrapper": True}}."""
+
+Compiled = Callable[..., Sequence[torch.Tensor]]
+
+
+def build(step: StepGraph, backend: Backend) -> Compiled:
+    """Make a graph callable with its input ports' tensors, in order.
+
+    Guards are left out where every shape is static: the runner has compared the whole signature before
+    it calls. What it cannot compare, a shape that depends on data, keeps its guards.
+    """
+    module = _flattened(step)
+    if backend is None:
+        return module.forward  # type: ignore[no-any-return]
+    given = dict(backend) if isinstance(backend, Mapping) else {"backend": backend}
+    options = {**_mode_options(given), **given.pop("options", {})}
+    if not _has_symbolic_shapes(step):
+        options.setdefault("guard_filter_fn", torch.compiler.skip_all_guards_unsafe)
+    compiled: Compiled = torch.compile(module, fullgraph=True, dynamic=False, options=options, **given)
+    return compiled
+
+
+def _mode_options(given: dict[str, Any]) -> dict[str, Any]:
+    """torch.compile takes a mode or options but not both, so a mode is spelt out."""
+    mode = given.pop("mode", None)
+    if mode is None:
+        return {}
+    found: dict[str, Any] = torch._inductor.list_mode_options(mode)
+    return found
+
+
+def _has_symbolic_shapes(step: StepGraph) -> bool:
+    return any(is_tensor(node) and not has_static_shape(node) for node in step.graph.nodes)
+
+
+def _flattened(step: StepGraph) -> fx.GraphModule:
+    """The same graph over one flat table of the same weights: a fetch costs one look-up, not a path's."""
+    graph, _ = step.copy()
+    weights: dict[str, Any] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        path = str(node.target)
+        node.target = path.replace(".", "_")
+        weights[node.target] = _attribute(step.module, path)
+    root = nn.Module()
+    for name, value in weights.items():
+        if isinstance(value, nn.Parameter):
+            root.register_parameter(name, value)
+        elif isinstance(value, torch.Tensor):
+            root.register_buffer(name, value)
+        else:
+            setattr(root, name, value)
+    return fx.GraphModule(root, graph)
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    value: Any = module
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,174 @@
+"""The one container of a graph, captured and specialised alike."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from graphcache.ir.errors import GraphCacheError
+
+InputKind = Literal["latent", "timestep", "constant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """A tensor leaf of the model's call; `index` counts the leaves in signature order.
+
+    `constant` inputs are expected to keep their identity over the steps of a generation.
+    """
+
+    kind: InputKind
+    index: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Hoisted:
+    """A value that the prologue computes once per generation; `name` is its node there."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"hoisted {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRead:
+    """History entry of a site: `entry` 0 is the newest raw value, `part` tells a site's tensors apart."""
+
+    site: str
+    part: int
+    entry: int
+
+    def __str__(self) -> str:
+        return f"read {self.site} part {self.part} entry {self.entry}"
+
+
+@dataclass(frozen=True, slots=True)
+class CacheWrite:
+    """The raw value of a site, handed to the runner as its newest history entry."""
+
+    site: str
+    part: int
+
+    def __str__(self) -> str:
+        return f"write {self.site} part {self.part}"
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """One step's forecast weights, newest entry first: fp32, shape (entries,)."""
+
+    group: int
+
+    def __str__(self) -> str:
+        return f"coefficients {self.group}"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A tensor leaf of the model's result."""
+
+    index: int
+
+    def __str__(self) -> str:
+        return f"output {self.index}"
+
+
+InPort = Input | Hoisted | CacheRead | Coefficients
+OutPort = Output | CacheWrite | Hoisted
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A residual branch: the site of one residual add.
+
+    `value` is the node that the branch itself produced, before gate, dropout and casts; `merge` the
+    residual add; `stream` the add's other operand. `block` counts blocks in execution order and
+    `depth` is its fraction, 0 for the first block and 1 for the last.
+    """
+
+    name: str
+    role: str
+    context: bool
+    block: int
+    depth: float
+    value: str
+    merge: str
+    stream: str
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """A pure graph of one model evaluation, its typed ports, its branches and the passes behind it."""
+
+    module: fx.GraphModule
+    inputs: tuple[InPort, ...]
+    outputs: tuple[OutPort, ...]
+    branches: tuple[Branch, ...] = ()
+    history: tuple[str, ...] = ()
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks that hold a branch."""
+        return len({branch.block for branch in self.branches})
+
+    def placeholders(self) -> list[fx.Node]:
+        return list(self.graph.find_nodes(op="placeholder"))
+
+    def results(self) -> tuple[fx.Node, ...]:
+        """The nodes that the graph returns, one per output port."""
+        return tuple(self.graph.output_node().args[0])  # type: ignore[arg-type]
+
+    def ports(self) -> Iterator[tuple[InPort, fx.Node]]:
+        return zip(self.inputs, self.placeholders(), strict=True)
+
+    def nodes(self) -> dict[str, fx.Node]:
+        return {node.name: node for node in self.graph.nodes}
+
+    def calls(self) -> list[fx.Node]:
+        """The operations, in order."""
+        return [node for node in self.graph.nodes if node.op == "call_function"]
+
+    def rebuilt(self, graph: fx.Graph, **changes: Any) -> "StepGraph":
+        """This graph with `graph` in place of its own; attributes are shared, never copied."""
+        graph.lint()
+        return replace(self, module=fx.GraphModule(self.module, graph), **changes)
+
+    def copy(self) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+        """A copy of the graph to change, and the map from old nodes to new ones; names are kept."""
+        graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+        results = graph.graph_copy(self.graph, env)
+        graph.output(results)
+        return graph, env
+
+
+def value_of(node: fx.Node) -> torch.Tensor:
+    """The fake tensor that describes a node's result."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        raise GraphCacheError(f"node {node.name} ({node.target}) yields {type(value).__name__}, not a tensor")
+    return value
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def has_static_shape(node: fx.Node) -> bool:
+    """Whether a tensor's shape is known at capture; one that depends on data (`nonzero`) is not."""
+    return all(isinstance(size, int) for size in value_of(node).shape)
+
+
+def storage_bytes(value: torch.Tensor) -> int:
+    """Bytes of a tensor kept dense: a kept view is cloned, so its own elements count."""
+    return value.numel() * value.element_size()

@@ -1,0 +1,347 @@
+"""The plan: how each site is obtained at each step, as data."""
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from graphcache.ir import plantext
+from graphcache.ir.errors import PlanError
+from graphcache.ir.plantext import is_number, is_word
+from graphcache.ir.selector import Selector
+
+COMPUTE, REUSE = "#", "."
+MAX_STEPS = 100_000
+MAX_ORDER = 8
+MAX_PERIOD = 16
+
+Value = bool | int | float | str
+Option = int | float | str
+
+_REQUIRED = object()
+_ORDER: dict[str, object] = {"order": _REQUIRED}
+_OPTIONS: dict[str, dict[str, object]] = {
+    "newton": _ORDER,
+    "taylorseer": _ORDER,
+    "hermite": {**_ORDER, "sigma": 0.5},
+    "linear": {"weight": "exact"},
+    "fitted": _ORDER,
+    "tuned": _ORDER,
+    "fitted compute": {},
+    "tuned compute": {},
+    "tokens": {"count": _REQUIRED, "by": _REQUIRED},
+}
+_RAMP: dict[str, object] = {"begin": _REQUIRED, "over": _REQUIRED, "gain": 1.0, "floor": 0.0}
+_FORECASTS = ("newton", "taylorseer", "hermite", "linear", "fitted", "tuned")
+_CORRECTED = ("fitted compute", "tuned compute")
+
+
+def _is_order(value: object) -> bool:
+    return is_number(value) and isinstance(value, int) and 0 <= value <= MAX_ORDER
+
+
+def _is_budget(value: object) -> bool:
+    return is_number(value) and (1 <= value <= 10**9 if isinstance(value, int) else 0 < value < 1)
+
+
+def _is_positive(value: object) -> bool:
+    return is_number(value) and value > 0
+
+
+def _is_weight(value: object) -> bool:
+    return is_number(value) or value in ("exact", "paper", "ramp")
+
+
+_CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "order": (_is_order, f"a whole number from 0 to {MAX_ORDER}"),
+    "sigma": (_is_positive, "a number above 0"),
+    "weight": (_is_weight, "a number, exact, paper or ramp"),
+    "begin": (is_number, "a finite number"),
+    "over": (_is_positive, "a number above 0"),
+    "gain": (is_number, "a finite number"),
+    "floor": (is_number, "a finite number"),
+    "count": (_is_budget, "a number of tokens or a fraction of them below 1"),
+    "by": (is_word, "the name of a score"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """An action that a plan's header defines; options that have a default are filled in.
+
+    Of `linear weight=ramp` the weight is max(floor, (c − begin) / over · gain) at the 1-based step c.
+    """
+
+    symbol: str
+    kind: str
+    options: tuple[tuple[str, Option], ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.symbol) != 1 or not self.symbol.isprintable() or self.symbol in " #.=;":
+            raise PlanError(f"{self.symbol!r} cannot be a letter: use one printable character, not # . = ;")
+        if self.kind not in _OPTIONS:
+            kinds = ", ".join(_OPTIONS)
+            raise PlanError(f"letter {self.symbol!r}: unknown kind {self.kind!r}; kinds are {kinds}")
+        object.__setattr__(self, "options", self._complete(dict(self.options)))
+
+    def _complete(self, given: dict[str, Option]) -> tuple[tuple[str, Option], ...]:
+        known = _OPTIONS[self.kind]
+        if given.get("weight") == "ramp" and self.kind == "linear":
+            known = {**known, **_RAMP}
+        for name in given:
+            if name not in known:
+                takes = ", ".join(known) or "no options"
+                raise PlanError(f"letter {self.symbol!r}: {self.kind} takes {takes}, not {name!r}")
+        options = []
+        for name, default in known.items():
+            value = given.get(name, default)
+            if value is _REQUIRED:
+                raise PlanError(f"letter {self.symbol!r}: {self.kind} needs {name}=")
+            options.append((name, self._checked(name, value)))
+        return tuple(options)
+
+    def _checked(self, name: str, value: object) -> Option:
+        check, expected = _CHECKS[name]
+        if not check(value):
+            raise PlanError(f"letter {self.symbol!r}: {name}={value} is not {expected}")
+        assert isinstance(value, (int, float, str))
+        if name in ("order", "count") or isinstance(value, str):
+            return value
+        return float(value)
+
+    def option(self, name: str) -> Option:
+        return dict(self.options)[name]
+
+    @property
+    def order(self) -> int:
+        """One less than the number of history entries that the letter reads."""
+        if self.kind == "linear" or self.is_compute:
+            return 1
+        return int(dict(self.options).get("order", 0))
+
+    @property
+    def is_forecast(self) -> bool:
+        return self.kind in _FORECASTS
+
+    @property
+    def is_compute(self) -> bool:
+        """Computes, then takes a·new + b·previous; the history keeps the raw value."""
+        return self.kind in _CORRECTED
+
+    @property
+    def is_tokens(self) -> bool:
+        return self.kind == "tokens"
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether the coefficients of every use are listed at the row."""
+        return self.kind in ("fitted", "tuned") or self.is_compute
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The actions of the sites that a selector matches, one character a step, counted from 0.
+
+    `coefficients` holds (step, values newest first) of every step whose letter lists them.
+    """
+
+    selector: Selector
+    actions: str
+    coefficients: tuple[tuple[int, tuple[float, ...]], ...] = ()
+
+    def __post_init__(self) -> None:
+        listed = ((step, tuple(map(float, values))) for step, values in self.coefficients)
+        object.__setattr__(self, "coefficients", tuple(sorted(listed)))
+
+    def listed(self, step: int) -> tuple[float, ...] | None:
+        """The coefficients listed for a step, newest history entry first."""
+        return dict(self.coefficients).get(step)
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """The call that made a plan, part of its text and of equality."""
+
+    name: str
+    arguments: tuple[tuple[str, Value], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name == "none" or not is_word(self.name):
+            raise PlanError(f"{self.name!r} cannot name a preset")
+        for name, value in self.arguments:
+            if not name.isidentifier() or name in ("steps", "preset"):
+                raise PlanError(f"preset {self.name}: {name!r} cannot name an argument")
+            again = plantext.parse_value(plantext.print_value(value))
+            if (
+                again != value
+                or type(again) is not type(value)
+                or (isinstance(value, str) and not is_word(value))
+            ):
+                raise PlanError(f"preset {self.name}: {name}={value!r} is no finite number, bool or word")
+        if len(dict(self.arguments)) < len(self.arguments):
+            raise PlanError(f"preset {self.name} has an argument twice")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Sites × steps grid of actions. Every Plan that exists is legal; PlanError says why one is not."""
+
+    steps: int
+    letters: tuple[Letter, ...] = ()
+    rows: tuple[Row, ...] = ()
+    preset: Preset | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "letters", tuple(self.letters))
+        object.__setattr__(self, "rows", tuple(self.rows))
+        check_steps(self.steps)
+        symbols = [letter.symbol for letter in self.letters]
+        for symbol in symbols:
+            if symbols.count(symbol) > 1:
+                raise PlanError(f"letter {symbol!r} is defined twice")
+        for row in self.rows:
+            _check_row(row, self)
+
+    @classmethod
+    def parse(cls, text: str) -> "Plan":
+        """Reads a plan's text; `;` starts a comment, blank lines and indentation mean nothing."""
+        return cls._of(plantext.read_text(text))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+        """Reads a file of text or JSON, told apart by suffix and content; no code in it ever runs."""
+        try:
+            return cls._of(plantext.load(path))
+        except PlanError as error:
+            raise PlanError(f"{os.fspath(path)}: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON to a path that ends in `.json`, else text; the file is replaced whole or not at all."""
+        plantext.save(self._document(), path)
+
+    def __str__(self) -> str:
+        return plantext.write_text(self._document())
+
+    def letter(self, symbol: str) -> Letter | None:
+        """The definition of a letter; None of the built-in `#` and `.`."""
+        return next((letter for letter in self.letters if letter.symbol == symbol), None)
+
+    def resample(self, steps: int) -> "Plan":
+        """The grid for another number of steps: periods kept, thresholds scaled, legal again.
+
+        The result carries no preset: `graphcache.presets.resample` evaluates a preset's plan anew.
+        Raises PlanError for listed coefficients, which hold for their own steps only.
+        """
+        if steps == self.steps:
+            return self
+        check_steps(steps)
+        for row in self.rows:
+            if row.coefficients:
+                raise PlanError(
+                    f"row {row.selector} lists coefficients, which hold for {self.steps} steps only; "
+                    f"fit a plan for {steps} steps"
+                )
+        rows = tuple(Row(row.selector, _resampled(row.actions, steps)) for row in self.rows)
+        letters = tuple(_scaled(letter, steps / self.steps) for letter in self.letters)
+        return Plan(steps, letters, rows)
+
+    @classmethod
+    def _of(cls, document: plantext.Document) -> "Plan":
+        letters = (Letter(item.symbol, item.kind, tuple(item.options.items())) for item in document.letters)
+        rows = []
+        for item in document.rows:
+            listed = tuple((line.step, tuple(line.values)) for line in item.coefficients)
+            rows.append(Row(Selector.parse(item.site), item.actions, listed))
+        preset = document.preset
+        call = None if preset is None else Preset(preset.name, tuple(preset.arguments.items()))
+        return cls(document.steps, tuple(letters), tuple(rows), call)
+
+    def _document(self) -> plantext.Document:
+        letters = [plantext.LetterLine(item.symbol, item.kind, dict(item.options)) for item in self.letters]
+        rows = []
+        for row in self.rows:
+            listed = [plantext.CoefficientLine(step, list(values)) for step, values in row.coefficients]
+            rows.append(plantext.RowLine(str(row.selector), row.actions, listed))
+        call = self.preset
+        preset = None if call is None else plantext.PresetLine(call.name, dict(call.arguments))
+        return plantext.Document(plantext.VERSION, self.steps, preset, letters, rows)
+
+
+def check_steps(steps: int) -> None:
+    """Raises PlanError unless a plan can have this many steps."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+        raise PlanError(f"steps={steps}: a plan has 1 to {MAX_STEPS} steps")
+
+
+def _check_row(row: Row, plan: Plan) -> None:
+    if len(row.actions) != plan.steps:
+        raise PlanError(f"row {row.selector} has {len(row.actions)} actions, the plan {plan.steps} steps")
+    letters = {letter.symbol: letter for letter in plan.letters}
+    listed = dict(row.coefficients)
+    if len(listed) < len(row.coefficients):
+        raise PlanError(f"row {row.selector} lists the coefficients of a step twice")
+    computed = 0
+    for step, action in enumerate(row.actions):
+        where = f"row {row.selector}, step {step}"
+        letter = letters.get(action)
+        if letter is None and action not in (COMPUTE, REUSE):
+            known = ", ".join([COMPUTE, REUSE, *letters])
+            raise PlanError(f"{where}: unknown letter {action!r}; letters of this plan: {known}")
+        if letter is not None and row.selector.is_guidance and not letter.is_forecast:
+            raise PlanError(f"{where}: guidance is computed, reused or forecast; {action!r} is {letter.kind}")
+        if action != COMPUTE and computed == 0:
+            raise PlanError(f"{where}: {action!r} comes before any compute; put '#' there or earlier")
+        computed += action == COMPUTE or (letter is not None and letter.is_compute)
+        _check_listed(where, letter, listed.pop(step, None), computed)
+    if listed:
+        raise PlanError(f"row {row.selector} lists coefficients of step {min(listed)}, beyond the last step")
+
+
+def _check_listed(where: str, letter: Letter | None, values: tuple[float, ...] | None, computed: int) -> None:
+    if letter is None or not letter.is_listed:
+        if values is not None:
+            raise PlanError(f"{where}: coefficients are listed, but its action takes none")
+        return
+    if values is None:
+        raise PlanError(f"{where}: {letter.symbol!r} is {letter.kind}; list its coefficients under the row")
+    if not all(map(math.isfinite, values)):
+        raise PlanError(f"{where}: coefficients must be finite")
+    most = min(letter.order + 1, computed)
+    if not 1 <= len(values) <= most:
+        raise PlanError(
+            f"{where}: {len(values)} coefficients are listed; {letter.symbol!r} takes 1 to "
+            f"{letter.order + 1}, and {computed} values are computed by then"
+        )
+
+
+def _scaled(letter: Letter, ratio: float) -> Letter:
+    """A ramp stretched with the steps, so that its end points stay."""
+    scaled = (
+        (name, float(value) * ratio if name in ("begin", "over") else value) for name, value in letter.options
+    )
+    return replace(letter, options=tuple(scaled))
+
+
+def _resampled(actions: str, steps: int) -> str:
+    """Segments of one period each: their bounds scale, rounded half up, and their pattern repeats."""
+    scaled, position = "", 0
+    for pattern, length in _segments(actions):
+        position += length
+        missing = (2 * position * steps + len(actions)) // (2 * len(actions)) - len(scaled)
+        scaled += (pattern * (missing // len(pattern) + 1))[:missing]
+    return scaled if scaled[0] == COMPUTE else COMPUTE + scaled[1:]
+
+
+def _segments(actions: str) -> Iterable[tuple[str, int]]:
+    """Cuts a row from the left into the longest periodic stretches; what is not periodic stands alone."""
+    start = 0
+    while start < len(actions):
+        length, period = 1, 1
+        for candidate in range(1, MAX_PERIOD + 1):
+            end = start + candidate
+            while end < len(actions) and actions[end] == actions[end - candidate]:
+                end += 1
+            if end - start >= 2 * candidate and end - start > length:
+                length, period = end - start, candidate
+        yield actions[start : start + period], length
+        start += length

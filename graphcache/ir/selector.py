@@ -1,0 +1,206 @@
+"""Which sites a row of a plan speaks of, and how the rows of a plan meet the sites of a model."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from graphcache.ir.errors import PlanError
+
+if TYPE_CHECKING:
+    from graphcache.ir.plan import Plan, Row
+
+ROLES = ("self", "self.spatial", "self.temporal", "cross", "joint", "parallel", "mlp")
+SelectorKind = Literal["role", "glob", "name", "range", "guidance", "output"]
+
+_NUMBER = r"(\d{1,18}(?:\.\d+)?(?:e-?\d+)?)"
+_RANGE = re.compile(rf"range\({_NUMBER}\.\.{_NUMBER}\)")
+_ROLE = re.compile(rf"@([\w.]+)(?:\[{_NUMBER}\.\.{_NUMBER}\])?")
+_RESERVED = re.compile(r"[\s;=()]")
+
+
+class BranchLike(Protocol):
+    """What a selector asks of a branch site."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def context(self) -> bool: ...
+    @property
+    def block(self) -> int: ...
+    @property
+    def depth(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """The left column of a row.
+
+    `name` is the role, glob or site name. `bounds` are inclusive: the depths of a role, and of a range
+    either its depths (`fractional`) or its block indices.
+    """
+
+    kind: SelectorKind
+    name: str = ""
+    bounds: tuple[float, float] | None = None
+    fractional: bool = True
+
+    @classmethod
+    def parse(cls, text: str) -> "Selector":
+        """Reads `@self`, `@mlp[0..0.5]`, `*`, a glob, a name, `range(a..b)`, `guidance` or `output`."""
+        if text == "guidance":
+            return cls("guidance")
+        if text == "output":
+            return cls("output")
+        if text.startswith("@"):
+            return _parse_role(text)
+        if text.startswith("range("):
+            return _parse_range(text)
+        if not text or _RESERVED.search(text) or not text.isprintable():
+            raise PlanError(f"{text!r} is no site name: spaces and any of ; = ( ) cannot occur in one")
+        return cls("glob" if re.search(r"[*?\[]", text) else "name", text)
+
+    def __str__(self) -> str:
+        if self.kind == "role":
+            depth = "" if self.bounds is None else "[{}..{}]".format(*map(_short, self.bounds))
+            return f"@{self.name}{depth}"
+        if self.bounds is not None:
+            convert = float if self.fractional else int
+            return "range({!r}..{!r})".format(*map(convert, self.bounds))
+        return self.name or self.kind
+
+    @property
+    def is_role(self) -> bool:
+        return self.kind == "role"
+
+    @property
+    def is_range(self) -> bool:
+        return self.kind == "range"
+
+    @property
+    def is_output(self) -> bool:
+        return self.kind == "output"
+
+    @property
+    def is_guidance(self) -> bool:
+        return self.kind == "guidance"
+
+    def matches(self, site: BranchLike) -> bool:
+        """Whether the row speaks of this branch; ranges and pseudo-sites match no branch."""
+        if self.kind == "name":
+            return site.name == self.name
+        if self.kind == "glob":
+            return fnmatchcase(site.name, self.name)
+        if self.kind != "role":
+            return False
+        role = self.name.removesuffix(".context")
+        if role != self.name and not site.context:
+            return False
+        if self.bounds is not None and not self.bounds[0] <= site.depth <= self.bounds[1]:
+            return False
+        return site.role == role or site.role.startswith(f"{role}.")
+
+    def blocks(self, count: int) -> range:
+        """The consecutive blocks of a range, of a model with `count` blocks."""
+        if self.kind != "range" or self.bounds is None:
+            raise PlanError(f"{self} is not a range of blocks")
+        low, high = self.bounds
+        if not self.fractional:
+            if high >= count:
+                raise PlanError(f"{self} ends beyond the last block: the model has blocks 0 to {count - 1}")
+            return range(int(low), int(high) + 1)
+        last = max(count - 1, 1)
+        inside = [block for block in range(count) if low <= block / last <= high]
+        if not inside:
+            raise PlanError(f"{self} holds none of the model's {count} blocks; widen it")
+        return range(inside[0], inside[-1] + 1)
+
+
+def _parse_role(text: str) -> Selector:
+    found = _ROLE.fullmatch(text)
+    if found is None:
+        raise PlanError(f"{text!r} is no role: write @self, @mlp.context or @mlp[0..0.5]")
+    name, low, high = found.groups()
+    if name.removesuffix(".context") not in ROLES:
+        known = ", ".join(f"@{role}" for role in ROLES)
+        raise PlanError(f"unknown role @{name}; roles are {known}, each also with .context")
+    return Selector("role", name, None if low is None else _fractions(text, low, high))
+
+
+def _parse_range(text: str) -> Selector:
+    found = _RANGE.fullmatch(text)
+    if found is None:
+        raise PlanError(f"{text!r} is no range: write range(0..13) for blocks or range(0.0..0.5) for depths")
+    low, high = found.groups()
+    if any(mark in low + high for mark in ".e"):
+        return Selector("range", bounds=_fractions(text, low, high))
+    if int(low) > int(high):
+        raise PlanError(f"{text!r} is empty: its first block comes after its last")
+    return Selector("range", bounds=(int(low), int(high)), fractional=False)
+
+
+def _fractions(text: str, low: str, high: str) -> tuple[float, float]:
+    bounds = float(low), float(high)
+    if not 0 <= bounds[0] <= bounds[1] <= 1:
+        raise PlanError(f"{text!r}: depths are fractions from 0 to 1, the smaller one first")
+    return bounds
+
+
+def _short(bound: float) -> str:
+    return repr(float(bound)).removesuffix(".0")
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """The rows of a plan, met with a model's sites; a branch that is absent computes."""
+
+    branches: dict[str, "Row"]
+    ranges: tuple[tuple["Row", int, int], ...]
+    output: "Row | None"
+    guidance: "Row | None"
+
+
+def resolve(plan: "Plan", branches: Sequence[BranchLike], blocks: int) -> Resolution:
+    """The row of every site of a model with `blocks` blocks; ranges come with first and last block.
+
+    The last row that matches a site wins. Raises PlanError for a named, glob or range row that matches
+    nothing, and for a plan of which no row matches anything.
+    """
+    chosen: dict[str, Row] = {}
+    ranges: dict[tuple[int, int], Row] = {}
+    output = guidance = None
+    for row in plan.rows:
+        selector = row.selector
+        if selector.is_range:
+            inside = selector.blocks(blocks)
+            ranges.pop((inside[0], inside[-1]), None)
+            ranges[inside[0], inside[-1]] = row
+        elif selector.is_output:
+            output = row
+        elif selector.is_guidance:
+            guidance = row
+        else:
+            matched = [branch.name for branch in branches if selector.matches(branch)]
+            if not matched and not selector.is_role:
+                raise PlanError(_no_match(selector, (branch.name for branch in branches)))
+            chosen.update(dict.fromkeys(matched, row))
+    if plan.rows and not (chosen or ranges or output or guidance):
+        rows = ", ".join(str(row.selector) for row in plan.rows)
+        roles = ", ".join(sorted({f"@{branch.role}" for branch in branches})) or "none"
+        raise PlanError(f"no row of the plan matches a site: rows {rows}; roles of this model: {roles}")
+    bounds = tuple((row, first, last) for (first, last), row in ranges.items())
+    return Resolution(chosen, bounds, output, guidance)
+
+
+def _no_match(selector: Selector, sites: Iterable[str]) -> str:
+    names = list(sites)
+    close = difflib.get_close_matches(selector.name, names, n=3, cutoff=0.5)
+    if close:
+        return f"row {selector} matches no site; close names: {', '.join(close)}"
+    shown = ", ".join(names[:5]) or "none"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"row {selector} matches no site; sites of this model: {shown}{more}"

@@ -1,0 +1,47 @@
+"""What a branch keeps between steps: history entries, newest first, as plain tensors."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+Entry = tuple[torch.Tensor, ...]
+
+
+class CacheState:
+    """Slots of one branch: site -> entries -> one tensor per part.
+
+    The runner threads it through the phases; no graph and no module ever holds it.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, list[Entry]] = {}
+        self.hoisted: Mapping[str, torch.Tensor] = {}
+
+    def read(self, site: str, part: int, entry: int) -> torch.Tensor:
+        """An entry; where the history is shorter, the newest one in its place (its weight is 0)."""
+        history = self.entries[site]
+        return history[entry if entry < len(history) else 0][part]
+
+    def store(self, site: str, entry: Entry) -> None:
+        self.entries.setdefault(site, []).insert(0, entry)
+
+    def trim(self, keep: Mapping[str, int]) -> None:
+        """Drop what no later step reads."""
+        for site, history in self.entries.items():
+            del history[keep.get(site, 0) :]
+
+    def tensors(self) -> Sequence[torch.Tensor]:
+        return [part for history in self.entries.values() for entry in history for part in entry]
+
+    def held_bytes(self) -> int:
+        """Bytes of the distinct storages that history entries keep alive."""
+        return _unique_bytes(self.tensors())
+
+    def hoisted_bytes(self) -> int:
+        """Bytes of the distinct storages that hoisted values keep alive."""
+        return _unique_bytes(list(self.hoisted.values()))
+
+
+def _unique_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

@@ -1,0 +1,161 @@
+"""Published schedules as plans. A preset is a function of the number of steps and knows no model."""
+
+import inspect
+from collections.abc import Callable
+from fractions import Fraction
+
+from graphcache.ir.errors import PlanError
+from graphcache.ir.plan import Letter, Plan, Preset, Row, Value, check_steps
+from graphcache.ir.selector import Selector
+
+
+def compute(steps: int) -> Plan:
+    """No row: every site computes at every step."""
+    return Plan(steps, preset=Preset("compute"))
+
+
+def fora(steps: int, interval: int = 3) -> Plan:
+    """FORA (arXiv 2407.01425): every branch computes at every `interval`-th step and is reused between."""
+    _check(steps, interval=interval)
+    row = Row(Selector.parse("*"), _periodic(steps, interval))
+    return Plan(steps, rows=(row,), preset=Preset("fora", (("interval", interval),)))
+
+
+def taylorseer(steps: int, interval: int = 3, order: int = 2, warmup: int = 3, lite: bool = False) -> Plan:
+    """TaylorSeer (arXiv 2503.06923): computed like FORA after `warmup` full steps, forecast between.
+
+    `lite` forecasts what all blocks together add to the stream instead of every branch.
+    """
+    _check(steps, interval=interval, warmup=warmup)
+    if not isinstance(lite, bool):
+        raise PlanError(f"lite={lite}: must be true or false")
+    site = "range(0.0..1.0)" if lite else "*"
+    row = Row(Selector.parse(site), _periodic(steps, interval, "t", warmup))
+    arguments = (("interval", interval), ("order", order), ("warmup", warmup), ("lite", lite))
+    letter = Letter("t", "taylorseer", (("order", order),))
+    return Plan(steps, (letter,), (row,), Preset("taylorseer", arguments))
+
+
+def hicache(steps: int, interval: int = 3, order: int = 2, sigma: float = 0.5, warmup: int = 3) -> Plan:
+    """HiCache (arXiv 2508.16984): TaylorSeer's schedule with a basis of scaled Hermite polynomials."""
+    _check(steps, interval=interval, warmup=warmup)
+    letter = Letter("h", "hermite", (("order", order), ("sigma", sigma)))
+    row = Row(Selector.parse("*"), _periodic(steps, interval, "h", warmup))
+    arguments = (("interval", interval), ("order", order), ("sigma", sigma), ("warmup", warmup))
+    return Plan(steps, (letter,), (row,), Preset("hicache", arguments))
+
+
+def pab(
+    steps: int,
+    spatial: int = 2,
+    temporal: int = 4,
+    cross: int = 6,
+    start: float = 0.1,
+    stop: float = 0.8,
+) -> Plan:
+    """PAB (arXiv 2408.12588): attention is reused by kind in the middle of the generation, MLPs compute.
+
+    Step s reuses when start·steps <= s < stop·steps and s is no multiple of its kind's interval.
+    """
+    intervals = {"spatial": spatial, "temporal": temporal, "cross": cross}
+    _check(steps, **intervals)
+    first, last = _fraction("start", start) * steps, _fraction("stop", stop) * steps
+
+    def row(site: str, interval: int) -> Row:
+        reused = (first <= step < last and step % interval != 0 for step in range(steps))
+        return Row(Selector.parse(site), "".join(".#"[not reuse] for reuse in reused))
+
+    rows = (
+        row("@self", spatial),
+        row("@joint", spatial),
+        row("@self.temporal", temporal),
+        row("@cross", cross),
+    )
+    arguments = (*intervals.items(), ("start", start), ("stop", stop))
+    return Plan(steps, rows=rows, preset=Preset("pab", arguments))
+
+
+def delta_dit(steps: int, interval: int = 2, gate: float = 0.5, blocks: float = 0.5) -> Plan:
+    """Δ-DiT (arXiv 2406.01125): what a range of blocks adds is reused, rear blocks first, front ones later.
+
+    The rear range is cached before gate·steps, the front range from there on; each holds the fraction
+    `blocks` of the depth, so above 0.5 the ranges overlap. Gate and fraction depend on the model: the
+    paper tunes both.
+    """
+    _check(steps, interval=interval)
+    change = -(-_fraction("gate", gate) * steps // 1)
+    share = _fraction("blocks", blocks)
+    if not 0 < share < 1:
+        raise PlanError(f"blocks={blocks}: must be above 0 and below 1, so that the ranges differ")
+    early, late = int(change), steps - int(change)
+    rear = Row(Selector.parse(f"range({float(1 - share)!r}..1.0)"), _periodic(early, interval) + "#" * late)
+    front = Row(Selector.parse(f"range(0.0..{float(share)!r})"), "#" * early + _periodic(late, interval))
+    arguments = (("interval", interval), ("gate", gate), ("blocks", blocks))
+    return Plan(steps, rows=(rear, front), preset=Preset("delta_dit", arguments))
+
+
+_PRESETS: dict[str, Callable[..., Plan]] = {
+    "compute": compute,
+    "fora": fora,
+    "taylorseer": taylorseer,
+    "hicache": hicache,
+    "pab": pab,
+    "delta_dit": delta_dit,
+}
+
+
+def names() -> tuple[str, ...]:
+    """The presets that a plan's header may name."""
+    return tuple(_PRESETS)
+
+
+def evaluate(preset: Preset, steps: int) -> Plan:
+    """The plan of a preset's call for this number of steps."""
+    function = _PRESETS.get(preset.name)
+    if function is None:
+        raise PlanError(f"unknown preset {preset.name!r}; presets are {', '.join(_PRESETS)}")
+    arguments: dict[str, Value] = dict(preset.arguments)
+    accepted = list(inspect.signature(function).parameters)[1:]
+    for name in arguments:
+        if name not in accepted:
+            takes = ", ".join(accepted) or "no arguments"
+            raise PlanError(f"preset {preset.name} takes {takes}, not {name!r}")
+    return function(steps, **arguments)
+
+
+def resample(plan: Plan, steps: int) -> Plan:
+    """The plan for another number of steps: a known preset is evaluated anew, any other grid is resampled.
+
+    Rows changed by hand under a preset's header would be lost by evaluating it; that is an error.
+    """
+    if steps == plan.steps:
+        return plan
+    if plan.preset is None or plan.preset.name not in _PRESETS:
+        return plan.resample(steps)
+    if evaluate(plan.preset, plan.steps) != plan:
+        raise PlanError(
+            f"the rows are not those of preset {plan.preset.name} at {plan.steps} steps and would be lost; "
+            f"write preset=none to resample them"
+        )
+    return evaluate(plan.preset, steps)
+
+
+def _periodic(steps: int, interval: int, between: str = ".", warmup: int = 1) -> str:
+    """`warmup` computed steps, then one of every `interval`, counted from the last of them."""
+    return "".join(
+        "#" if step < warmup or (step - warmup + 1) % interval == 0 else between for step in range(steps)
+    )
+
+
+def _check(steps: int, **intervals: object) -> None:
+    check_steps(steps)
+    for name, value in intervals.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise PlanError(f"{name}={value}: must be a whole number of at least 1")
+
+
+def _fraction(name: str, value: object) -> Fraction:
+    """A fraction as its decimals say, so that 0.07 of 100 steps is 7."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise PlanError(f"{name}={value}: must be a fraction from 0 to 1")
+    return Fraction(repr(value))

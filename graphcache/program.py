@@ -1,0 +1,198 @@
+"""One signature of a model, made ready to run: captured, tagged, hoisted, and a graph per phase."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from graphcache.analysis.invariant import invariant_values
+from graphcache.analysis.liveness import lower
+from graphcache.capture import capture
+from graphcache.compile import Backend, Compiled, build
+from graphcache.ir.call import CallSpec, OutputSpec
+from graphcache.ir.errors import PlanError
+from graphcache.ir.graph import (
+    CacheWrite,
+    Coefficients,
+    InPort,
+    Input,
+    StepGraph,
+    storage_bytes,
+    value_of,
+)
+from graphcache.ir.plan import Plan
+from graphcache.ir.schedule import Phase, Schedule
+from graphcache.passes.base import Observer, run
+from graphcache.passes.hoist import Hoist, Prologue
+from graphcache.passes.simplify import Simplify
+from graphcache.passes.specialize import Specialize, part_sizes
+from graphcache.passes.tag import Tag
+
+WeightKey = tuple[nn.Module, str, torch.Tensor, torch.dtype, torch.device]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model's step for one signature, before any plan."""
+
+    step: StepGraph
+    call: CallSpec
+    output: OutputSpec
+    strides: tuple[tuple[int, ...], ...]
+    weights: tuple[WeightKey, ...]
+
+    @staticmethod
+    def of(
+        model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor], observers: Sequence[Observer] = ()
+    ) -> "Captured":
+        examples = tuple(_dense(tensor) for tensor in tensors)
+        step, output = capture(model, call, examples)
+        step = run((Simplify(), Tag()), step, observers)
+        strides = tuple(tensor.stride() for tensor in examples)
+        return Captured(step, call, output, strides, _weights(model))
+
+    def constants(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The inputs that a generation is expected to keep."""
+        varies = (self.call.latent, self.call.timestep)
+        return tuple(tensor for index, tensor in enumerate(tensors) if index not in varies)
+
+    def is_current(self) -> bool:
+        """Whether the model still has the weights that were captured, in dtype and device too."""
+        return all(
+            (owner._parameters.get(name) is value or owner._buffers.get(name) is value)
+            and value.dtype is dtype
+            and value.device == device
+            for owner, name, value, dtype, device in self.weights
+        )
+
+
+def _weights(model: nn.Module) -> tuple[WeightKey, ...]:
+    return tuple(
+        (module, name, value, value.dtype, value.device)
+        for module in model.modules()
+        for name, value in (*module._parameters.items(), *module._buffers.items())
+        if value is not None
+    )
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The layout that the graph will be given: an expanded or sliced input is made contiguous."""
+    dense = torch.empty_like(tensor).stride()
+    return tensor if tensor.stride() == dense else tensor.contiguous()
+
+
+@dataclass(frozen=True)
+class Runnable:
+    """A callable graph and where its inputs come from."""
+
+    step: StepGraph
+    call: Compiled
+    _coefficients: dict[tuple[int, tuple[float, ...]], torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def feeds(self) -> tuple[InPort, ...]:
+        return self.step.inputs
+
+    @cached_property
+    def stored(self) -> tuple[tuple[str, int], ...]:
+        """(site, number of parts) in the order in which the stores follow the results."""
+        parts: dict[str, int] = {}
+        for port in self.step.outputs:
+            if isinstance(port, CacheWrite):
+                parts[port.site] = parts.get(port.site, 0) + 1
+        return tuple(parts.items())
+
+    @cached_property
+    def _weights(self) -> dict[int, torch.Tensor]:
+        """Fake tensors with dtype and device of each group's coefficients."""
+        ports = self.step.ports()
+        return {port.group: value_of(node) for port, node in ports if isinstance(port, Coefficients)}
+
+    def coefficients(self, group: int, values: tuple[float, ...]) -> torch.Tensor:
+        """The coefficients as a tensor; made once, so that later generations copy nothing to the device."""
+        made = self._coefficients.get((group, values))
+        if made is None:
+            like = self._weights[group]
+            made = torch.tensor(values, dtype=like.dtype, device=like.device)
+            self._coefficients[group, values] = made
+        return made
+
+
+@dataclass
+class Program:
+    """A captured step under one plan: prologue and phases, compiled when first needed."""
+
+    captured: Captured
+    plan: Plan
+    backend: Backend
+    varying: frozenset[int] = frozenset()
+    observers: Sequence[Observer] = ()
+    _phases: dict[tuple[Phase, tuple[tuple[str, int, int], ...]], Runnable] = field(default_factory=dict)
+    _schedules: dict[int, Schedule] = field(default_factory=dict)
+
+    def without(self, changed: set[int]) -> "Program":
+        """The same, with these inputs taken to change at every step."""
+        return Program(self.captured, self.plan, self.backend, self.varying | changed, self.observers)
+
+    @cached_property
+    def _held(self) -> tuple[str, ...]:
+        return invariant_values(self.captured.step, self.varying)
+
+    @cached_property
+    def prologue(self) -> Runnable | None:
+        """Computes the hoisted values; None when there are none."""
+        if not self._held:
+            return None
+        step = run((Prologue(self._held),), self.captured.step, self.observers)
+        return Runnable(step, build(step, self.backend))
+
+    @cached_property
+    def prologue_inputs(self) -> tuple[int, ...]:
+        """Leaves that the prologue reads, and that must therefore not change within a generation."""
+        if self.prologue is None:
+            return ()
+        return tuple(port.index for port in self.prologue.feeds if isinstance(port, Input))
+
+    @cached_property
+    def step(self) -> StepGraph:
+        return run((Hoist(self._held),), self.captured.step, self.observers) if self._held else self.captured.step
+
+    def schedule(self, start: int = 0) -> Schedule:
+        if start not in self._schedules:
+            self._schedules[start] = lower(self.plan, self.captured.step.branches, start)
+        return self._schedules[start]
+
+    def phase(self, schedule: Schedule, index: int) -> Runnable:
+        """The specialised graph of a phase."""
+        key = (schedule.phases[index], schedule.ranges)
+        if key not in self._phases:
+            step = run((Specialize(*key),), self.step, self.observers)
+            self._phases[key] = Runnable(step, build(step, self.backend))
+        return self._phases[key]
+
+    @property
+    def graphs(self) -> int:
+        """Graphs built so far, the prologue included."""
+        return len(self._phases) + ("prologue" in vars(self) and self.prologue is not None)
+
+    def entry_bytes(self, schedule: Schedule) -> dict[str, int]:
+        """Bytes of one history entry of every site that the schedule caches."""
+        names = {name for phase in schedule.phases for name, _ in phase.actions}
+        step, ranges = self.captured.step, schedule.ranges
+        return {name: sum(storage_bytes(v) for v in part_sizes(step, name, ranges)) for name in names}
+
+    def check(self) -> None:
+        """Lower the plan and specialise every phase, so that whatever is wrong is said now.
+
+        Raises:
+            PlanError: the plan does not fit the model.
+        """
+        schedule = self.schedule()
+        if not self.captured.step.branches and self.plan.rows:
+            raise PlanError("the model has no residual branches that a plan could speak of")
+        for index in range(len(schedule.phases)):
+            self.phase(schedule, index)
+
+

@@ -1,0 +1,118 @@
+"""What a run did, for people."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from graphcache.engine import Engine
+from graphcache.ir.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """One step: how many sites it obtained in which way, and the cache bytes held after it."""
+
+    step: int
+    phase: int
+    computed: int
+    corrected: int
+    reused: int
+    forecast: int
+    skipped: int
+    held_bytes: int
+
+
+@dataclass(frozen=True)
+class BranchSummary:
+    """One branch's latest generation; `held_bytes` is measured, now."""
+
+    branch: str
+    steps: tuple[StepSummary, ...]
+    plan_steps: int
+    phases: int
+    graphs: int
+    held_bytes: int
+    hoisted_bytes: int
+    peak_bytes: int
+
+    def __str__(self) -> str:
+        name = f"branch {self.branch}: " if self.branch else ""
+        lines = [
+            f"{name}{len(self.steps)} of {self.plan_steps} steps, {self.phases} phases, {self.graphs} graphs built",
+            f"cache: {_size(self.held_bytes)} held now, {_size(self.peak_bytes)} at most, of which "
+            f"{_size(self.hoisted_bytes)} are values hoisted out of the steps",
+            "step phase computed corrected reused forecast skipped      held",
+        ]
+        lines += [
+            f"{s.step:4} {s.phase:5} {s.computed:8} {s.corrected:9} {s.reused:6} {s.forecast:8} {s.skipped:7} "
+            f"{_size(s.held_bytes):>9}"
+            for s in self.steps
+        ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary()` returns: one entry per guidance branch."""
+
+    branches: tuple[BranchSummary, ...]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that all branches' caches and hoisted values hold now."""
+        return sum(branch.held_bytes for branch in self.branches)
+
+    def __str__(self) -> str:
+        if not self.branches:
+            return "no generation yet"
+        return "\n\n".join(map(str, self.branches))
+
+
+def summarise(engine: Engine) -> Summary:
+    """Read the engine's states; changes nothing."""
+    branches = []
+    for name, state in engine.states.items():
+        program, schedule = state.program, state.schedule
+        size = program.entry_bytes(schedule)
+        sites = len(program.captured.step.branches)
+        done = state.clock.step - state.start + 1
+        steps = tuple(_step(schedule, i, state.start, sites, size) for i in range(done))
+        branches.append(
+            BranchSummary(
+                branch=name,
+                steps=steps,
+                plan_steps=state.clock.steps,
+                phases=len(schedule.phases),
+                graphs=program.graphs,
+                held_bytes=state.cache.held_bytes() + state.cache.hoisted_bytes(),
+                hoisted_bytes=state.hoisted_bytes,
+                peak_bytes=schedule.peak(size) + state.hoisted_bytes,
+            )
+        )
+    return Summary(tuple(branches))
+
+
+def _step(schedule: Schedule, index: int, start: int, sites: int, size: dict[str, int]) -> StepSummary:
+    step = schedule.steps[index]
+    actions = schedule.phases[step.phase].actions
+    kinds = Counter(action.kind for _, action in actions)
+    listed = sum(1 for name, _ in actions if not name.startswith("range(") and name != "output")
+    untouched = 0 if schedule.phases[step.phase].skips_everything else sites - listed
+    return StepSummary(
+        step=start + index,
+        phase=step.phase,
+        computed=kinds["compute"] + untouched,
+        corrected=kinds["correct"],
+        reused=kinds["reuse"],
+        forecast=kinds["forecast"],
+        skipped=kinds["hold"] + (sites - listed - untouched),
+        held_bytes=schedule.held(index, size),
+    )
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"

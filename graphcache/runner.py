@@ -1,0 +1,119 @@
+"""Runs one step of one branch: feeds a phase its tensors and keeps what later steps read."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from graphcache.clock import Clock
+from graphcache.ir.graph import CacheRead, Coefficients, Hoisted, Input
+from graphcache.ir.schedule import Schedule, Step
+from graphcache.ir.state import CacheState
+from graphcache.program import Program, Runnable
+
+
+@dataclass
+class BranchState:
+    """One branch's place in its generation, and what it keeps.
+
+    `watched` are the prologue's inputs with their versions: the hoisted values are right for these.
+    `constants` are the latest call's other inputs, to tell a second branch from a second evaluation.
+    """
+
+    key: Hashable
+    program: Program
+    schedule: Schedule
+    start: int
+    clock: Clock
+    cache: CacheState = field(default_factory=CacheState)
+    watched: tuple[tuple[torch.Tensor, int], ...] | None = None
+    constants: tuple[torch.Tensor, ...] = ()
+    hoisted_bytes: int = 0
+
+    @property
+    def step(self) -> Step:
+        return self.schedule.steps[self.clock.step - self.start]
+
+    @property
+    def finished(self) -> bool:
+        return self.clock.step + 1 == self.clock.steps
+
+
+def run_step(state: BranchState, tensors: Sequence[torch.Tensor]) -> Any:
+    """One evaluation: the phase of the state's current step, on flat inputs in signature order."""
+    program, cache, step = state.program, state.cache, state.step
+    laid = _laid(program, tensors)
+    if state.watched is None:
+        _run_prologue(state, tensors, laid)
+    runnable = program.phase(state.schedule, step.phase)
+    results = runnable.call(*_feed(cache, runnable, laid, step))
+    count = position = program.captured.output.count
+    for site, parts in runnable.stored:
+        cache.store(site, tuple(results[position : position + parts]))
+        position += parts
+    cache.trim(step.keep)
+    if state.finished:
+        cache.hoisted, state.constants = {}, ()
+        state.watched = None
+    return program.captured.output.build(results[:count])
+
+
+def changed_inputs(state: BranchState, tensors: Sequence[torch.Tensor]) -> set[int]:
+    """Leaves that the prologue read and that are another object, or another version, now."""
+    if not state.watched:
+        return set()
+    return {
+        index
+        for index, (tensor, version) in zip(state.program.prologue_inputs, state.watched, strict=True)
+        if tensors[index] is not tensor or _version(tensor) != version
+    }
+
+
+def _run_prologue(state: BranchState, tensors: Sequence[torch.Tensor], laid: Sequence[torch.Tensor]) -> None:
+    program = state.program
+    prologue = program.prologue
+    state.watched, state.cache.hoisted = (), {}
+    if prologue is not None:
+        values = prologue.call(*(laid[port.index] for port in prologue.feeds if isinstance(port, Input)))
+        names = (port.name for port in prologue.step.outputs if isinstance(port, Hoisted))
+        state.cache.hoisted = dict(zip(names, values, strict=True))
+        state.hoisted_bytes = state.cache.hoisted_bytes()
+        state.watched = tuple((tensors[i], _version(tensors[i])) for i in program.prologue_inputs)
+
+
+def _feed(
+    cache: CacheState, runnable: Runnable, laid: Sequence[torch.Tensor], step: Step
+) -> list[torch.Tensor]:
+    feed: list[torch.Tensor] = []
+    for port in runnable.feeds:
+        match port:
+            case CacheRead():
+                feed.append(cache.read(port.site, port.part, port.entry))
+            case Input():
+                feed.append(laid[port.index])
+            case Hoisted():
+                feed.append(cache.hoisted[port.name])
+            case Coefficients():
+                feed.append(runnable.coefficients(port.group, step.coefficients[port.group]))
+    return feed
+
+
+def _laid(program: Program, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The inputs in the layout that was captured; compiled code does not look at strides again."""
+    strides = program.captured.strides
+    if all(t.stride() == stride for t, stride in zip(tensors, strides, strict=True)):
+        return tensors
+    return [_lay(tensor, stride) for tensor, stride in zip(tensors, strides, strict=True)]
+
+
+def _lay(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    if tensor.stride() == stride:
+        return tensor
+    laid = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return laid.copy_(tensor)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Counts in-place changes; inference tensors have no count, only their identity speaks."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,112 @@
+"""`transform`: a model that looks and behaves like the original and runs under a plan."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from graphcache.compile import Backend
+from graphcache.engine import Engine
+from graphcache.ir.errors import GraphCacheError, PlanError
+from graphcache.ir.plan import Plan
+from graphcache.report import Summary, summarise
+
+Target = TypeVar("Target")
+
+PIPELINE_PARTS = ("transformer", "transformer_2")
+
+
+class Transformed:
+    """What a transformed model has beside everything of the original's class."""
+
+    __slots__ = ()
+    _graphcache: Engine
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that the model runs under."""
+        return self._graphcache.plan
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """One step: the original's arguments and results.
+
+        Raises:
+            GraphCacheError: the model or the call cannot be captured, the plan does not fit the model,
+                or the call does not fit the generation in progress.
+        """
+        return self._graphcache(args, kwargs)
+
+    def reset(self, start_step: int = 0) -> None:
+        """Forget the generation in progress; the next call is step `start_step` of a new one."""
+        self._graphcache.reset(start_step)
+
+    def summary(self) -> Summary:
+        """What each step of the latest generation computed, reused and forecast, and the bytes held."""
+        return summarise(self._graphcache)
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Keep a cache of its own for the guidance branch `name`."""
+        with self._graphcache.in_branch(name):
+            yield
+
+
+def transform(
+    model_or_pipe: Target,
+    plan: Plan,
+    *,
+    backend: Backend = None,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    timestep: str = "timestep",
+) -> Target:
+    """Make a model, or the transformers of a diffusers pipeline, run under a plan.
+
+    Args:
+        model_or_pipe: an nn.Module in eval mode, or a pipeline, whose `transformer` (and `transformer_2`)
+            are replaced. The original stays as it is; both share their weights.
+        plan: what each site does at each step.
+        backend: None runs the graphs as they are; "inductor" or any torch.compile backend compiles each
+            phase as one graph; a mapping holds torch.compile's own keyword arguments.
+        example_inputs: arguments of one call. With them the capture happens now, and a plan that does not
+            fit is an error now; without, at the first call.
+        timestep: the name of forward's timestep argument, a tensor.
+
+    Returns:
+        An instance of the model's class, or the pipeline.
+
+    Raises:
+        GraphCacheError: see above; the message says what to do.
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"plan is a {type(plan).__name__}, not a Plan; use graphcache.presets, Plan.parse or Plan.load"
+        )
+    if isinstance(model_or_pipe, nn.Module):
+        made: Any = _wrap(model_or_pipe, plan, backend, timestep)
+        if example_inputs is not None:
+            args = example_inputs if isinstance(example_inputs, tuple) else ()
+            kwargs = example_inputs if isinstance(example_inputs, Mapping) else {}
+            made._graphcache.prepare(args, kwargs)
+        return made  # type: ignore[no-any-return]
+    parts = [name for name in PIPELINE_PARTS if isinstance(getattr(model_or_pipe, name, None), nn.Module)]
+    if not parts:
+        raise GraphCacheError(
+            f"{type(model_or_pipe).__name__} is neither a module nor a pipeline with a transformer"
+        )
+    for name in parts:
+        setattr(model_or_pipe, name, _wrap(getattr(model_or_pipe, name), plan, backend, timestep))
+    return model_or_pipe
+
+
+def _wrap(model: nn.Module, plan: Plan, backend: Backend, timestep: str) -> nn.Module:
+    """An instance of a same-named subclass that shares the original's attributes, weights included."""
+    if isinstance(model, Transformed):
+        model = model._graphcache.model
+    kind = type(model)
+    names = {"__slots__": ("_graphcache",), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    wrapper: Callable[..., Any] = type(kind.__name__, (Transformed, kind), names)
+    made: nn.Module = wrapper.__new__(wrapper)  # type: ignore[call-overload]
+    made.__dict__ = model.__dict__
+    object.__setattr__(made, "_graphcache", Engine(model, plan, backend, timestep))
+    return made

@@ -1,0 +1,71 @@
+"""Random legal plans."""
+
+from collections.abc import Sequence
+
+from hypothesis import strategies as st
+
+from graphcache.ir.plan import Letter, Plan, Row
+from graphcache.ir.selector import Selector
+
+SELECTORS = ("@self", "@mlp", "*", "output", "range(0..1)")
+_MILD = st.floats(-2, 2).map(lambda value: round(value, 3))
+
+
+@st.composite
+def letters(draw: st.DrawFn, tokens: bool = False) -> tuple[Letter, ...]:
+    """A few definitions with mild options, among them forecasts, listed ones and corrected computes."""
+    orders = st.integers(0, 3)
+    weight = draw(st.sampled_from(["exact", "paper", "ramp"]) | _MILD)
+    ramp = (("begin", 1.0), ("over", draw(st.sampled_from([4.0, 10.0]))), ("gain", 0.9), ("floor", 0.25))
+    known = [
+        Letter("n", "newton", (("order", draw(orders)),)),
+        Letter("t", "taylorseer", (("order", draw(orders)),)),
+        Letter("h", "hermite", (("order", draw(orders)), ("sigma", draw(st.sampled_from([0.25, 0.5, 1.0]))))),
+        Letter("l", "linear", (("weight", weight), *(ramp if weight == "ramp" else ()))),
+        Letter("f", "fitted", (("order", draw(orders)),)),
+        Letter("u", "tuned", (("order", draw(orders)),)),
+        Letter("c", "tuned compute"),
+        Letter("C", "fitted compute"),
+    ]
+    if tokens:
+        budget = draw(st.integers(1, 64) | st.sampled_from([0.25, 0.5]))
+        known.append(Letter("a", "tokens", (("count", budget), ("by", "random"))))
+    return tuple(draw(st.lists(st.sampled_from(known), unique=True, max_size=len(known))))
+
+
+@st.composite
+def rows(
+    draw: st.DrawFn,
+    selector: str,
+    steps: int,
+    defined: Sequence[Letter],
+    values: st.SearchStrategy[float] = _MILD,
+) -> Row:
+    """A legal row: it computes first, and lists no more coefficients than values computed by then."""
+    site = Selector.parse(selector)
+    usable = {item.symbol: item for item in defined if item.is_forecast or not site.is_guidance}
+    actions, listed, computed = "#", [], 1
+    for step in range(1, steps):
+        action = draw(st.sampled_from(["#", ".", *usable]))
+        letter = usable.get(action)
+        computed += action == "#" or (letter is not None and letter.is_compute)
+        if letter is not None and letter.is_listed:
+            count = min(letter.order + 1, computed)
+            listed.append((step, tuple(draw(st.lists(values, min_size=1, max_size=count)))))
+        actions += action
+    return Row(site, actions, tuple(listed))
+
+
+@st.composite
+def plans(
+    draw: st.DrawFn,
+    selectors: Sequence[str] = SELECTORS,
+    steps: tuple[int, int] = (1, 12),
+    tokens: bool = False,
+    values: st.SearchStrategy[float] = _MILD,
+) -> Plan:
+    """A legal plan with one to four rows over the given selectors and a number of steps within bounds."""
+    count = draw(st.integers(*steps))
+    defined = draw(letters(tokens))
+    sites = draw(st.lists(st.sampled_from(list(selectors)), min_size=1, max_size=4))
+    return Plan(count, defined, tuple(draw(rows(site, count, defined, values)) for site in sites))
