@@ -17,9 +17,7 @@ def invariant_values(step: StepGraph, varying: Collection[int] = ()) -> tuple[st
     """
     fixed = _invariant(step, varying)
     frontier = [
-        node
-        for node in step.graph.nodes
-        if node in fixed and any(user not in fixed for user in node.users)
+        node for node in step.graph.nodes if node in fixed and any(user not in fixed for user in node.users)
     ]
     kept: set[fx.Node] = set()
     todo, seen = frontier, set[fx.Node]()

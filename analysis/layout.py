@@ -51,7 +51,12 @@ def _layout(node: fx.Node, found: dict[fx.Node, Layout]) -> Layout | None:
         return None
     source = known[0]
     given = found[source]
-    if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints):
+    if node.target in (
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.flatten.using_ints,
+    ):
         return _regroup(given, shape)
     if node.target in (aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim):
         return _moved(node, given)
@@ -77,7 +82,7 @@ def _kept(dimension: Dimension, size: int) -> Dimension:
 def _moved(node: fx.Node, given: Layout) -> Layout | None:
     dims = list(given)
     if node.target is aten.permute.default:
-        return tuple(dims[i] for i in node.args[1])  # type: ignore[union-attr,index,misc]
+        return tuple(dims[i] for i in node.args[1])  # type: ignore[union-attr,index]
     first = int(node.args[1])  # type: ignore[arg-type]
     if node.target is aten.transpose.int:
         second = int(node.args[2])  # type: ignore[arg-type]

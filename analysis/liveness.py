@@ -170,9 +170,7 @@ def _assemble(tracks: Sequence[_Track], steps: range) -> Schedule:
         Step(order[columns[i]], weights[i], {t.name: t.keep(step) for t in tracks})
         for i, step in enumerate(steps)
     )
-    ranges = tuple(
-        (t.name, t.blocks.start, t.blocks.stop - 1) for t in tracks if t.name.startswith("range(")
-    )
+    ranges = tuple((t.name, t.blocks.start, t.blocks.stop - 1) for t in tracks if t.name.startswith("range("))
     return Schedule(tuple(phases), result, ranges)
 
 

@@ -99,7 +99,7 @@ def _produced(flow: Dataflow, source: fx.Node, branch: fx.Node) -> fx.Node:
 def _immediate_dominators(flow: Dataflow, source: fx.Node, target: fx.Node) -> dict[fx.Node, fx.Node]:
     members = flow.between(source, target)
     inside = set(members)
-    graph = networkx.DiGraph()
+    graph: networkx.DiGraph[fx.Node] = networkx.DiGraph()
     graph.add_edges_from((node, user) for node in members for user in node.users if user in inside)
     return dict(networkx.immediate_dominators(graph, source))
 

@@ -52,16 +52,20 @@ def _operand_depends(flow: Dataflow, node: fx.Node, dim: int, start: int, stop: 
 
 def _slice(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
     """(source, dim, start, stop) of a plain slice or of one piece of a split."""
+    if node.op != "call_function" or not is_tensor(node):
+        return None
+    arguments: list[Any] = list(node.args)
+    dims = value_of(node).dim()
     if node.target is aten.slice.Tensor:
-        source, dim, start, stop = (*node.args, *(0, 0, 2**62)[len(node.args) - 1 :])[:4]
-        size = int(value_of(source).shape[dim])  # type: ignore[arg-type,index]
-        bounds = [min(b + size if b < 0 else b, size) for b in (start or 0, stop)]  # type: ignore[operator]
-        return source, dim % value_of(node).dim(), bounds[0], bounds[1]  # type: ignore[operator,return-value]
-    split = node.args[0] if node.op == "call_function" and node.args else None
+        source, dim, start, stop = (*arguments, *(0, 0, 2**62)[len(arguments) - 1 :])[:4]
+        size = int(value_of(source).shape[dim])
+        first, last = (min(b + size if b < 0 else b, size) for b in (start or 0, stop))
+        return source, dim % dims, first, last
+    split = arguments[0] if arguments else None
     if isinstance(split, fx.Node) and split.target in (aten.split_with_sizes.default, aten.split.Tensor):
-        source, index = split.args[0], node.args[1]
-        dim = int(split.args[2]) if len(split.args) > 2 else 0  # type: ignore[arg-type]
+        pieces: list[Any] = list(split.args)
+        dim = pieces[2] if len(pieces) > 2 else 0
         sizes = [int(piece.shape[dim]) for piece in split.meta["val"]]
-        start = sum(sizes[:index])  # type: ignore[misc]
-        return source, dim % value_of(node).dim(), start, start + sizes[index]  # type: ignore[index,return-value]
+        first = sum(sizes[: arguments[1]])
+        return pieces[0], dim % dims, first, first + sizes[arguments[1]]
     return None

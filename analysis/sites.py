@@ -11,8 +11,8 @@ from torch import fx
 from graphcache.analysis import ops
 from graphcache.analysis.dataflow import LATENT, Dataflow
 from graphcache.analysis.layout import Layout, axes, layouts
-from graphcache.analysis.rows import rows_depend
 from graphcache.analysis.residual import Residual, residuals, unwrap
+from graphcache.analysis.rows import rows_depend
 from graphcache.ir.graph import Branch, Input, StepGraph, is_tensor
 
 
@@ -104,7 +104,9 @@ class _Sites:
 
     def is_fused(self, residual: Residual, inside: list[fx.Node], attention: list[fx.Node]) -> bool:
         """Whether a path with work of its own joins the attention's result (a fused attention and MLP)."""
-        after = self.flow.bits(n for node in attention for n in self.flow.members(self.flow.descendants[node]))
+        after = self.flow.bits(
+            n for node in attention for n in self.flow.members(self.flow.descendants[node])
+        )
         for node in inside:
             if node.target not in (ops.aten.cat.default, ops.aten.add.Tensor):
                 continue

@@ -1,8 +1,18 @@
 """graphcache: a compiler for feature caching in diffusion transformers."""
 
 from graphcache import presets
+from graphcache.inspection import inspect
 from graphcache.ir.errors import CaptureError, GraphCacheError, PlanError, StateError
 from graphcache.ir.plan import Plan
 from graphcache.transform import transform
 
-__all__ = ["CaptureError", "GraphCacheError", "Plan", "PlanError", "StateError", "presets", "transform"]
+__all__ = [
+    "CaptureError",
+    "GraphCacheError",
+    "Plan",
+    "PlanError",
+    "StateError",
+    "inspect",
+    "presets",
+    "transform",
+]

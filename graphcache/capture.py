@@ -21,7 +21,9 @@ _PURE_RANDOM = {
 }
 
 
-def capture(model: nn.Module, call: CallSpec, tensors: tuple[torch.Tensor, ...]) -> tuple[StepGraph, OutputSpec]:
+def capture(
+    model: nn.Module, call: CallSpec, tensors: tuple[torch.Tensor, ...]
+) -> tuple[StepGraph, OutputSpec]:
     """Trace one evaluation of `model` into a pure graph over flat tensors.
 
     Args:
@@ -81,7 +83,9 @@ def refuse_state(model: nn.Module) -> None:
     """Raise for training mode and for hooks, both of which a captured graph would lose silently."""
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     if training:
-        raise CaptureError(f"{training[0]} is in training mode; call model.eval() before the first generation")
+        raise CaptureError(
+            f"{training[0]} is in training mode; call model.eval() before the first generation"
+        )
     hooked = next(_hooked(model), None)
     if hooked:
         raise CaptureError(
@@ -109,7 +113,9 @@ def _refuse_mutation(signature: Any) -> None:
             )
     for entry in signature.input_specs:
         if entry.kind == InputKind.TOKEN:
-            raise CaptureError("the model's forward has effects beyond its result (an effect token); make it pure")
+            raise CaptureError(
+                "the model's forward has effects beyond its result (an effect token); make it pure"
+            )
 
 
 def _plain_graph(module: fx.GraphModule) -> fx.Graph:

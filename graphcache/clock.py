@@ -26,7 +26,9 @@ class Clock:
     @staticmethod
     def begin(steps: int, timestep: float, start: int = 0) -> "Clock":
         if not 0 <= start < steps:
-            raise StateError(f"start_step={start} is not a step of the plan, which has steps 0 to {steps - 1}")
+            raise StateError(
+                f"start_step={start} is not a step of the plan, which has steps 0 to {steps - 1}"
+            )
         return Clock(steps, start, timestep, timestep)
 
     def advance(self, timestep: float) -> "Clock | None":
@@ -48,8 +50,8 @@ class Clock:
         if self.step + 1 >= self.steps:
             raise StateError(
                 f"the plan has {self.steps} steps and this generation goes on to another one, at timestep "
-                f"{timestep:g} after {self.last:g}; transform with a plan for as many model evaluations as the "
-                "sampler makes, or call reset() if this is a new generation"
+                f"{timestep:g} after {self.last:g}; transform with a plan for as many model evaluations "
+                "as the sampler makes, or call reset() if this is a new generation"
             )
         return replace(self, step=self.step + 1, last=timestep)
 

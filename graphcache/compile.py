@@ -23,9 +23,10 @@ def build(step: StepGraph, backend: Backend) -> Compiled:
     """
     module = _flattened(step)
     if backend is None:
-        return module.forward  # type: ignore[no-any-return]
-    given = dict(backend) if isinstance(backend, Mapping) else {"backend": backend}
-    options = {**_mode_options(given), **given.pop("options", {})}
+        eager: Compiled = module.forward
+        return eager
+    given: dict[str, Any] = dict(backend) if isinstance(backend, Mapping) else {"backend": backend}
+    options: dict[str, Any] = {**_mode_options(given), **given.pop("options", {})}
     if not _has_symbolic_shapes(step):
         options.setdefault("guard_filter_fn", torch.compiler.skip_all_guards_unsafe)
     compiled: Compiled = torch.compile(module, fullgraph=True, dynamic=False, options=options, **given)

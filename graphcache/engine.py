@@ -1,6 +1,7 @@
 """Finds the program, step and branch of a call; the one owner of a transformed model's state."""
 
 import contextlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,7 +27,12 @@ class Engine:
     """Runs a model's evaluations under a plan; neither the model nor a graph holds any of its state."""
 
     def __init__(
-        self, model: nn.Module, plan: Plan, backend: Backend, timestep: str, observers: Sequence[Observer] = ()
+        self,
+        model: nn.Module,
+        plan: Plan,
+        backend: Backend,
+        timestep: str,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.model = model
         self.plan = plan
@@ -42,7 +48,7 @@ class Engine:
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         bound = self.binder.bind(args, kwargs)
         key, tensors = self.binder.signature(bound)
-        state = self._place((*key, *_ambient()), bound, tensors)
+        state = self._place(key + _ambient(), bound, tensors)
         try:
             return run_step(state, tensors)
         except BaseException:
@@ -68,7 +74,7 @@ class Engine:
         refuse_state(self.model)
         bound = self.binder.bind(args, dict(kwargs))
         key, tensors = self.binder.signature(bound)
-        program = self._program((*key, *_ambient()), bound, tensors)
+        program = self._program(key + _ambient(), bound, tensors)
         program.check()
         return program
 
@@ -115,7 +121,9 @@ class Engine:
         if program is None or not program.captured.is_current():
             call = CallSpec.of(self.binder, bound, self.timestep)
             captured = Captured.of(self.model, call, tensors, self.observers)
-            program = self.programs[key] = Program(captured, self.plan, self.backend, observers=self.observers)
+            program = self.programs[key] = Program(
+                captured, self.plan, self.backend, observers=self.observers
+            )
         self.programs.move_to_end(key)
         while len(self.programs) > MOST_PROGRAMS:
             self.programs.popitem(last=False)
@@ -127,7 +135,9 @@ class Engine:
         self.programs[state.key] = state.program = program
         state.watched = None
 
-    def _refuse_second_branch(self, state: BranchState, key: Hashable, tensors: Sequence[torch.Tensor]) -> None:
+    def _refuse_second_branch(
+        self, state: BranchState, key: Hashable, tensors: Sequence[torch.Tensor]
+    ) -> None:
         same = key == state.key and all(
             new is old
             for new, old in zip(state.program.captured.constants(tensors), state.constants, strict=True)
@@ -135,10 +145,10 @@ class Engine:
         if not same:
             where = f"branch '{self.branch}'" if self.branch else "this model"
             raise StateError(
-                f"step {state.clock.step}: {where} was called twice at timestep {state.clock.last:g} with other "
-                "inputs. If these are two guidance branches, wrap each call in model.cache_context('cond') or "
-                "model.cache_context('uncond'), so that each keeps its own cache; if a generation was given up, "
-                "call model.reset() before the next one"
+                f"step {state.clock.step}: {where} was called twice at timestep {state.clock.last:g} "
+                "with other inputs. If these are two guidance branches, wrap each call in "
+                "model.cache_context('cond') or model.cache_context('uncond'), so that each keeps its own "
+                "cache; if a generation was given up, call model.reset() before the next one"
             )
 
 
@@ -161,7 +171,7 @@ def _refuse_conversion(before: Hashable, after: Hashable) -> None:
 
 def _kinds(key: Any) -> dict[str, str]:
     """Dtype and device of each named tensor of a signature."""
-    pairs = zip(key, key[1:], strict=False)
+    pairs = itertools.pairwise(key)
     return {
         name: f"{item[1]} on {item[2]}"
         for name, item in pairs

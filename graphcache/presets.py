@@ -21,7 +21,7 @@ def fora(steps: int, interval: int = 3) -> Plan:
     return Plan(steps, rows=(row,), preset=Preset("fora", (("interval", interval),)))
 
 
-def taylorseer(steps: int, interval: int = 3, order: int = 2, warmup: int = 3, lite: bool = False) -> Plan:
+def taylorseer(steps: int, interval: int = 3, order: int = 2, warmup: int = 1, lite: bool = False) -> Plan:
     """TaylorSeer (arXiv 2503.06923): computed like FORA after `warmup` full steps, forecast between.
 
     `lite` forecasts what all blocks together add to the stream instead of every branch.
@@ -36,7 +36,7 @@ def taylorseer(steps: int, interval: int = 3, order: int = 2, warmup: int = 3, l
     return Plan(steps, (letter,), (row,), Preset("taylorseer", arguments))
 
 
-def hicache(steps: int, interval: int = 3, order: int = 2, sigma: float = 0.5, warmup: int = 3) -> Plan:
+def hicache(steps: int, interval: int = 3, order: int = 2, sigma: float = 0.5, warmup: int = 1) -> Plan:
     """HiCache (arXiv 2508.16984): TaylorSeer's schedule with a basis of scaled Hermite polynomials."""
     _check(steps, interval=interval, warmup=warmup)
     letter = Letter("h", "hermite", (("order", order), ("sigma", sigma)))

@@ -157,7 +157,11 @@ class Program:
 
     @cached_property
     def step(self) -> StepGraph:
-        return run((Hoist(self._held),), self.captured.step, self.observers) if self._held else self.captured.step
+        return (
+            run((Hoist(self._held),), self.captured.step, self.observers)
+            if self._held
+            else self.captured.step
+        )
 
     def schedule(self, start: int = 0) -> Schedule:
         if start not in self._schedules:
@@ -194,5 +198,3 @@ class Program:
             raise PlanError("the model has no residual branches that a plan could speak of")
         for index in range(len(schedule.phases)):
             self.phase(schedule, index)
-
-

@@ -37,14 +37,15 @@ class BranchSummary:
     def __str__(self) -> str:
         name = f"branch {self.branch}: " if self.branch else ""
         lines = [
-            f"{name}{len(self.steps)} of {self.plan_steps} steps, {self.phases} phases, {self.graphs} graphs built",
+            f"{name}{len(self.steps)} of {self.plan_steps} steps, {self.phases} phases, "
+            f"{self.graphs} graphs built",
             f"cache: {_size(self.held_bytes)} held now, {_size(self.peak_bytes)} at most, of which "
             f"{_size(self.hoisted_bytes)} are values hoisted out of the steps",
             "step phase computed corrected reused forecast skipped      held",
         ]
         lines += [
-            f"{s.step:4} {s.phase:5} {s.computed:8} {s.corrected:9} {s.reused:6} {s.forecast:8} {s.skipped:7} "
-            f"{_size(s.held_bytes):>9}"
+            f"{s.step:4} {s.phase:5} {s.computed:8} {s.corrected:9} {s.reused:6} {s.forecast:8} "
+            f"{s.skipped:7} {_size(s.held_bytes):>9}"
             for s in self.steps
         ]
         return "\n".join(lines)

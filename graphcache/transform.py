@@ -1,7 +1,7 @@
 """`transform`: a model that looks and behaves like the original and runs under a plan."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -105,8 +105,8 @@ def _wrap(model: nn.Module, plan: Plan, backend: Backend, timestep: str) -> nn.M
         model = model._graphcache.model
     kind = type(model)
     names = {"__slots__": ("_graphcache",), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    wrapper: Callable[..., Any] = type(kind.__name__, (Transformed, kind), names)
-    made: nn.Module = wrapper.__new__(wrapper)  # type: ignore[call-overload]
+    wrapper: Any = type(kind.__name__, (Transformed, kind), names)
+    made: nn.Module = wrapper.__new__(wrapper)
     made.__dict__ = model.__dict__
     object.__setattr__(made, "_graphcache", Engine(model, plan, backend, timestep))
     return made

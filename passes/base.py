@@ -37,7 +37,9 @@ def verify(step: StepGraph, where: str) -> None:
         GraphCacheError: naming the pass that broke the graph.
     """
     if len(step.inputs) != len(step.placeholders()):
-        raise GraphCacheError(f"{where}: {len(step.inputs)} input ports, {len(step.placeholders())} placeholders")
+        raise GraphCacheError(
+            f"{where}: {len(step.inputs)} input ports, {len(step.placeholders())} placeholders"
+        )
     if len(step.outputs) != len(step.results()):
         raise GraphCacheError(f"{where}: {len(step.outputs)} output ports, {len(step.results())} results")
     names = step.nodes()

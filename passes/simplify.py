@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import fx
 
 from graphcache.analysis import ops
-from graphcache.ir.graph import StepGraph, is_tensor, value_of
+from graphcache.ir.graph import Branch, StepGraph, is_tensor, value_of
 from graphcache.passes.prune import sweep
 
 aten = ops.aten
@@ -35,7 +34,7 @@ class Simplify:
         return step.rebuilt(graph, branches=_renamed(step, renamed))
 
 
-def _renamed(step: StepGraph, names: dict[str, str]) -> tuple:  # type: ignore[type-arg]
+def _renamed(step: StepGraph, names: dict[str, str]) -> tuple[Branch, ...]:
     def final(name: str) -> str:
         while name in names:
             name = names[name]
@@ -68,5 +67,5 @@ def _repeats(node: fx.Node) -> bool:
     if target in ops.COPIES or target in ops.VIEWS or target is aten.slice.Tensor:
         return target is not aten.transpose.int and target is not aten.permute.default
     if target in (aten.div.Tensor, aten.mul.Tensor):
-        return node.args[1] == 1 and not isinstance(node.args[1], torch.Tensor)
+        return isinstance(node.args[1], (int, float)) and node.args[1] == 1
     return False

@@ -14,8 +14,8 @@ from graphcache.ir.graph import (
     CacheWrite,
     Coefficients,
     InPort,
-    Output,
     OutPort,
+    Output,
     StepGraph,
     is_tensor,
     value_of,
@@ -157,7 +157,9 @@ class _Rewriter:
         dtype, device = value_of(raw).dtype, value_of(raw).device
         wide = torch.promote_types(dtype, torch.float32)
         with value_of(raw).fake_mode:  # type: ignore[attr-defined]
-            weights = self._placeholder(Coefficients(group), torch.empty(len(entries), dtype=wide, device=device))
+            weights = self._placeholder(
+                Coefficients(group), torch.empty(len(entries), dtype=wide, device=device)
+            )
         last = raw
 
         def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:

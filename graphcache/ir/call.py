@@ -28,7 +28,9 @@ class Binder:
             raise CaptureError("the model's forward takes *args; give its arguments names")
         self.names = [n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         self._position = {name: i for i, name in enumerate(self.names)}
-        self.positional_only = {n for n, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY}
+        self.positional_only = {
+            n for n, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY
+        }
 
     def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments by name, in signature order; unnamed ones are an error as in a plain call."""
@@ -42,7 +44,7 @@ class Binder:
         last = len(self.names)
         return dict(sorted(bound.items(), key=lambda item: (self._position.get(item[0], last), item[0])))
 
-    def signature(self, bound: Mapping[str, Any]) -> tuple[Hashable, list[torch.Tensor]]:
+    def signature(self, bound: Mapping[str, Any]) -> tuple[tuple[Hashable, ...], list[torch.Tensor]]:
         """The key under which a capture is valid, and the tensor leaves in order.
 
         The key holds the tree, each tensor's shape, dtype and device, and every other leaf's value.
@@ -78,8 +80,8 @@ def _sign(value: Any, key: list[Hashable], tensors: list[torch.Tensor], where: s
             hash(value)
         except TypeError:
             raise CaptureError(
-                f"argument {where} is a {type(value).__name__}, whose value cannot be compared between calls; "
-                "pass tensors, numbers, strings, lists or dicts"
+                f"argument {where} is a {type(value).__name__}, whose value cannot be compared between "
+                "calls; pass tensors, numbers, strings, lists or dicts"
             ) from None
         key.append(value)
 
@@ -115,7 +117,9 @@ class CallSpec:
             None,
         )
         if latent is None:
-            raise CaptureError("no argument of this call is a floating-point tensor that could be the latents")
+            raise CaptureError(
+                "no argument of this call is a floating-point tensor that could be the latents"
+            )
         return CallSpec(template, frozenset(binder.positional_only), tuple(names), latent, step.index)
 
     @staticmethod

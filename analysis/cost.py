@@ -1,0 +1,69 @@
+"""What operations cost: FLOPs from shapes, two per multiply-add."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx
+
+from graphcache.analysis import ops
+from graphcache.ir.graph import StepGraph, has_static_shape, is_tensor, value_of
+
+aten = ops.aten
+
+
+def flops(node: fx.Node) -> int:
+    """Floating-point operations of a product; everything else counts 0, as in the papers' figures.
+
+    Attention with queries (…, L, d), keys (…, S, d) and values (…, S, e) takes 2·L·S·(d + e) for each
+    batch entry and head.
+    """
+    if node.op != "call_function" or not ops.is_product(node) or not is_tensor(node):
+        return 0
+    tensors = [item for item in node.all_input_nodes if is_tensor(item)]
+    if not all(map(has_static_shape, (node, *tensors))):
+        return 0
+    out = tuple(value_of(node).shape)
+    if node.target in ops.ATTENTION:
+        query, key, value = (tuple(value_of(item).shape) for item in ops.operands(node))
+        return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    if node.target is aten.einsum.default:
+        return _einsum(node)
+    return 2 * math.prod(out) * _contracted(node)
+
+
+def total_flops(nodes: Iterable[fx.Node]) -> int:
+    return sum(map(flops, nodes))
+
+
+def graph_flops(step: StepGraph) -> int:
+    """FLOPs of one run of a graph."""
+    return total_flops(step.graph.nodes)
+
+
+def _contracted(node: fx.Node) -> int:
+    """Terms of the sum behind each element of the result."""
+    first, second = (tuple(value_of(item).shape) for item in _pair(node))
+    if "conv" in str(node.target):
+        return math.prod(second[1:])
+    return first[-1]
+
+
+def _pair(node: fx.Node) -> tuple[Any, Any]:
+    if node.target in (aten.addmm.default, aten.baddbmm.default):
+        return node.args[1], node.args[2]
+    return node.args[0], node.args[1]
+
+
+def _einsum(node: fx.Node) -> int:
+    """Two operands: every index of either runs once for each multiply-add."""
+    terms = str(node.args[0]).replace(" ", "").split("->")[0].split(",")
+    sizes: dict[str, int] = {}
+    for term, item in zip(terms, ops.operands(node), strict=True):
+        shape = tuple(value_of(item).shape)
+        letters = term.replace("...", "")
+        dims = shape[len(shape) - len(letters) :]
+        sizes.update(zip(letters, dims, strict=True))
+        if "..." in term:
+            sizes["..."] = math.prod(shape[: len(shape) - len(letters)])
+    return 2 * math.prod(sizes.values())

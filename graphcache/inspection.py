@@ -1,0 +1,123 @@
+"""`inspect`: what graphcache sees in a model."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from graphcache.analysis.cost import flops, graph_flops
+from graphcache.analysis.dataflow import Dataflow
+from graphcache.engine import Engine
+from graphcache.ir.graph import Branch, StepGraph, storage_bytes, value_of
+from graphcache.ir.plan import Plan
+from graphcache.ir.text import describe
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """A residual branch: `shape` and `bytes` of one cached value, and its share of the step's FLOPs."""
+
+    name: str
+    role: str
+    block: int
+    shape: str
+    bytes: int
+    flops: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The sites of a model for one signature; FLOPs are those of one step, per batch as given."""
+
+    sites: tuple[SiteReport, ...]
+    blocks: int
+    flops: int
+    hoisted_flops: int
+    nodes: int
+
+    @property
+    def roles(self) -> dict[str, int]:
+        """Number of sites of each role, `.context` told apart."""
+        return dict(Counter(site.role for site in self.sites))
+
+    def __str__(self) -> str:
+        width = max((len(site.name) for site in self.sites), default=4)
+        lines = [f"{'site':{width}} {'shape':18} {'MFLOPs':>10} {'share':>6}"]
+        lines += [
+            f"{site.name:{width}} {site.shape:18} {site.flops / 1e6:10.2f} {site.share:6.1%}"
+            for site in self.sites
+        ]
+        rest = 1 - sum(site.share for site in self.sites)
+        roles = ", ".join(f"{count} {role}" for role, count in self.roles.items())
+        lines.append(
+            f"{self.blocks} blocks, {len(self.sites)} sites ({roles}), {self.flops / 1e6:.2f} MFLOPs a step "
+            f"({rest:.1%} outside the sites); {self.hoisted_flops / 1e6:.2f} MFLOPs are computed once"
+        )
+        return "\n".join(lines)
+
+
+def inspect(
+    model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], *, timestep: str = "timestep"
+) -> Inspection:
+    """Capture a model and report its sites: names, roles, shapes, FLOPs.
+
+    Args:
+        model: an nn.Module in eval mode, transformed or not.
+        example_inputs: arguments of one call, as a mapping of keywords or a tuple of positions.
+        timestep: the name of forward's timestep argument.
+
+    Raises:
+        CaptureError: the model cannot be captured; the message says why.
+    """
+    engine = Engine(getattr(model, "_graphcache", None) or model, Plan(1), None, timestep)
+    args = example_inputs if isinstance(example_inputs, tuple) else ()
+    kwargs = example_inputs if isinstance(example_inputs, Mapping) else {}
+    program = engine.prepare(args, kwargs)
+    step = program.step
+    total = graph_flops(step)
+    work = branch_flops(step)
+    nodes = step.nodes()
+    sites = tuple(
+        SiteReport(
+            name=branch.name,
+            role=branch.role + (".context" if branch.context else ""),
+            block=branch.block,
+            shape=describe(value_of(nodes[branch.value])),
+            bytes=storage_bytes(value_of(nodes[branch.value])),
+            flops=work[branch.name],
+            share=work[branch.name] / total if total else 0.0,
+        )
+        for branch in step.branches
+    )
+    hoisted = graph_flops(program.prologue.step) if program.prologue else 0
+    return Inspection(sites, step.blocks, total, hoisted, len(step.calls()))
+
+
+def branch_flops(step: StepGraph) -> dict[str, int]:
+    """FLOPs between each branch's stream and its value; work that two branches share counts half for each."""
+    flow = Dataflow(step)
+    nodes = step.nodes()
+    owners: Counter[str] = Counter()
+    members: dict[str, list[str]] = {}
+    for branch in step.branches:
+        inside = _own_work(flow, branch, nodes)
+        members[branch.name] = inside
+        owners.update(inside)
+    cost = {node.name: flops(node) for node in step.graph.nodes}
+    return {name: sum(cost[item] // owners[item] for item in inside) for name, inside in members.items()}
+
+
+def _own_work(flow: Dataflow, branch: Branch, nodes: dict[str, Any]) -> list[str]:
+    """Nodes that the branch's value needs and that no residual stream carries."""
+    streams = {nodes[b.merge] for b in flow.step.branches} | {nodes[b.stream] for b in flow.step.branches}
+    todo, seen = [nodes[branch.value]], set()
+    while todo:
+        node = todo.pop()
+        if node in seen or node in streams or node.op != "call_function":
+            continue
+        seen.add(node)
+        todo.extend(node.all_input_nodes)
+    return [node.name for node in seen if flow.depends[node] & 1]
