@@ -152,6 +152,12 @@ class Engine:
             )
 
 
+def original(model: nn.Module) -> nn.Module:
+    """The model behind a transformed one; any other model itself."""
+    engine = getattr(model, "_graphcache", None)
+    return engine.model if isinstance(engine, Engine) else model
+
+
 def _ambient() -> tuple[Hashable, ...]:
     """What tracing and compiled code depend on besides the arguments."""
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")

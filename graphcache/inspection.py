@@ -9,7 +9,7 @@ from torch import nn
 
 from graphcache.analysis.cost import flops, graph_flops
 from graphcache.analysis.dataflow import Dataflow
-from graphcache.engine import Engine
+from graphcache.engine import Engine, original
 from graphcache.ir.graph import Branch, StepGraph, storage_bytes, value_of
 from graphcache.ir.plan import Plan
 from graphcache.ir.text import describe
@@ -72,7 +72,7 @@ def inspect(
     Raises:
         CaptureError: the model cannot be captured; the message says why.
     """
-    engine = Engine(getattr(model, "_graphcache", None) or model, Plan(1), None, timestep)
+    engine = Engine(original(model), Plan(1), None, timestep)
     args = example_inputs if isinstance(example_inputs, tuple) else ()
     kwargs = example_inputs if isinstance(example_inputs, Mapping) else {}
     program = engine.prepare(args, kwargs)

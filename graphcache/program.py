@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from graphcache.analysis.cost import graph_flops
 from graphcache.analysis.invariant import invariant_values
 from graphcache.analysis.liveness import lower
 from graphcache.capture import capture
@@ -175,6 +176,13 @@ class Program:
             step = run((Specialize(*key),), self.step, self.observers)
             self._phases[key] = Runnable(step, build(step, self.backend))
         return self._phases[key]
+
+    def ideal_speedup(self, schedule: Schedule) -> float:
+        """FLOPs of the plain model over all steps, by those of the plan, its prologue included."""
+        plain = graph_flops(self.captured.step) * len(schedule.steps)
+        once = graph_flops(self.prologue.step) if self.prologue else 0
+        planned = sum(graph_flops(self.phase(schedule, step.phase).step) for step in schedule.steps)
+        return plain / (once + planned) if once + planned else float("inf")
 
     @property
     def graphs(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from graphcache.compile import Backend
-from graphcache.engine import Engine
+from graphcache.engine import Engine, original
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan
 from graphcache.report import Summary, summarise
@@ -101,8 +101,7 @@ def transform(
 
 def _wrap(model: nn.Module, plan: Plan, backend: Backend, timestep: str) -> nn.Module:
     """An instance of a same-named subclass that shares the original's attributes, weights included."""
-    if isinstance(model, Transformed):
-        model = model._graphcache.model
+    model = original(model)
     kind = type(model)
     names = {"__slots__": ("_graphcache",), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
     wrapper: Any = type(kind.__name__, (Transformed, kind), names)
