@@ -25,12 +25,21 @@ def build(step: StepGraph, backend: Backend) -> Compiled:
     if backend is None:
         eager: Compiled = module.forward
         return eager
-    given: dict[str, Any] = dict(backend) if isinstance(backend, Mapping) else {"backend": backend}
+    given = _arguments(backend)
     options: dict[str, Any] = {**_mode_options(given), **given.pop("options", {})}
     if not _has_symbolic_shapes(step):
         options.setdefault("guard_filter_fn", torch.compiler.skip_all_guards_unsafe)
     compiled: Compiled = torch.compile(module, fullgraph=True, dynamic=False, options=options, **given)
     return compiled
+
+
+def compile_plainly(model: nn.Module, backend: Backend) -> Callable[..., Any]:
+    """The untouched model under torch.compile as a user would call it, to compare with."""
+    return model if backend is None else torch.compile(model, dynamic=False, **_arguments(backend))
+
+
+def _arguments(backend: Backend) -> dict[str, Any]:
+    return dict(backend) if isinstance(backend, Mapping) else {"backend": backend}
 
 
 def _mode_options(given: dict[str, Any]) -> dict[str, Any]:

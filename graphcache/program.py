@@ -130,7 +130,7 @@ class Program:
     backend: Backend
     varying: frozenset[int] = frozenset()
     observers: Sequence[Observer] = ()
-    _phases: dict[tuple[Phase, tuple[tuple[str, int, int], ...]], Runnable] = field(default_factory=dict)
+    phases: dict[tuple[Phase, tuple[tuple[str, int, int], ...]], Runnable] = field(default_factory=dict)
     _schedules: dict[int, Schedule] = field(default_factory=dict)
 
     def without(self, changed: set[int]) -> "Program":
@@ -172,10 +172,10 @@ class Program:
     def phase(self, schedule: Schedule, index: int) -> Runnable:
         """The specialised graph of a phase."""
         key = (schedule.phases[index], schedule.ranges)
-        if key not in self._phases:
+        if key not in self.phases:
             step = run((Specialize(*key),), self.step, self.observers)
-            self._phases[key] = Runnable(step, build(step, self.backend))
-        return self._phases[key]
+            self.phases[key] = Runnable(step, build(step, self.backend))
+        return self.phases[key]
 
     def ideal_speedup(self, schedule: Schedule) -> float:
         """FLOPs of the plain model over all steps, by those of the plan, its prologue included."""
@@ -187,7 +187,7 @@ class Program:
     @property
     def graphs(self) -> int:
         """Graphs built so far, the prologue included."""
-        return len(self._phases) + ("prologue" in vars(self) and self.prologue is not None)
+        return len(self.phases) + ("prologue" in vars(self) and self.prologue is not None)
 
     def entry_bytes(self, schedule: Schedule) -> dict[str, int]:
         """Bytes of one history entry of every site that the schedule caches."""

@@ -1,0 +1,49 @@
+# Every target may be the first one on a fresh machine: it makes .venv and installs what it needs.
+#   make PYTHON=python3.12 test    another interpreter (3.11 or newer) for a new .venv
+#   make test JOBS=8               more test processes
+#   make demo SMALL=1              a shorter demo
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.NOTPARALLEL:
+
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip
+small := $(if $(filter-out 0,$(SMALL)),--small)
+
+.PHONY: venv demo test lint bench
+
+venv: .venv/.with-dev
+
+demo: .venv/.with-examples
+	@$(BIN)/python -m examples.demo $(small)
+
+# One thread per test process: the models are tiny, and threads would only fight over the cores.
+test: .venv/.with-test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+lint: .venv/.with-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.with-bench
+	@$(BIN)/python -m examples.bench $(small)
+
+# A stamp per extra; one that includes others stamps them too.
+covers_test := examples
+covers_lint := examples
+covers_dev := examples test lint bench
+
+.venv/.with-%: pyproject.toml .ci/constraints.txt | .venv/bin/pip
+	@echo "Installing graphcache-dit[$*] into .venv; the first time takes minutes"
+	@$(PIP) install -c .ci/constraints.txt -e '.[$*]' | sed -Eun 's/^(Collecting [^ ]+|Installing) .*/  \1/p'
+	@touch $@ $(covers_$*:%=.venv/.with-%)
+
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "graphcache needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+	    "name another with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "Making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv

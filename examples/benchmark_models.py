@@ -1,0 +1,121 @@
+"""Models that `graphcache bench` times: random weights, real diffusers classes, CPU-sized.
+
+Each factory returns (model, keyword arguments of one call).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel
+from torch import nn
+
+Made = tuple[nn.Module, dict[str, Any]]
+
+
+def launch_bound_flux() -> Made:
+    """FLUX of hidden width 32 with 4 double and 8 single blocks: every kernel is shorter than its launch."""
+    torch.manual_seed(0)
+    model: nn.Module = FluxTransformer2DModel(  # type: ignore[no-untyped-call]
+        patch_size=1,
+        in_channels=4,
+        num_layers=4,
+        num_single_layers=8,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 4),
+        "encoder_hidden_states": torch.randn(1, 8, 32),
+        "pooled_projections": torch.randn(1, 32),
+        "timestep": torch.ones(1),
+        "img_ids": torch.randn(16, 3).round(),
+        "txt_ids": torch.zeros(8, 3),
+        "guidance": torch.full((1,), 3.5),
+        "return_dict": False,
+    }
+    return model.eval(), inputs
+
+
+def compute_bound_pixart(blocks: int = 12) -> Made:
+    """PixArt of hidden width 384 on 256 tokens, batch 2: time is FLOPs."""
+    torch.manual_seed(0)
+    model: nn.Module = PixArtTransformer2DModel(  # type: ignore[no-untyped-call]
+        num_attention_heads=6,
+        attention_head_dim=64,
+        in_channels=4,
+        out_channels=8,
+        num_layers=blocks,
+        cross_attention_dim=384,
+        caption_channels=384,
+        sample_size=32,
+        use_additional_conditions=False,
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 32, 32),
+        "encoder_hidden_states": torch.randn(2, 32, 384),
+        "timestep": torch.full((2,), 999),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        "return_dict": False,
+    }
+    return model.eval(), inputs
+
+
+def deep_dit() -> Made:
+    """DiT with XL/2's 28 blocks, narrow: for the time that capture and passes take."""
+    torch.manual_seed(0)
+    model: nn.Module = DiTTransformer2DModel(  # type: ignore[no-untyped-call]
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        num_layers=28,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "timestep": torch.full((2,), 999),
+        "class_labels": torch.tensor([1, 2]),
+        "return_dict": False,
+    }
+    return model.eval(), inputs
+
+
+def first_block_cache(model: Any) -> Callable[..., Any]:
+    """diffusers' FirstBlockCache that never skips, compiled: its machinery alone."""
+    from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+
+    apply_first_block_cache(model, FirstBlockCacheConfig(threshold=0.0))
+    compiled = torch.compile(model)
+
+    def call(**kwargs: Any) -> Any:
+        with model.cache_context("cond"):
+            return compiled(**kwargs)
+
+    return call
+
+
+def dbcache(model: Any) -> Callable[..., Any]:
+    """cache-dit's DBCache that never skips, compiled: its machinery alone."""
+    import cache_dit
+
+    cache_dit.enable_cache(
+        cache_dit.BlockAdapter(
+            transformer=model,
+            blocks=[model.transformer_blocks, model.single_transformer_blocks],
+            forward_pattern=[cache_dit.ForwardPattern.Pattern_1, cache_dit.ForwardPattern.Pattern_1],
+        ),
+        cache_config=cache_dit.DBCacheConfig(
+            Fn_compute_blocks=1,
+            Bn_compute_blocks=0,
+            residual_diff_threshold=0.0,
+            max_warmup_steps=0,
+            num_inference_steps=20,
+        ),
+    )
+    return torch.compile(model)

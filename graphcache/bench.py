@@ -1,0 +1,177 @@
+"""Interleaved timings: a plan against the same model under plain torch.compile, in one run."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphcache.compile import Backend, compile_plainly
+from graphcache.engine import Engine
+from graphcache.ir.plan import Plan
+from graphcache.transform import transform
+
+Call = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One contender: median milliseconds a step, and the quartiles over rounds.
+
+    `ideal` is the FLOPs-ideal speed-up of its plan, None for what has no plan.
+    """
+
+    name: str
+    ms: float
+    low: float
+    high: float
+    speedup: float
+    ideal: float | None
+    phases: tuple[tuple[str, float], ...] = ()
+    graphs: int = 0
+    runner_us: float | None = None
+
+    @property
+    def realised(self) -> float | None:
+        """Measured by FLOPs-ideal speed-up."""
+        return None if self.ideal is None else self.speedup / self.ideal
+
+
+class Generation:
+    """One generation's calls: the example inputs with a falling timestep, so that every step is its own."""
+
+    def __init__(self, inputs: Mapping[str, Any], timestep: str, steps: int) -> None:
+        first = inputs[timestep]
+        self.steps = steps
+        whole = not first.is_floating_point()
+        ends = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64)
+        scaled = (ends * 999).round() if whole else ends * max(float(first.max()), 1e-3)
+        self.calls = [{**inputs, timestep: torch.full_like(first, float(value))} for value in scaled]
+
+    def run(self, model: Call) -> list[float]:
+        """Seconds of each step, in order."""
+        times = []
+        for kwargs in self.calls:
+            start = time.perf_counter()
+            model(**kwargs)
+            _wait(kwargs)
+            times.append(time.perf_counter() - start)
+        return times
+
+
+def benchmark(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    plans: Mapping[str, Plan],
+    *,
+    backend: Backend = "inductor",
+    timestep: str = "timestep",
+    rounds: int = 7,
+    beside: Mapping[str, Call] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> tuple[Timing, ...]:
+    """Time whole generations, shuffled in each round, and compare medians with the plain model's.
+
+    Args:
+        model: in eval mode.
+        inputs: keyword arguments of one call.
+        plans: contenders by name; all of one number of steps.
+        backend: of the plans' phases; the plain model is compiled by the same.
+        timestep: the name of the timestep argument.
+        rounds: generations of each contender that count; one before them warms up.
+        beside: further callables to time in the same run.
+        progress: told what is done now.
+    """
+    steps = {plan.steps for plan in plans.values()} or {20}
+    if len(steps) > 1:
+        raise ValueError(f"plans of one number of steps can be compared, these have {sorted(steps)}")
+    generation = Generation(inputs, timestep, steps.pop())
+    made = {name: transform(model, plan, backend=backend, timestep=timestep) for name, plan in plans.items()}
+    contenders: dict[str, Call] = {"torch.compile": compile_plainly(model, backend), **(beside or {}), **made}
+    measured: dict[str, list[list[float]]] = {name: [] for name in contenders}
+    with torch.no_grad():
+        for name, call in contenders.items():
+            progress(f"compiling {name}")
+            generation.run(call)
+        for turn in range(rounds):
+            progress(f"round {turn + 1} of {rounds}")
+            for name in random.Random(turn).sample(list(contenders), len(contenders)):
+                measured[name].append(generation.run(contenders[name]))
+        return _timings(measured, made, generation)
+
+
+def _timings(
+    measured: Mapping[str, Sequence[Sequence[float]]], made: Mapping[str, nn.Module], generation: Generation
+) -> tuple[Timing, ...]:
+    base = statistics.median(map(statistics.fmean, measured["torch.compile"]))
+    result = []
+    for name, rounds in measured.items():
+        per_step = sorted(1e3 * statistics.fmean(times) for times in rounds)
+        ms = statistics.median(per_step)
+        quarter = len(per_step) // 4
+        timing = Timing(name, ms, per_step[quarter], per_step[-1 - quarter], 1e3 * base / ms, None)
+        result.append(_with_plan(timing, made[name], rounds, generation) if name in made else timing)
+    return tuple(result)
+
+
+def _with_plan(
+    timing: Timing, model: Any, rounds: Sequence[Sequence[float]], generation: Generation
+) -> Timing:
+    engine: Engine = model._graphcache
+    state = engine.states[""]
+    schedule, program = state.schedule, state.program
+    phases = []
+    for index in range(len(schedule.phases)):
+        steps = [i for i, step in enumerate(schedule.steps) if step.phase == index and i > 0]
+        times = [times[i] for times in rounds for i in steps]
+        if times:
+            phases.append((f"{index} ({len(steps)} steps)", 1e3 * statistics.median(times)))
+    return replace(
+        timing,
+        ideal=program.ideal_speedup(schedule),
+        phases=tuple(phases),
+        graphs=program.graphs,
+        runner_us=runner_overhead(model, generation),
+    )
+
+
+def runner_overhead(model: Any, generation: Generation, rounds: int = 5) -> float:
+    """Microseconds a step outside the graphs: every graph is replaced by one that returns old results."""
+    engine: Engine = model._graphcache
+    program = engine.states[""].program
+    kept = dict(program.phases)
+    try:
+        for key, runnable in kept.items():
+            program.phases[key] = replace(runnable, call=_replay(runnable.call))
+        medians = []
+        for turn in range(rounds + 1):
+            engine.reset()
+            times = generation.run(model)
+            if turn:
+                medians.append(statistics.median(times[1:]))
+        return 1e6 * statistics.median(medians)
+    finally:
+        program.phases.update(kept)
+        engine.reset()
+
+
+def _replay(call: Call) -> Call:
+    kept: list[Any] = []
+
+    def replay(*tensors: torch.Tensor) -> Any:
+        if not kept:
+            kept.append(call(*tensors))
+        return kept[0]
+
+    return replay
+
+
+def _wait(kwargs: Mapping[str, Any]) -> None:
+    if torch.cuda.is_available() and any(
+        isinstance(value, torch.Tensor) and value.is_cuda for value in kwargs.values()
+    ):
+        torch.cuda.synchronize()

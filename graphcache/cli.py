@@ -1,0 +1,203 @@
+"""The command line: inspect, plan, show, bench."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from graphcache import presets
+from graphcache.bench import Timing, benchmark
+from graphcache.inspection import inspect as inspect_model
+from graphcache.ir.errors import GraphCacheError, PlanError
+from graphcache.ir.plan import Plan, Preset, Value
+from graphcache.sources import load_model, load_object
+
+app = typer.Typer(
+    help="A compiler for feature caching in diffusion transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+ModelName = Annotated[
+    str, typer.Argument(help="package.module:factory, or a local diffusers folder", metavar="MODEL")
+]
+Inputs = Annotated[
+    str | None,
+    typer.Option(help="package.module:function that takes the model and returns its keyword arguments"),
+]
+Call = Annotated[str | None, typer.Option(help="a pipeline folder's call, as JSON", metavar="JSON")]
+Timestep = Annotated[str, typer.Option(help="forward's timestep argument")]
+
+_COLOURS = {"#": "bold white on blue", ".": "bright_black"}
+_LETTER_COLOURS = ("green", "magenta", "yellow", "cyan", "red")
+
+
+@app.command()
+def inspect(
+    model: ModelName, inputs: Inputs = None, call: Call = None, timestep: Timestep = "timestep"
+) -> None:
+    """List a model's sites: role, shape of a cached value, share of the FLOPs."""
+    module, kwargs = load_model(model, inputs, _json(call))
+    found = inspect_model(module, kwargs, timestep=timestep)
+    table = Table("site", "role", "cached value", "bytes", "MFLOPs", "share")
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for site in found.sites:
+        cost = f"{site.flops / 1e6:.2f}", f"{site.share:.1%}"
+        table.add_row(site.name, site.role, site.shape, f"{site.bytes:,}", *cost)
+    console.print(table)
+    console.print(str(found).rsplit("\n", 1)[-1])
+
+
+@app.command()
+def plan(
+    preset: Annotated[str, typer.Argument(help=f"one of {', '.join(presets.names())}")],
+    steps: Annotated[int, typer.Option(help="model evaluations of one generation")] = 50,
+    option: Annotated[list[str] | None, typer.Option("--set", help="an argument: interval=3")] = None,
+    output: Annotated[Path | None, typer.Option(help="write here: .json as JSON, else text")] = None,
+) -> None:
+    """Write out a preset as a plan."""
+    made = _preset(preset, steps, option or [])
+    if output is not None:
+        made.save(output)
+        console.print(f"wrote {output}")
+    else:
+        typer.echo(str(made), nl=not str(made).endswith("\n"))
+
+
+@app.command()
+def show(plan: Annotated[str, typer.Argument(help="a plan file, or preset:steps[:key=value,…]")]) -> None:
+    """Show a plan's grid in colour."""
+    found = _plan(plan, None)
+    console.print(f"{found.steps} steps" + (f", preset {found.preset.name}" if found.preset else ""))
+    width = max((len(str(row.selector)) for row in found.rows), default=0)
+    colours = {letter.symbol: c for letter, c in zip(found.letters, _LETTER_COLOURS * 9, strict=False)}
+    for row in found.rows:
+        line = Text(f"{row.selector!s:{width}}  ")
+        for symbol in row.actions:
+            line.append(symbol, _COLOURS.get(symbol) or colours.get(symbol, ""))
+        console.print(line, soft_wrap=True)
+    console.print("# compute   . reuse", style="dim")
+    for letter in found.letters:
+        options = " ".join(f"{key}={value}" for key, value in letter.options)
+        console.print(f"{letter.symbol} {letter.kind} {options}", style=colours[letter.symbol])
+
+
+@app.command()
+def bench(
+    model: ModelName,
+    plan: Annotated[list[str] | None, typer.Option(help="preset[:steps[:key=value,…]] or a file")] = None,
+    steps: Annotated[int, typer.Option(help="steps of presets that name none")] = 20,
+    rounds: Annotated[int, typer.Option(help="generations of each contender")] = 7,
+    backend: Annotated[str, typer.Option(help="a torch.compile backend, or none")] = "inductor",
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="an Inductor option: cpp_wrapper=1")
+    ] = None,
+    beside: Annotated[
+        list[str] | None, typer.Option(help="package.module:function from model to callable, timed too")
+    ] = None,
+    inputs: Inputs = None,
+    call: Call = None,
+    timestep: Timestep = "timestep",
+    threads: Annotated[int | None, typer.Option(help="torch threads")] = None,
+    output: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
+) -> None:
+    """Time plans against the plain compiled model, interleaved, as ratios of medians."""
+    if threads:
+        torch.set_num_threads(threads)
+    module, kwargs = load_model(model, inputs, _json(call))
+    plans = {text: _plan(text, steps) for text in plan or ["compute", "fora", "taylorseer"]}
+    chosen: Any = None if backend == "none" else backend
+    if option:
+        chosen = {"backend": chosen, "options": dict(map(_assignment, option))}
+    others = {name: load_object(name)(load_model(model, inputs, _json(call))[0]) for name in beside or []}
+    with console.status("starting") as status:
+        timings = benchmark(
+            module,
+            kwargs,
+            plans,
+            backend=chosen,
+            timestep=timestep,
+            rounds=rounds,
+            beside=others,
+            progress=status.update,
+        )
+    _print_timings(timings)
+    if output is not None:
+        rows = [{**vars(timing), "realised": timing.realised} for timing in timings]
+        output.write_text(json.dumps(rows, indent=1))
+
+
+def _print_timings(timings: tuple[Timing, ...]) -> None:
+    names = ("", "ms a step", "quartiles", "speed-up", "ideal", "realised", "graphs", "runner µs")
+    table = Table(*names)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for t in timings:
+        plan_cells = ["", "", "", ""]
+        if t.ideal is not None and t.realised is not None and t.runner_us is not None:
+            plan_cells = [f"{t.ideal:.2f}", f"{t.realised:.2f}", str(t.graphs), f"{t.runner_us:.0f}"]
+        table.add_row(t.name, f"{t.ms:.3f}", f"{t.low:.3f}–{t.high:.3f}", f"{t.speedup:.2f}", *plan_cells)
+    console.print(table)
+    for t in timings:
+        if t.phases:
+            phases = ", ".join(f"phase {name}: {ms:.3f} ms" for name, ms in t.phases)
+            console.print(f"{t.name}: {phases}")
+
+
+def _json(text: str | None) -> Mapping[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise GraphCacheError(f"--call is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise GraphCacheError("--call must be a JSON object of the pipeline's arguments")
+    return value
+
+
+def _assignment(text: str) -> tuple[str, Value]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise PlanError(f"'{text}' is no name=value")
+    for convert in (int, float):
+        try:
+            return name, convert(value)
+        except ValueError:
+            continue
+    return name, {"true": True, "false": False}.get(value, value)
+
+
+def _preset(name: str, steps: int, options: list[str]) -> Plan:
+    return presets.evaluate(Preset(name, tuple(map(_assignment, options))), steps)
+
+
+def _plan(text: str, steps: int | None) -> Plan:
+    """A plan file, or `preset[:steps[:key=value,…]]`."""
+    name, _, rest = text.partition(":")
+    if name not in presets.names():
+        return Plan.load(text)
+    count, _, options = rest.partition(":")
+    if count and not count.isdigit():
+        raise PlanError(f"'{text}': write preset:steps:key=value, for example fora:50:interval=3")
+    if not count and steps is None:
+        raise PlanError(f"'{text}' does not say how many steps; write {name}:50")
+    return _preset(name, int(count or steps or 0), options.split(",") if options else [])
+
+
+def main() -> None:
+    """Entry point: errors of graphcache's own are one line, without a traceback."""
+    try:
+        app()
+    except GraphCacheError as error:
+        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        raise SystemExit(2) from None

@@ -1,0 +1,133 @@
+"""Models named on a command line: `package.module:factory`, or a local diffusers folder."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphcache.capture import forward_parameters
+from graphcache.ir.errors import GraphCacheError
+
+
+def load_object(name: str) -> Any:
+    """Import what `package.module:attribute` names; the working directory is searched too.
+
+    Raises:
+        GraphCacheError: the name has no colon, or module or attribute are missing.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise GraphCacheError(f"'{name}' is neither a folder nor package.module:factory")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise GraphCacheError(f"cannot import {module_name}: {error}") from error
+    if not hasattr(module, attribute):
+        raise GraphCacheError(f"{module_name} has no {attribute}")
+    return getattr(module, attribute)
+
+
+def load_model(
+    name: str, inputs: str | None = None, call: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """A model and keyword arguments of one call of it.
+
+    Args:
+        name: `package.module:factory`, which returns a model or (model, inputs); a folder with a
+            pipeline's model_index.json; or a folder with a transformer's config.json.
+        inputs: `package.module:function` that takes the model and returns its arguments.
+        call: arguments of the pipeline, whose first transformer call is then recorded.
+
+    Raises:
+        GraphCacheError: nothing says how to call the model, or the name leads nowhere.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if (folder / "model_index.json").exists():
+            return _from_pipeline(folder, call or {})
+        model, found = _from_folder(folder), None
+    else:
+        made = load_object(name)()
+        model, found = made if isinstance(made, tuple) else (made, None)
+    if not isinstance(model, nn.Module):
+        raise GraphCacheError(f"{name} gave a {type(model).__name__}, not a torch module")
+    if inputs is not None:
+        found = load_object(inputs)(model)
+    if found is None:
+        raise GraphCacheError(
+            f"{name} does not say how to call the model; return (model, inputs) from the factory, or give "
+            "--inputs package.module:function, which takes the model and returns its keyword arguments"
+        )
+    return model.eval(), found
+
+
+def _diffusers() -> Any:
+    try:
+        return importlib.import_module("diffusers")
+    except ImportError as error:
+        raise GraphCacheError(
+            "a diffusers folder needs diffusers: pip install graphcache-dit[diffusers]"
+        ) from error
+
+
+def _from_folder(folder: Path) -> nn.Module:
+    config = folder / "config.json"
+    if not config.exists():
+        raise GraphCacheError(f"{folder} has neither model_index.json nor config.json")
+    diffusers = _diffusers()
+    name = json.loads(config.read_text()).get("_class_name", "")
+    kind = getattr(diffusers, str(name), None)
+    if kind is None:
+        raise GraphCacheError(f"{config} names the class '{name}', which diffusers does not have")
+    model: nn.Module = kind.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+    return model
+
+
+class _Recorded(Exception):
+    """Ends a pipeline's run once its first transformer call is known."""
+
+
+def _from_pipeline(folder: Path, call: Mapping[str, Any]) -> tuple[nn.Module, Mapping[str, Any]]:
+    pipe = _diffusers().DiffusionPipeline.from_pretrained(
+        str(folder), local_files_only=True, use_safetensors=True
+    )
+    if not isinstance(getattr(pipe, "transformer", None), nn.Module):
+        raise GraphCacheError(f"{folder} holds a {type(pipe).__name__}, which has no transformer")
+    return pipe.transformer, record_call(pipe, call)
+
+
+def record_call(pipe: Callable[..., Any], call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keyword arguments of the first transformer call that a pipeline makes for these arguments.
+
+    Raises:
+        GraphCacheError: the pipeline fails before that, for instance because an argument is missing.
+    """
+    transformer: Any = pipe.transformer  # type: ignore[attr-defined]
+    seen: dict[str, Any] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = list(forward_parameters(module))
+        seen.update(zip(names, args, strict=False), **kwargs)
+        raise _Recorded
+
+    hook = transformer.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            pipe(**{"num_inference_steps": 2, **call})
+    except _Recorded:
+        return seen
+    except Exception as error:
+        raise GraphCacheError(
+            f"the pipeline failed before it called its transformer: {error}; "
+            'give its arguments, such as --call \'{"prompt": "a cat"}\''
+        ) from error
+    finally:
+        hook.remove()
+    raise GraphCacheError("the pipeline never called its transformer")

@@ -1,0 +1,250 @@
+"""The executable definition of a plan: the untouched graph run node by node, sites obtained as the plan says.
+
+It keeps every value for ever and knows no liveness, phases or specialised graphs, so that the library's
+answers can be compared with it bit for bit.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphcache.analysis.bases import coefficients
+from graphcache.capture import forward_parameters
+from graphcache.ir.call import Binder, CallSpec
+from graphcache.ir.errors import PlanError
+from graphcache.ir.graph import StepGraph
+from graphcache.ir.plan import Letter, Plan, Row
+from graphcache.ir.selector import resolve
+from graphcache.program import Captured
+
+Computed = tuple[int, tuple[Tensor, ...]]
+"""A step and the raw value that a site had there, one tensor per part."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Consecutive blocks: their residual adds with the stream that each adds to, and those read afterwards."""
+
+    first: int
+    last: int
+    streams: Mapping[fx.Node, fx.Node]
+    leaving: tuple[fx.Node, ...]
+
+    @staticmethod
+    def of(step: StepGraph, first: int, last: int) -> "Range":
+        nodes = {node.name: node for node in step.graph.nodes}
+        inside = [branch for branch in step.branches if first <= branch.block <= last]
+        streams = {nodes[branch.merge]: nodes[branch.stream] for branch in inside}
+        leaving = tuple(node for node in step.graph.nodes if node in streams and _is_read_after(node, streams))
+        return Range(first, last, streams, leaving)
+
+
+def _is_read_after(merge: fx.Node, streams: Mapping[fx.Node, fx.Node]) -> bool:
+    """Whether a path leads from the add to the result through no other add of the range."""
+    todo, seen = list(merge.users), set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if node.op == "output":
+            return True
+        if node not in seen and node not in streams:
+            seen.add(node)
+            todo.extend(node.users)
+    return False
+
+
+@dataclass
+class Site:
+    """A row met with the site it speaks of, and all that the site ever computed, newest first."""
+
+    name: str
+    row: Row
+    blocks: tuple[int, int]
+    history: list[Computed] = field(default_factory=list)
+    fresh: list[Tensor] = field(default_factory=list)
+    symbol: str = "#"
+
+
+class Reference:
+    """Runs a captured, tagged and otherwise untouched step under a plan, one call a step."""
+
+    def __init__(self, captured: Captured, plan: Plan, start: int = 0) -> None:
+        self.captured, self.plan, self.start, self.now = captured, plan, start, start
+        self.letters = {letter.symbol: letter for letter in plan.letters}
+        step = captured.step
+        rows = resolve(plan, step.branches, step.blocks)
+        whole = (0, step.blocks - 1)
+        self.output = Site("output", rows.output, whole) if rows.output else None
+        largest_first = sorted(rows.ranges, key=lambda item: item[1] - item[2])
+        self.ranges = [Site(f"range({a}..{b})", row, (a, b)) for row, a, b in largest_first]
+        self.cuts = {site.name: Range.of(step, *site.blocks) for site in self.ranges}
+        self.branches = {
+            branch.value: Site(branch.name, rows.branches[branch.name], (branch.block, branch.block))
+            for branch in step.branches
+            if branch.name in rows.branches
+        }
+
+    def sites(self) -> list[Site]:
+        """Outermost first."""
+        return [*([self.output] if self.output else []), *self.ranges, *self.branches.values()]
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Any:
+        """One step on flat inputs in signature order, structured like the model's result."""
+        self._decide()
+        if self.output is not None and self._is_taken(self.output):
+            parts = range(self.captured.output.count)
+            results = tuple(self._obtained(self.output, part, None) for part in parts)
+        else:
+            results = _Step(self).run(*tensors)
+            if self.output is not None:
+                results = tuple(self._obtained(self.output, part, raw) for part, raw in enumerate(results))
+        for site in self.sites():
+            if site.fresh:
+                site.history.insert(0, (self.now, tuple(site.fresh)))
+                site.fresh = []
+        self.now += 1
+        return self.captured.output.build(results)
+
+    def _is_taken(self, site: Site) -> bool:
+        """Whether the site comes from its history alone."""
+        return site.symbol == "." or (site.symbol in self.letters and self.letters[site.symbol].is_forecast)
+
+    def _decide(self) -> None:
+        """The action of every site at this step; inside what is taken from the cache all is held."""
+        taken: list[Site] = []
+        for site in self.sites():
+            around = [outer for outer in taken if _contains(outer.blocks, site.blocks)]
+            if around or (self.output in taken and site is not self.output):
+                site.symbol = "held"
+                continue
+            site.symbol = site.row.actions[self.now]
+            if site.symbol != "#" and not site.history:
+                if self.start == 0:
+                    raise PlanError(f"{site.name}, step {self.now}: nothing was computed yet")
+                site.symbol = "#"
+            if self._is_taken(site):
+                if any(_overlap(outer.blocks, site.blocks) for outer in taken):
+                    raise PlanError(f"{site.name}, step {self.now}: overlaps with another range taken")
+                if site.name.startswith("range") or site is self.output:
+                    taken.append(site)
+
+    def obtained(self, node: fx.Node, raw: Any, run: "_Step") -> Any:
+        """What readers of `node` see, given what it computed."""
+        site = self.branches.get(node.name)
+        if site is not None:
+            raw = self._obtained(site, 0, raw)
+        for outer in reversed(self.ranges):
+            cut = self.cuts[outer.name]
+            if node in cut.leaving and outer.symbol != "held":
+                before = run.bypass(cut, cut.streams[node])
+                change = raw - before
+                used = self._obtained(outer, cut.leaving.index(node), change)
+                raw = raw if used is change else before + used
+        return raw
+
+    def _obtained(self, site: Site, part: int, raw: Any) -> Any:
+        letter = self.letters.get(site.symbol)
+        if site.symbol == "held":
+            return raw
+        if site.symbol == "#" or (letter is not None and letter.is_compute):
+            site.fresh.append(raw)
+        if site.symbol == "#":
+            return raw
+        values = [parts[part] for _, parts in site.history]
+        if letter is None:
+            return values[0]
+        steps = [step for step, _ in site.history]
+        if letter.is_compute:
+            steps, values = [self.now, *steps], [raw, *values]
+        return weighted(values, self._weights(site.row, letter, steps))
+
+    def _weights(self, row: Row, letter: Letter, computed: Sequence[int]) -> tuple[float, ...]:
+        return coefficients(
+            letter,
+            self.now,
+            computed,
+            steps=self.plan.steps,
+            first_forecast=row.actions.index(letter.symbol),
+            listed=row.listed(self.now),
+        )
+
+
+def weighted(history: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """c_0·h_0 + c_1·h_1 + …, newest first, in fp32 at least; what is missing is the newest."""
+    dtype = history[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    total = None
+    for i, weight in enumerate(weights):
+        entry = history[i] if i < len(history) else history[0]
+        term = entry.to(wide) * torch.tensor(weight, dtype=wide)
+        total = term if total is None else total + term
+    assert total is not None
+    return total.to(dtype)
+
+
+class _Step(fx.Interpreter):
+    """One evaluation, node by node."""
+
+    def __init__(self, reference: Reference) -> None:
+        super().__init__(reference.captured.step.module, garbage_collect_values=False)
+        self.reference = reference
+        self.bypassed: dict[tuple[int, int, fx.Node], Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        return self.reference.obtained(n, super().run_node(n), self)
+
+    def bypass(self, cut: Range, node: fx.Node) -> Any:
+        """The value of `node` if every residual add of the range passed its stream through."""
+        if node in cut.streams:
+            return self.bypass(cut, cut.streams[node])
+        if not _comes_after(node, cut):
+            return self.env[node]
+        key = (cut.first, cut.last, node)
+        if key not in self.bypassed:
+            args = fx.map_arg(node.args, lambda item: self.bypass(cut, item))
+            kwargs = fx.map_arg(node.kwargs, lambda item: self.bypass(cut, item))
+            self.bypassed[key] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self.bypassed[key]
+
+
+def _comes_after(node: fx.Node, cut: Range) -> bool:
+    todo, seen = [node], set[fx.Node]()
+    while todo:
+        item = todo.pop()
+        if item in cut.streams:
+            return True
+        if item not in seen:
+            seen.add(item)
+            todo.extend(item.all_input_nodes)
+    return False
+
+
+def _contains(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
+
+
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] <= other[1] and other[0] <= one[1]
+
+
+def flat(model: nn.Module, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """A call's tensors in signature order."""
+    binder = Binder(forward_parameters(model))
+    return binder.signature(binder.bind((), dict(kwargs)))[1]
+
+
+def captured(model: nn.Module, kwargs: Mapping[str, Any], timestep: str) -> Captured:
+    """The model's step for one call, before any plan."""
+    binder = Binder(forward_parameters(model))
+    bound = binder.bind((), dict(kwargs))
+    return Captured.of(model, CallSpec.of(binder, bound, timestep), binder.signature(bound)[1])
+
+
+def reference(
+    model: nn.Module, step: Captured, plan: Plan, start: int = 0
+) -> Callable[..., Any]:
+    """The reference interpreter behind the model's own keyword arguments."""
+    run = Reference(step, plan, start)
+    return lambda **kwargs: run(flat(model, kwargs))
