@@ -1,7 +1,7 @@
 # Every target may be the first one on a fresh machine: it makes .venv and installs what it needs.
 #   make PYTHON=python3.12 test    another interpreter (3.11 or newer) for a new .venv
 #   make test JOBS=8               more test processes
-#   make demo SMALL=1              a shorter demo
+#   make demo SMALL=1              a shorter demo, or bench
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .NOTPARALLEL:
@@ -11,6 +11,7 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip
 small := $(if $(filter-out 0,$(SMALL)),--small)
+rounds := $(if $(small),--rounds 2 --steps 6)
 
 .PHONY: venv demo test lint bench
 
@@ -28,8 +29,12 @@ lint: .venv/.with-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One model whose time is FLOPs, and one whose time is launches, beside caches that decide as they run.
+models := examples.benchmark_models
 bench: .venv/.with-bench
-	@$(BIN)/python -m examples.bench $(small)
+	$(BIN)/graphcache bench $(models):compute_bound_pixart $(rounds)
+	$(BIN)/graphcache bench $(models):launch_bound_flux $(rounds) \
+	  --beside $(models):first_block_cache --beside $(models):dbcache
 
 # A stamp per extra; one that includes others stamps them too.
 covers_test := examples
@@ -38,7 +43,8 @@ covers_dev := examples test lint bench
 
 .venv/.with-%: pyproject.toml .ci/constraints.txt | .venv/bin/pip
 	@echo "Installing graphcache-dit[$*] into .venv; the first time takes minutes"
-	@$(PIP) install -c .ci/constraints.txt -e '.[$*]' | sed -Eun 's/^(Collecting [^ ]+|Installing) .*/  \1/p'
+	@$(PIP) install -c .ci/constraints.txt -e '.[$*]' 2> >(grep -v '^WARNING' >&2) | sed -Eun \
+	  -e 's|^Processing .*/|Processing |' -e 's/^((Collecting|Processing|Installing collected) [^ ]+).*/  \1/p'
 	@touch $@ $(covers_$*:%=.venv/.with-%)
 
 .venv/bin/pip:

@@ -2,7 +2,7 @@
 
 import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,14 @@ def capture(
     Raises:
         CaptureError: for whatever a graph cannot hold, naming the cause and what to do about it.
     """
-    refuse_state(model)
     outputs: list[OutputSpec] = []
     wrapper = _FlatCall(model, call, outputs.append)
     try:
         with torch.no_grad():
             program = torch.export.export(wrapper, tensors, strict=False)
-            program = program.run_decompositions({})
+            if not _is_functional(program.graph):
+                # in-place writes into views would be lost to dead-code elimination
+                program = program.run_decompositions({})
     except CaptureError:
         raise
     except Exception as error:
@@ -79,28 +80,68 @@ class _FlatCall(nn.Module):
         return leaves
 
 
-def refuse_state(model: nn.Module) -> None:
-    """Raise for training mode and for hooks, both of which a captured graph would lose silently."""
-    training = [name or "the model" for name, module in model.named_modules() if module.training]
-    if training:
-        raise CaptureError(
-            f"{training[0]} is in training mode; call model.eval() before the first generation"
-        )
-    hooked = next(_hooked(model), None)
-    if hooked:
-        raise CaptureError(
-            f"{hooked}, which would run once during the capture and never again; "
-            "remove it (for diffusers' caches: model.disable_cache()) before transforming"
-        )
+Fingerprint = tuple[Any, ...]
 
 
-def _hooked(model: nn.Module) -> Iterator[str]:
-    for name, module in model.named_modules():
-        where = name or "the model"
-        if module._forward_hooks or module._forward_pre_hooks:
-            yield f"{where} has forward hooks"
-        if "forward" in vars(module):
-            yield f"{where} has a forward of its own set on the instance (accelerate's hooks do that)"
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """What a capture bakes in of a model's modules and weights, to be compared at each generation's start.
+
+    Holds the objects themselves, so that none can be freed and its identity reused.
+
+    Raises:
+        CaptureError: training mode, or hooks, both of which a captured graph would lose silently.
+    """
+    found: list[Any] = []
+    todo = [model]
+    while todo:
+        module = todo.pop()
+        state = module.__dict__
+        if module.training or state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+            raise _stateful(model, module)
+        found.append(_Same(module))
+        for value in (*state["_parameters"].values(), *state["_buffers"].values()):
+            if value is not None:
+                found += (_Same(value), value.dtype, value.device)
+        todo.extend(child for child in state["_modules"].values() if child is not None)
+    return tuple(found)
+
+
+class _Same:
+    """Compares by identity; tensors would compare by element."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _stateful(model: nn.Module, module: nn.Module) -> CaptureError:
+    where = next((name for name, item in model.named_modules() if item is module), "") or "the model"
+    if module.training:
+        return CaptureError(f"{where} is in training mode; call model.eval() before the first generation")
+    what = "forward hooks"
+    if "forward" in vars(module):
+        what = "a forward of its own, set on the instance (accelerate's hooks do that)"
+    return CaptureError(
+        f"{where} has {what}, which would run once during the capture and never again; "
+        "remove it (for diffusers' caches: model.disable_cache()) before transforming"
+    )
+
+
+def _is_functional(graph: fx.Graph) -> bool:
+    """Whether export's graph is pure as it is; decomposing takes twice as long as exporting."""
+    targets = [node.target for node in graph.nodes if node.op == "call_function"]
+    return not any(
+        isinstance(target, torch._ops.HigherOrderOperator)
+        or (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable)
+        for target in targets
+    )
 
 
 def _refuse_mutation(signature: Any) -> None:
@@ -133,6 +174,8 @@ def _plain_graph(module: fx.GraphModule) -> fx.Graph:
 def _refuse_ops(graph: fx.Graph) -> None:
     for node in graph.nodes:
         target = node.target
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            raise CaptureError(f"{_place(node)} runs {target}, whose inner graph cannot be rewritten")
         if not isinstance(target, torch._ops.OpOverload):
             continue
         if target._schema.is_mutable:

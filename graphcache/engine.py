@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphcache.capture import forward_parameters, refuse_state
+from graphcache.capture import Fingerprint, fingerprint, forward_parameters
 from graphcache.clock import Clock, read_timestep
 from graphcache.compile import Backend
 from graphcache.ir.call import Binder, CallSpec
@@ -21,6 +21,10 @@ from graphcache.runner import BranchState, changed_inputs, run_step
 
 MOST_PROGRAMS = 8
 """Signatures kept ready; the least recently used is dropped."""
+
+
+Key = tuple[Hashable, ...]
+"""A signature, and what tracing and compiled code depend on besides it; gradient mode comes last."""
 
 
 class Engine:
@@ -40,7 +44,7 @@ class Engine:
         self.timestep = timestep
         self.observers = observers
         self.binder = Binder(forward_parameters(model))
-        self.programs: OrderedDict[Hashable, Program] = OrderedDict()
+        self.programs: OrderedDict[Key, Program] = OrderedDict()
         self.states: dict[str, BranchState] = {}
         self.branch = ""
         self.start_step = 0
@@ -53,6 +57,7 @@ class Engine:
             return run_step(state, tensors)
         except BaseException:
             self.states.pop(self.branch, None)
+            self.start_step = 0
             raise
 
     def reset(self, start_step: int = 0) -> None:
@@ -71,14 +76,13 @@ class Engine:
 
     def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
         """Capture for these inputs and check the plan against the model."""
-        refuse_state(self.model)
         bound = self.binder.bind(args, dict(kwargs))
         key, tensors = self.binder.signature(bound)
         program = self._program(key + _ambient(), bound, tensors)
         program.check()
         return program
 
-    def _place(self, key: Hashable, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> BranchState:
+    def _place(self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> BranchState:
         """The branch's state with its clock set to this call; nothing changes before all is checked."""
         timestep = bound.get(self.timestep)
         if not isinstance(timestep, torch.Tensor):
@@ -100,9 +104,8 @@ class Engine:
         return state
 
     def _begin(
-        self, key: Hashable, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor], now: float
+        self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor], now: float
     ) -> BranchState:
-        refuse_state(self.model)
         program = self._program(key, bound, tensors)
         if self.branch in self.states:
             self.start_step = 0
@@ -110,17 +113,18 @@ class Engine:
         state.constants = program.captured.constants(tensors)
         return state
 
-    def _enter(self, key: Hashable, program: Program, clock: Clock) -> BranchState:
+    def _enter(self, key: Key, program: Program, clock: Clock) -> BranchState:
         """A state with an empty history, from the clock's step on."""
         state = BranchState(key, program, program.schedule(clock.step), clock.step, clock)
         self.states[self.branch] = state
         return state
 
-    def _program(self, key: Hashable, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> Program:
+    def _program(self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> Program:
+        """The program of a signature, for the model as it is now."""
+        now = fingerprint(self.model)
         program = self.programs.get(key)
-        if program is None or not program.captured.is_current():
-            call = CallSpec.of(self.binder, bound, self.timestep)
-            captured = Captured.of(self.model, call, tensors, self.observers)
+        if program is None or program.captured.fingerprint != now:
+            captured = self._captured(key, now, bound, tensors)
             program = self.programs[key] = Program(
                 captured, self.plan, self.backend, observers=self.observers
             )
@@ -129,15 +133,23 @@ class Engine:
             self.programs.popitem(last=False)
         return program
 
+    def _captured(
+        self, key: Key, now: Fingerprint, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]
+    ) -> Captured:
+        """A capture, shared with the same signature's program in the other gradient mode."""
+        twin = self.programs.get((*key[:-1], not key[-1]))
+        if twin is not None and twin.captured.fingerprint == now:
+            return twin.captured
+        call = CallSpec.of(self.binder, bound, self.timestep)
+        return Captured.of(self.model, call, tensors, self.observers)
+
     def _leave_prologue(self, state: BranchState, changed: set[int]) -> None:
         """An input seen changing within a generation is computed with at every step, from now on."""
         program = state.program.without(changed)
         self.programs[state.key] = state.program = program
         state.watched = None
 
-    def _refuse_second_branch(
-        self, state: BranchState, key: Hashable, tensors: Sequence[torch.Tensor]
-    ) -> None:
+    def _refuse_second_branch(self, state: BranchState, key: Key, tensors: Sequence[torch.Tensor]) -> None:
         same = key == state.key and all(
             new is old
             for new, old in zip(state.program.captured.constants(tensors), state.constants, strict=True)
@@ -162,10 +174,10 @@ def _ambient() -> tuple[Hashable, ...]:
     """What tracing and compiled code depend on besides the arguments."""
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     dtypes = tuple(torch.get_autocast_dtype(d) for d, on in zip(("cpu", "cuda"), autocast, strict=True) if on)
-    return torch.is_grad_enabled(), autocast, dtypes
+    return autocast, dtypes, torch.is_grad_enabled()
 
 
-def _refuse_conversion(before: Hashable, after: Hashable) -> None:
+def _refuse_conversion(before: Key, after: Key) -> None:
     old, new = _kinds(before), _kinds(after)
     for name in old.keys() & new.keys():
         if old[name] != new[name]:

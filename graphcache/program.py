@@ -10,7 +10,7 @@ from torch import nn
 from graphcache.analysis.cost import graph_flops
 from graphcache.analysis.invariant import invariant_values
 from graphcache.analysis.liveness import lower
-from graphcache.capture import capture
+from graphcache.capture import Fingerprint, capture, fingerprint
 from graphcache.compile import Backend, Compiled, build
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import PlanError
@@ -31,8 +31,6 @@ from graphcache.passes.simplify import Simplify
 from graphcache.passes.specialize import Specialize, part_sizes
 from graphcache.passes.tag import Tag
 
-WeightKey = tuple[nn.Module, str, torch.Tensor, torch.dtype, torch.device]
-
 
 @dataclass(frozen=True)
 class Captured:
@@ -42,7 +40,7 @@ class Captured:
     call: CallSpec
     output: OutputSpec
     strides: tuple[tuple[int, ...], ...]
-    weights: tuple[WeightKey, ...]
+    fingerprint: Fingerprint
 
     @staticmethod
     def of(
@@ -52,30 +50,12 @@ class Captured:
         step, output = capture(model, call, examples)
         step = run((Simplify(), Tag()), step, observers)
         strides = tuple(tensor.stride() for tensor in examples)
-        return Captured(step, call, output, strides, _weights(model))
+        return Captured(step, call, output, strides, fingerprint(model))
 
     def constants(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The inputs that a generation is expected to keep."""
         varies = (self.call.latent, self.call.timestep)
         return tuple(tensor for index, tensor in enumerate(tensors) if index not in varies)
-
-    def is_current(self) -> bool:
-        """Whether the model still has the weights that were captured, in dtype and device too."""
-        return all(
-            (owner._parameters.get(name) is value or owner._buffers.get(name) is value)
-            and value.dtype is dtype
-            and value.device == device
-            for owner, name, value, dtype, device in self.weights
-        )
-
-
-def _weights(model: nn.Module) -> tuple[WeightKey, ...]:
-    return tuple(
-        (module, name, value, value.dtype, value.device)
-        for module in model.modules()
-        for name, value in (*module._parameters.items(), *module._buffers.items())
-        if value is not None
-    )
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

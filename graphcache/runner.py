@@ -21,7 +21,7 @@ class BranchState:
     `constants` are the latest call's other inputs, to tell a second branch from a second evaluation.
     """
 
-    key: Hashable
+    key: tuple[Hashable, ...]
     program: Program
     schedule: Schedule
     start: int

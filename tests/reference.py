@@ -4,6 +4,7 @@ It keeps every value for ever and knows no liveness, phases or specialised graph
 answers can be compared with it bit for bit.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+import graphcache
 from graphcache.analysis.bases import coefficients
 from graphcache.capture import forward_parameters
+from graphcache.engine import _ambient
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import StepGraph
 from graphcache.ir.plan import Letter, Plan, Row
 from graphcache.ir.selector import resolve
-from graphcache.program import Captured
+from graphcache.program import Captured, Program
+from zoo import CASES, Case
 
 Computed = tuple[int, tuple[Tensor, ...]]
 """A step and the raw value that a site had there, one tensor per part."""
@@ -229,22 +233,75 @@ def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return one[0] <= other[1] and other[0] <= one[1]
 
 
-def flat(model: nn.Module, kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """A call's tensors in signature order."""
-    binder = Binder(forward_parameters(model))
-    return binder.signature(binder.bind((), dict(kwargs)))[1]
+@dataclass(frozen=True)
+class Subject:
+    """A model of the zoo with the capture of one of its calls, shared by the tests of a process."""
+
+    case: Case
+    model: nn.Module
+    captured: Captured
+    batch: int = 2
+    dtype: torch.dtype = torch.float32
+
+    def static(self) -> dict[str, Any]:
+        return cast(self.case.static(self.batch), self.dtype)
+
+    def latents(self, seed: int = 0) -> Tensor:
+        return self.case.latents(self.batch, seed).to(self.dtype)
+
+    def transform(self, plan: Plan, **options: Any) -> nn.Module:
+        """`graphcache.transform` with the capture already made, the plan checked as with example inputs."""
+        made = graphcache.transform(self.model, plan, timestep=self.case.timestep, **options)
+        engine = made._graphcache
+        kwargs = self.case.call(self.static(), self.latents(), 1.0)
+        key, _ = engine.binder.signature(engine.binder.bind((), kwargs))
+        program = Program(self.captured, plan, engine.backend)
+        program.check()
+        engine.programs[key + _ambient()] = program
+        return made
+
+    def reference(self, plan: Plan, start: int = 0) -> Callable[..., Any]:
+        """The reference interpreter behind the model's own keyword arguments."""
+        run = Reference(self.captured, plan, start)
+        binder = Binder(forward_parameters(self.model))
+        return lambda **kwargs: run(binder.signature(binder.bind((), kwargs))[1])
+
+    def sample(
+        self, call: Callable[..., Any], steps: int, start: int = 0, static: dict[str, Any] | None = None
+    ) -> list[Any]:
+        """The results of every step from `start` on; each updates the latents by a small Euler step."""
+        fixed = self.static() if static is None else static
+        latents, results = self.latents(), []
+        for step in range(start, steps):
+            results.append(call(**self.case.call(fixed, latents, 1 - step / steps)))
+            latents = latents - self.case.prediction(results[-1]) / steps
+        return results
 
 
-def captured(model: nn.Module, kwargs: Mapping[str, Any], timestep: str) -> Captured:
+@functools.cache
+def subject(name: str, batch: int = 2, dtype: torch.dtype = torch.float32) -> Subject:
+    case = CASES[name]
+    model = case.make().to(dtype)
+    static, latents = cast(case.static(batch), dtype), case.latents(batch).to(dtype)
+    return Subject(case, model, capture_call(model, case.call(static, latents, 1.0), case.timestep), batch, dtype)
+
+
+def capture_call(model: nn.Module, kwargs: Mapping[str, Any], timestep: str) -> Captured:
     """The model's step for one call, before any plan."""
     binder = Binder(forward_parameters(model))
     bound = binder.bind((), dict(kwargs))
     return Captured.of(model, CallSpec.of(binder, bound, timestep), binder.signature(bound)[1])
 
 
-def reference(
-    model: nn.Module, step: Captured, plan: Plan, start: int = 0
-) -> Callable[..., Any]:
-    """The reference interpreter behind the model's own keyword arguments."""
-    run = Reference(step, plan, start)
-    return lambda **kwargs: run(flat(model, kwargs))
+def cast(arguments: Any, dtype: torch.dtype) -> Any:
+    """Every floating-point tensor in another dtype."""
+
+    def convert(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return torch.utils._pytree.tree_map(convert, arguments)
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Bit for bit, NaNs included, in the same structure."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)

@@ -1,0 +1,64 @@
+"""The samples of all methods in one picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from examples.demo.measure import Row
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
+
+COLUMNS = 3
+GAP = 1
+DPI = 120
+
+
+def draw(path: Path, rows: Sequence[Row], images: Mapping[str, Tensor], caption: str) -> None:
+    """Write one grid of digits (N, 1, H, W) in [-1, 1] per row of the table, titled with its numbers."""
+    lines = math.ceil(len(rows) / COLUMNS)
+    figure, axes = pyplot.subplots(
+        lines, COLUMNS, figsize=(4 * COLUMNS, 4.75 * lines + 0.35), dpi=DPI, squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, row in zip(axes.flat, rows, strict=False):
+        axis.imshow(grid(images[row.method]), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
+        axis.text(0.5, 1.105, row.method, transform=axis.transAxes, ha="center", fontsize=16, weight="bold")
+        axis.text(
+            0.5, 1.03, subtitle(row), transform=axis.transAxes, ha="center", fontsize=12, color="#555555"
+        )
+    figure.text(0.5, 0.012, caption, ha="center", fontsize=10.5, color="#555555")
+    figure.subplots_adjust(left=0.015, right=0.985, top=0.93, bottom=0.04, wspace=0.06, hspace=0.2)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def subtitle(row: Row) -> str:
+    """Speed-up and how near the images are to the uncached ones."""
+    if row.psnr_db is None:
+        return f"{row.model_calls} steps, {row.ms_per_image:.0f} ms per image"
+    return f"{row.speedup:.2f}× as fast, {row.psnr_db:.1f} dB to uncached"
+
+
+def grid(images: Tensor) -> NDArray[np.float32]:
+    """Images (N, 1, H, W) in a near-square array, with lines of paper between them."""
+    count, _, height, width = images.shape
+    columns = math.isqrt(count - 1) + 1
+    lines = math.ceil(count / columns)
+    padded = F.pad(images[:, 0], (GAP, GAP, GAP, GAP), value=-1.0)
+    blank = torch.full((lines * columns - count, *padded.shape[1:]), -1.0)
+    tiles = torch.cat([padded, blank]).reshape(lines, columns, height + 2 * GAP, width + 2 * GAP)
+    array: NDArray[np.float32] = (
+        tiles.permute(0, 2, 1, 3).reshape(lines * (height + 2 * GAP), columns * (width + 2 * GAP)).numpy()
+    )
+    return array
