@@ -16,7 +16,7 @@ Made = tuple[nn.Module, dict[str, Any]]
 def launch_bound_flux() -> Made:
     """FLUX of hidden width 32 with 4 double and 8 single blocks: every kernel is shorter than its launch."""
     torch.manual_seed(0)
-    model: nn.Module = FluxTransformer2DModel(  # type: ignore[no-untyped-call]
+    model: nn.Module = FluxTransformer2DModel(
         patch_size=1,
         in_channels=4,
         num_layers=4,
@@ -44,7 +44,7 @@ def launch_bound_flux() -> Made:
 def compute_bound_pixart(blocks: int = 12) -> Made:
     """PixArt of hidden width 384 on 256 tokens, batch 2: time is FLOPs."""
     torch.manual_seed(0)
-    model: nn.Module = PixArtTransformer2DModel(  # type: ignore[no-untyped-call]
+    model: nn.Module = PixArtTransformer2DModel(
         num_attention_heads=6,
         attention_head_dim=64,
         in_channels=4,
@@ -68,7 +68,7 @@ def compute_bound_pixart(blocks: int = 12) -> Made:
 def deep_dit() -> Made:
     """DiT with XL/2's 28 blocks, narrow: for the time that capture and passes take."""
     torch.manual_seed(0)
-    model: nn.Module = DiTTransformer2DModel(  # type: ignore[no-untyped-call]
+    model: nn.Module = DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=16,
         in_channels=4,
@@ -91,7 +91,7 @@ def first_block_cache(model: Any) -> Callable[..., Any]:
     from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
     apply_first_block_cache(model, FirstBlockCacheConfig(threshold=0.0))
-    compiled = torch.compile(model)
+    compiled: Callable[..., Any] = torch.compile(model)
 
     def call(**kwargs: Any) -> Any:
         with model.cache_context("cond"):
