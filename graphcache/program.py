@@ -17,7 +17,6 @@ from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import (
     CacheWrite,
     Coefficients,
-    InPort,
     Input,
     StepGraph,
     storage_bytes,
@@ -71,10 +70,6 @@ class Runnable:
     step: StepGraph
     call: Compiled
     _coefficients: dict[tuple[int, tuple[float, ...]], torch.Tensor] = field(default_factory=dict)
-
-    @cached_property
-    def feeds(self) -> tuple[InPort, ...]:
-        return self.step.inputs
 
     @cached_property
     def stored(self) -> tuple[tuple[str, int], ...]:
@@ -134,7 +129,7 @@ class Program:
         """Leaves that the prologue reads, and that must therefore not change within a generation."""
         if self.prologue is None:
             return ()
-        return tuple(port.index for port in self.prologue.feeds if isinstance(port, Input))
+        return tuple(port.index for port in self.prologue.step.inputs if isinstance(port, Input))
 
     @cached_property
     def step(self) -> StepGraph:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from graphcache.clock import Clock
-from graphcache.ir.graph import CacheRead, Coefficients, Hoisted, Input
+from graphcache.ir.graph import CacheRead, Hoisted, Input
 from graphcache.ir.schedule import Schedule, Step
 from graphcache.ir.state import CacheState
 from graphcache.program import Program, Runnable
@@ -75,7 +75,9 @@ def _run_prologue(state: BranchState, tensors: Sequence[torch.Tensor], laid: Seq
     prologue = program.prologue
     state.watched, state.cache.hoisted = (), {}
     if prologue is not None:
-        values = prologue.call(*(laid[port.index] for port in prologue.feeds if isinstance(port, Input)))
+        values = prologue.call(
+            *(laid[port.index] for port in prologue.step.inputs if isinstance(port, Input))
+        )
         names = (port.name for port in prologue.step.outputs if isinstance(port, Hoisted))
         state.cache.hoisted = dict(zip(names, values, strict=True))
         state.hoisted_bytes = state.cache.hoisted_bytes()
@@ -85,17 +87,23 @@ def _run_prologue(state: BranchState, tensors: Sequence[torch.Tensor], laid: Seq
 def _feed(
     cache: CacheState, runnable: Runnable, laid: Sequence[torch.Tensor], step: Step
 ) -> list[torch.Tensor]:
+    """One tensor per input port; on the path of every step, hence no look-up twice."""
+    entries, hoisted = cache.entries, cache.hoisted
     feed: list[torch.Tensor] = []
-    for port in runnable.feeds:
-        match port:
-            case CacheRead():
-                feed.append(cache.read(port.site, port.part, port.entry))
-            case Input():
-                feed.append(laid[port.index])
-            case Hoisted():
-                feed.append(cache.hoisted[port.name])
-            case Coefficients():
-                feed.append(runnable.coefficients(port.group, step.coefficients[port.group]))
+    for port in runnable.step.inputs:
+        kind = port.__class__
+        if kind is CacheRead:
+            history = entries[port.site]  # type: ignore[union-attr]
+            # a history that is shorter than the forecast's order is padded with its newest at weight 0
+            index = port.entry if port.entry < len(history) else 0  # type: ignore[union-attr]
+            feed.append(history[index][port.part])  # type: ignore[union-attr]
+        elif kind is Hoisted:
+            feed.append(hoisted[port.name])  # type: ignore[union-attr]
+        elif kind is Input:
+            feed.append(laid[port.index])  # type: ignore[union-attr]
+        else:
+            group = port.group  # type: ignore[union-attr]
+            feed.append(runnable.coefficients(group, step.coefficients[group]))
     return feed
 
 

@@ -36,7 +36,7 @@ def sample(
     labels: Tensor,
     *,
     steps: int,
-    guidance: float = 2.0,
+    guidance: float = 1.5,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:

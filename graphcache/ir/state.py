@@ -17,11 +17,6 @@ class CacheState:
         self.entries: dict[str, list[Entry]] = {}
         self.hoisted: Mapping[str, torch.Tensor] = {}
 
-    def read(self, site: str, part: int, entry: int) -> torch.Tensor:
-        """An entry; where the history is shorter, the newest one in its place (its weight is 0)."""
-        history = self.entries[site]
-        return history[entry if entry < len(history) else 0][part]
-
     def store(self, site: str, entry: Entry) -> None:
         self.entries.setdefault(site, []).insert(0, entry)
 
