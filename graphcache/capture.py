@@ -96,7 +96,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     while todo:
         module = todo.pop()
         state = module.__dict__
-        if module.training or state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+        if module.training or state["_forward_hooks"] or state["_forward_pre_hooks"] or _is_replaced(module):
             raise _stateful(model, module)
         found.append(_Same(module))
         for value in (*state["_parameters"].values(), *state["_buffers"].values()):
@@ -104,6 +104,14 @@ def fingerprint(model: nn.Module) -> Fingerprint:
                 found += (_Same(value), value.dtype, value.device)
         todo.extend(child for child in state["_modules"].values() if child is not None)
     return tuple(found)
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether the instance has a forward that is not its class's own (diffusers leaves such behind)."""
+    own = module.__dict__.get("forward")
+    if own is None:
+        return False
+    return getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module
 
 
 class _Same:
@@ -126,7 +134,7 @@ def _stateful(model: nn.Module, module: nn.Module) -> CaptureError:
     if module.training:
         return CaptureError(f"{where} is in training mode; call model.eval() before the first generation")
     what = "forward hooks"
-    if "forward" in vars(module):
+    if _is_replaced(module):
         what = "a forward of its own, set on the instance (accelerate's hooks do that)"
     return CaptureError(
         f"{where} has {what}, which would run once during the capture and never again; "

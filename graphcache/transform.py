@@ -1,6 +1,8 @@
 """`transform`: a model that looks and behaves like the original and runs under a plan."""
 
 import contextlib
+import functools
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -28,15 +30,6 @@ class Transformed:
         """The plan that the model runs under."""
         return self._graphcache.plan
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """One step: the original's arguments and results.
-
-        Raises:
-            GraphCacheError: the model or the call cannot be captured, the plan does not fit the model,
-                or the call does not fit the generation in progress.
-        """
-        return self._graphcache(args, kwargs)
-
     def reset(self, start_step: int = 0) -> None:
         """Forget the generation in progress; the next call is step `start_step` of a new one."""
         self._graphcache.reset(start_step)
@@ -46,8 +39,8 @@ class Transformed:
         return summarise(self._graphcache)
 
     @contextlib.contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Keep a cache of its own for the guidance branch `name`."""
+    def cache_context(self, name: str, **fields: Any) -> Iterator[None]:
+        """Keep a cache of its own for the guidance branch `name`; diffusers' step fields are accepted."""
         with self._graphcache.in_branch(name):
             yield
 
@@ -99,11 +92,34 @@ def transform(
     return model_or_pipe
 
 
+def _forward_of(kind: type[nn.Module]) -> property:
+    """The forward of a transformed model: a property, because one set on the instance would hide a method.
+
+    Such a forward, in the attributes shared with the original, is refused at the next generation.
+    """
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._graphcache(args, kwargs)
+
+    def refuse(self: Any, value: Any) -> None:
+        raise GraphCacheError(
+            "a transformed model's forward cannot be replaced; change the original, and transform it again"
+        )
+
+    return property(lambda self: types.MethodType(forward, self), refuse)
+
+
 def _wrap(model: nn.Module, plan: Plan, backend: Backend, timestep: str) -> nn.Module:
     """An instance of a same-named subclass that shares the original's attributes, weights included."""
     model = original(model)
     kind = type(model)
-    names = {"__slots__": ("_graphcache",), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    names = {
+        "__slots__": ("_graphcache",),
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "forward": _forward_of(kind),
+    }
     wrapper: Any = type(kind.__name__, (Transformed, kind), names)
     made: nn.Module = wrapper.__new__(wrapper)
     made.__dict__ = model.__dict__

@@ -118,9 +118,7 @@ def _wan_arguments(batch: int, guided: bool) -> dict[str, Any]:
     }
 
 
-_FLUX_BRANCHES = (
-    r"transformer_blocks\.\d+\.(attn|ff|ff_context)|single_transformer_blocks\.\d+\.proj_out"
-)
+_FLUX_BRANCHES = r"transformer_blocks\.\d+\.(attn|ff|ff_context)|single_transformer_blocks\.\d+\.proj_out"
 
 PIPELINES: dict[str, TinyPipeline] = {
     "dit": TinyPipeline(_dit, r"transformer_blocks\.\d+\.(attn1|ff)", _dit_arguments),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from examples.demo import measure, methods, picture, results
 from examples.digits.evaluate import balanced_labels
@@ -28,8 +29,11 @@ class Size:
     rounds: int
 
 
-FULL = Size(digits=64, rounds=3)
+FULL = Size(digits=64, rounds=4)
 SMALL = Size(digits=16, rounds=2)
+
+SHOWN = 2
+"""Position of the method whose plan and summary are printed."""
 
 
 def main() -> None:
@@ -42,7 +46,9 @@ def main() -> None:
     rows, first_round = _run(size, arguments.seed, console)
     arguments.output.mkdir(parents=True, exist_ok=True)
     image = arguments.output / "demo.png"
-    picture.draw(image, rows, first_round, setting.hardware)
+    picture.draw(
+        image, rows, first_round, f"dB: PSNR to the uncached images of the same noise. {setting.hardware}"
+    )
     console.print(results.table(rows, setting))
     written = [image, *results.write(arguments.output, rows, setting)]
     if arguments.readme:
@@ -51,21 +57,26 @@ def main() -> None:
     console.print("written: " + ", ".join(map(str, written)), soft_wrap=True)
 
 
-def _run(size: Size, seed: int, console: Console) -> tuple[list[measure.Row], dict[str, picture.Tensor]]:
+def _run(size: Size, seed: int, console: Console) -> tuple[list[measure.Row], dict[str, Tensor]]:
     """The table's rows, and each method's images of the first round."""
     labels = balanced_labels(size.digits)
     model, classifier = load_model(), load_classifier()
     with _stage("compiling", methods.model_count(), console) as advance:
         contenders = methods.compiled_methods(model, labels, advance)
-    for contender in contenders:
-        if contender.plan is not None:
-            console.print(f"[bold]{contender.name}[/bold]\n{contender.plan}", highlight=False)
     calls = size.rounds * sum(contender.steps for contender in contenders)
     with _stage(f"sampling, {size.rounds} rounds", calls, console) as advance:
         runs = measure.run_rounds(contenders, labels, size.rounds, seed, advance)
     with _stage("measuring quality", len(contenders), console) as advance:
         rows = measure.table_rows(contenders, runs, labels, classifier, advance)
+    _show_plan(contenders[SHOWN], console)
     return rows, {name: run.images[0] for name, run in runs.items()}
+
+
+def _show_plan(method: methods.Method, console: Console) -> None:
+    """A plan's text, and the head of the summary of its latest generation."""
+    (branch,) = method.model.summary().branches
+    head = "\n".join(str(branch).splitlines()[:2])
+    console.print(f"\n{method.name}\n{str(method.plan).rstrip()}\n{head}", highlight=False, markup=False)
 
 
 @contextmanager

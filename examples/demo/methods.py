@@ -55,7 +55,8 @@ class Method:
         """The most bytes that the plan's caches held in the latest generation."""
         if self.plan is None:
             return None
-        return sum(branch.peak_bytes for branch in self.model.summary().branches)
+        peaks: list[int] = [branch.peak_bytes for branch in self.model.summary().branches]
+        return sum(peaks)
 
 
 def plans() -> dict[str, Plan]:
@@ -74,17 +75,17 @@ def compiled_methods(model: nn.Module, labels: Tensor, progress: Progress) -> li
     progress()
     methods = [Method("uncached", plain, ddim_scheduler, STEPS, 1.0)]
     for name, plan in plans().items():
-        cached = transform(model, plan, backend="inductor")
+        cached: Any = transform(model, plan, backend="inductor")
         _warm_up(cached, labels)
         methods.append(Method(name, cached, ddim_scheduler, STEPS, _ideal_speedup(cached), plan))
-        _reset(cached)
+        cached.reset()
         progress()
     fewer = math.ceil(STEPS / methods[1].ideal)
     ideal = STEPS / fewer
     return [
         *methods,
-        Method(f"DDIM, {fewer} steps", plain, ddim_scheduler, fewer, ideal),
-        Method(f"DPM-Solver++, {fewer} steps", plain, dpm_solver_scheduler, fewer, ideal),
+        Method("fewer DDIM steps", plain, ddim_scheduler, fewer, ideal),
+        Method("DPM-Solver++", plain, dpm_solver_scheduler, fewer, ideal),
     ]
 
 
@@ -101,7 +102,3 @@ def _ideal_speedup(cached: Any) -> float:
     """FLOPs of the plain model over all steps, by those of the plan."""
     (state,) = cached._graphcache.states.values()
     return float(state.program.ideal_speedup(state.schedule))
-
-
-def _reset(cached: Any) -> None:
-    cached.reset()

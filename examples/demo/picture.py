@@ -16,7 +16,7 @@ from torch import Tensor
 from examples.demo.measure import Row
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 COLUMNS = 3
 GAP = 1
@@ -46,8 +46,8 @@ def draw(path: Path, rows: Sequence[Row], images: Mapping[str, Tensor], caption:
 def subtitle(row: Row) -> str:
     """Speed-up and how near the images are to the uncached ones."""
     if row.psnr_db is None:
-        return f"{row.model_calls} steps, {row.ms_per_image:.0f} ms per image"
-    return f"{row.speedup:.2f}× as fast, {row.psnr_db:.1f} dB to uncached"
+        return f"{row.model_calls} steps · {row.ms_per_image:.0f} ms per image"
+    return f"{row.model_calls} steps · {row.speedup:.2f}× as fast · {row.psnr_db:.1f} dB"
 
 
 def grid(images: Tensor) -> NDArray[np.float32]:

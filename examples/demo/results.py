@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -18,17 +19,17 @@ from examples.demo.measure import Row
 
 HEADERS = (
     "method",
-    "model\ncalls",
+    "calls",
     "ms per\nimage",
-    "speed-up\nmeasured",
-    "speed-up\nin FLOPs",
+    "times\nfaster",
+    "in\nFLOPs",
     "PSNR\ndB",
     "SSIM",
-    "Fréchet\ndistance",
-    "class\naccuracy",
+    "Fréchet\ndist.",
+    "class\nacc.",
     "cache\nMiB",
 )
-WIDTH = 120
+WIDTH = 80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +62,11 @@ class Setting:
     @property
     def caption(self) -> str:
         return (
-            f"Times: medians of {self.rounds} interleaved generations of {self.digits} digits, compiled and "
-            f"warmed up before. PSNR and SSIM are means over {self.samples} images, against the uncached "
-            f"images of the same noise. Fréchet distance (to held-out digits, in a classifier's embedding; "
-            f"with few samples it is biased upwards) and accuracy are over the same {self.samples} images. "
+            f"Calls: of the model, in one generation of {self.digits} digits. Times: medians of "
+            f"{self.rounds} interleaved rounds, after compilation and warm-up. Times faster than uncached: "
+            f"measured, and what the FLOPs alone would give. PSNR and SSIM: {self.samples} images' means, "
+            "against the uncached ones of the same noise. Fréchet distance (to held-out digits, in a "
+            "classifier's embedding; few samples bias it upwards) and accuracy: of the same images. "
             f"{self.hardware}."
         )
 
@@ -81,9 +83,15 @@ def cpu_model() -> str:
 
 def table(rows: Sequence[Row], setting: Setting) -> Table:
     """The rows as a rich table."""
-    made = Table(caption=setting.caption, caption_justify="left", header_style="bold")
+    made = Table(
+        caption=setting.caption,
+        caption_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+    )
     for index, header in enumerate(HEADERS):
-        made.add_column(header, justify="right" if index else "left", no_wrap=bool(index))
+        made.add_column(header, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         made.add_row(*_cells(row))
     return made

@@ -139,7 +139,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--classifier", type=Path, default=CLASSIFIER_WEIGHTS)
     parser.add_argument("--scheduler", choices=["ddim", "dpm-solver"], default="ddim")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--count", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--image", type=Path, help="PNG grid of the samples, one class per column")
