@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor, nn
+
 from zoo import CASES
 from zoo.case import noise, padded, randomise
 

@@ -42,7 +42,9 @@ class Range:
         nodes = {node.name: node for node in step.graph.nodes}
         inside = [branch for branch in step.branches if first <= branch.block <= last]
         streams = {nodes[branch.merge]: nodes[branch.stream] for branch in inside}
-        leaving = tuple(node for node in step.graph.nodes if node in streams and _is_read_after(node, streams))
+        leaving = tuple(
+            node for node in step.graph.nodes if node in streams and _is_read_after(node, streams)
+        )
         return Range(first, last, streams, leaving)
 
 
@@ -283,7 +285,9 @@ def subject(name: str, batch: int = 2, dtype: torch.dtype = torch.float32) -> Su
     case = CASES[name]
     model = case.make().to(dtype)
     static, latents = cast(case.static(batch), dtype), case.latents(batch).to(dtype)
-    return Subject(case, model, capture_call(model, case.call(static, latents, 1.0), case.timestep), batch, dtype)
+    return Subject(
+        case, model, capture_call(model, case.call(static, latents, 1.0), case.timestep), batch, dtype
+    )
 
 
 def capture_call(model: nn.Module, kwargs: Mapping[str, Any], timestep: str) -> Captured:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import hooks
-from reference import Subject, subject
 from torch import Tensor
 
 from graphcache import Plan, presets
+from reference import Subject, subject
 
 STEPS = 8
 FLUX_BRANCHES = [

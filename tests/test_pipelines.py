@@ -15,11 +15,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from pipelines import PIPELINES
 from torch import Tensor, nn
 
 import graphcache
 from graphcache import CaptureError, Plan, StateError
+from pipelines import PIPELINES
 
 STEPS = 6
 FORA = graphcache.presets.fora(STEPS, interval=3)

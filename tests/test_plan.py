@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import plans
 
 from graphcache.ir import plantext
 from graphcache.ir.errors import PlanError
 from graphcache.ir.plan import Letter, Plan, Preset, Row
 from graphcache.ir.selector import Selector, resolve
+from strategies import plans
 
 EXAMPLE = """\
 plan steps=12 preset=none

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import TinyDiT, arguments, tiny
 from torch import Tensor, nn
-from zoo import REFUSED
 
 import graphcache
 from graphcache import CaptureError, GraphCacheError, Plan, PlanError, StateError, presets
 from graphcache.ir.call import OutputSpec
+from tiny import TinyDiT, arguments, tiny
+from zoo import REFUSED
 
 
 def attempt(model: nn.Module, rows: str = "", steps: int = 3, **changes: Any) -> Any:
@@ -181,7 +181,9 @@ def test_a_timestep_that_is_no_tensor(given: dict[str, Any], found: str) -> None
     kwargs = arguments()
     del kwargs["timestep"]
     cached = graphcache.transform(tiny(kind=Optional), presets.compute(3))
-    with refused(CaptureError, f"the timestep argument 'timestep' is {found}", "transform(..., timestep=...)", "x"):
+    with refused(
+        CaptureError, f"the timestep argument 'timestep' is {found}", "transform(..., timestep=...)", "x"
+    ):
         cached(**kwargs, **given)
 
 
@@ -192,7 +194,9 @@ def test_a_timestep_under_another_name() -> None:
 
 def test_no_latents() -> None:
     whole = {name: value.long() for name, value in arguments().items() if name != "timestep"}
-    with refused(CaptureError, "no argument of this call is a floating-point tensor that could be the latents"):
+    with refused(
+        CaptureError, "no argument of this call is a floating-point tensor that could be the latents"
+    ):
         attempt(tiny(), **whole)
 
 
@@ -202,7 +206,9 @@ def test_variadic_positional_arguments() -> None:
 
 
 def test_an_argument_that_cannot_be_compared() -> None:
-    with refused(CaptureError, "argument extra.seen is a set", "whose value cannot be compared", "pass tensors"):
+    with refused(
+        CaptureError, "argument extra.seen is a set", "whose value cannot be compared", "pass tensors"
+    ):
         attempt(tiny(kind=Optional), extra={"seen": {1}})
 
 
@@ -231,7 +237,9 @@ NO_MATCH = [
 
 
 @pytest.mark.parametrize(("row", "message"), NO_MATCH)
-def test_rows_that_match_nothing_are_refused_at_transform_or_at_the_first_call(row: str, message: str) -> None:
+def test_rows_that_match_nothing_are_refused_at_transform_or_at_the_first_call(
+    row: str, message: str
+) -> None:
     with refused(PlanError, message):
         attempt(tiny(), row)
     cached = graphcache.transform(tiny(), Plan.parse(f"plan steps=3 preset=none\n{row}"))
@@ -241,7 +249,9 @@ def test_rows_that_match_nothing_are_refused_at_transform_or_at_the_first_call(r
 
 
 def test_guidance_rows_are_not_lowered_yet() -> None:
-    with refused(PlanError, "row guidance: one-branch steps are not available in this version; remove the row"):
+    with refused(
+        PlanError, "row guidance: one-branch steps are not available in this version; remove the row"
+    ):
         attempt(tiny(), "guidance ##.")
 
 
@@ -270,7 +280,9 @@ def test_listed_coefficients_beyond_the_values_computed() -> None:
     rows = "f = fitted order=1\noutput #.##\n@mlp ###f\n  step 3 = 1 2"
     attempt(tiny(), rows, steps=4)
     late = "f = fitted order=2\noutput #.##\n@mlp ###f\n  step 3 = 1 2 3"
-    with refused(PlanError, "step 3: letter 'f' lists 3 coefficients, but the history holds 2 values by then"):
+    with refused(
+        PlanError, "step 3: letter 'f' lists 3 coefficients, but the history holds 2 values by then"
+    ):
         attempt(tiny(), late, steps=4)
 
 
@@ -281,7 +293,9 @@ def test_a_range_that_leaks() -> None:
 
 def test_a_range_whose_stream_is_projected() -> None:
     model = tiny(depth=2, kind=Projecting)
-    with refused(PlanError, "range(0..1) cannot be cached as one", "projects the stream inside it", "split the range"):
+    with refused(
+        PlanError, "range(0..1) cannot be cached as one", "projects the stream inside it", "split the range"
+    ):
         attempt(model, "range(0..1) ##.")
     attempt(model, "range(0..0) ##.\nrange(1..1) ##.")
 
@@ -309,7 +323,9 @@ def test_a_target_that_is_no_model() -> None:
 def test_a_second_branch_without_a_context() -> None:
     cached = attempt(tiny())
     cached(**arguments())
-    with refused(StateError, "step 0: this model was called twice at timestep 1 with other inputs", "cache_context"):
+    with refused(
+        StateError, "step 0: this model was called twice at timestep 1 with other inputs", "cache_context"
+    ):
         cached(**arguments())
     with cached.cache_context("cond"):
         cached(**arguments())

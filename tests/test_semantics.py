@@ -7,20 +7,20 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import strategies
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from reference import Subject, assert_same, capture_call, subject
-from tiny import arguments, tiny
 from torch import Tensor, nn
-from zoo import CASES
 
 import graphcache
+import strategies
 from graphcache import Plan, PlanError, StateError, engine, presets, runner
 from graphcache.ir.plan import Preset
 from graphcache.ir.state import CacheState, Entry
 from graphcache.ir.text import render
+from reference import Subject, assert_same, capture_call, subject
+from tiny import arguments, tiny
+from zoo import CASES
 
 QUICK = settings(
     max_examples=4,
@@ -143,9 +143,13 @@ def test_presets_equal_the_reference(name: str) -> None:
     "rows",
     [
         pytest.param("range(0..1) ##\nrange(1..1) ##", id="both compute"),
-        pytest.param("range(0..1) #C\n step 1 = 0.5 0.25\nrange(1..1) #.", id="outer corrected, inner reused"),
+        pytest.param(
+            "range(0..1) #C\n step 1 = 0.5 0.25\nrange(1..1) #.", id="outer corrected, inner reused"
+        ),
         pytest.param("range(0..1) #C\n step 1 = 0.5\nrange(1..1) #C\n step 1 = 2", id="both corrected"),
-        pytest.param("range(0..1) #C#.\n step 1 = 0.5\nrange(1..1) ##..", id="inner computes beside a correction"),
+        pytest.param(
+            "range(0..1) #C#.\n step 1 = 0.5\nrange(1..1) ##..", id="inner computes beside a correction"
+        ),
     ],
 )
 def test_ranges_that_end_at_the_same_block_nest(rows: str) -> None:
@@ -381,7 +385,9 @@ def test_a_third_call_at_one_timestep_is_a_new_generation() -> None:
     assert only_state(model).clock.step == 0
 
 
-def test_another_signature_is_captured_again_and_the_oldest_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_signature_is_captured_again_and_the_oldest_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(engine, "MOST_PROGRAMS", 2)
     model = tiny()
     cached = graphcache.transform(model, presets.fora(1))
@@ -413,7 +419,9 @@ def test_a_dtype_that_changes_within_a_generation_is_an_error_that_changes_nothi
     first = arguments()
     cached(**first)
     second = {**first, "timestep": torch.full((2,), 0.5)}
-    with pytest.raises(StateError, match="argument x changed from torch.float32 on cpu to torch.float64 on cpu"):
+    with pytest.raises(
+        StateError, match="argument x changed from torch.float32 on cpu to torch.float64 on cpu"
+    ):
         cached(**{**second, "x": second["x"].double()})
     assert_same(cached(**second), model(**second))
     assert only_state(cached).clock.step == 1
@@ -512,7 +520,9 @@ def test_changing_a_result_in_place_does_not_reach_the_cache() -> None:
 
 
 def test_the_summary_counts_what_each_step_did() -> None:
-    model = graphcache.transform(tiny(depth=2), Plan.parse("plan steps=3 preset=none\nl = newton order=1\n@mlp ##l"))
+    model = graphcache.transform(
+        tiny(depth=2), Plan.parse("plan steps=3 preset=none\nl = newton order=1\n@mlp ##l")
+    )
     assert str(model.summary()) == "no generation yet"
     for t in (1.0, 0.6, 0.3):
         model(**arguments(t))

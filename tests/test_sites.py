@@ -4,15 +4,17 @@ import re
 from collections import Counter
 
 import pytest
-from reference import capture_call, subject
-from tiny import TinyDiT, arguments, tiny
 from torch import Tensor
-from zoo import CASES
 
 from graphcache.ir.graph import value_of
 from graphcache.ir.selector import ROLES
+from reference import capture_call, subject
+from tiny import TinyDiT, arguments, tiny
+from zoo import CASES
 
-NAME = re.compile(r"(?P<path>[\w@]+(\.[\w@]+)*?)\.(?P<role>[a-z]+(\.spatial|\.temporal)?)(\.context)?(\.\d+)?")
+NAME = re.compile(
+    r"(?P<path>[\w@]+(\.[\w@]+)*?)\.(?P<role>[a-z]+(\.spatial|\.temporal)?)(\.context)?(\.\d+)?"
+)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -71,7 +73,10 @@ def test_a_branch_value_is_what_comes_before_the_gate() -> None:
     step = capture_call(tiny(), arguments(), "timestep").step
     nodes = step.nodes()
     values = [(b.name, nodes[b.value].args[1].target) for b in step.branches]
-    assert values == [("blocks.0.self", "model.blocks.0.out.weight"), ("blocks.0.mlp", "model.blocks.0.down.weight")]
+    assert values == [
+        ("blocks.0.self", "model.blocks.0.out.weight"),
+        ("blocks.0.mlp", "model.blocks.0.down.weight"),
+    ]
     gated = nodes[step.branches[0].merge].args[1]
     assert str(gated.target) == "aten.mul.Tensor"
 

@@ -1,0 +1,137 @@
+"""The command line, run as a user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import graphcache
+from graphcache.cli import app
+from graphcache.ir.plan import Plan
+from graphcache.sources import load_model
+from pipelines import PIPELINES
+from zoo import CASES
+
+FACTORY = """
+from zoo import CASES
+def made():
+    case = CASES["dit"]
+    return case.make(), case.kwargs(batch=1)
+def bare():
+    return CASES["dit"].make()
+def inputs(model):
+    return CASES["dit"].kwargs(batch=2)
+def nothing():
+    return 3
+def beside(model):
+    return model
+"""
+
+
+@pytest.fixture(autouse=True)
+def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cli_factory.py").write_text(FACTORY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+
+
+def refusal(*arguments: str) -> str:
+    result = run(*arguments)
+    assert isinstance(result.exception, graphcache.GraphCacheError), result.output
+    return str(result.exception)
+
+
+def test_inspect_lists_every_site_with_its_share() -> None:
+    output = run("inspect", "cli_factory:made").output
+    for name in ("transformer_blocks.0.self", "transformer_blocks.1.mlp"):
+        assert name in output
+    assert "2 blocks, 4 sites (2 self, 2 mlp)" in output
+
+
+def test_inspect_takes_the_inputs_from_a_function_of_the_model() -> None:
+    assert "f32[2,16,32]" in run("inspect", "cli_factory:bare", "--inputs", "cli_factory:inputs").output
+
+
+def test_a_folder_with_a_transformer_is_loaded(tmp_path: Path) -> None:
+    CASES["dit"].make().save_pretrained(tmp_path / "dit")
+    model, kwargs = load_model(str(tmp_path / "dit"), "cli_factory:inputs")
+    with torch.no_grad():
+        ours, expected = model(**kwargs)[0], CASES["dit"].make()(**kwargs)[0]
+    assert torch.equal(ours, expected)
+
+
+def test_a_folder_with_a_pipeline_is_called_to_learn_the_inputs(tmp_path: Path) -> None:
+    PIPELINES["dit"].make().save_pretrained(tmp_path / "pipe")
+    result = run("inspect", str(tmp_path / "pipe"), "--call", '{"class_labels": [1]}')
+    assert "self" in result.output, result.exception
+    message = refusal("inspect", str(tmp_path / "pipe"))
+    assert "failed before it called its transformer" in message
+    assert "--call" in message
+
+
+def test_plan_prints_what_parse_reads(tmp_path: Path) -> None:
+    assert Plan.parse(run("plan", "fora", "--steps", "7").output) == graphcache.presets.fora(7)
+    target = tmp_path / "plan.json"
+    run(
+        "plan",
+        "taylorseer",
+        "--steps",
+        "9",
+        "--set",
+        "order=1",
+        "--set",
+        "lite=true",
+        "--output",
+        str(target),
+    )
+    assert Plan.load(target) == graphcache.presets.taylorseer(9, order=1, lite=True)
+
+
+def test_show_prints_the_grid_and_the_letters() -> None:
+    output = run("show", "taylorseer:7:order=1").output
+    assert "#tt#tt#" in output
+    assert "t taylorseer order=1" in output
+
+
+def test_bench_writes_every_contender_beside_the_plain_model(tmp_path: Path) -> None:
+    target = tmp_path / "figures.json"
+    plans = ("--plan", "fora:4:interval=2", "--plan", "compute:4")
+    others = ("--beside", "cli_factory:beside", "--backend", "none", "--rounds", "1", "--output", str(target))
+    result = run("bench", "cli_factory:made", *plans, *others)
+    assert result.exception is None, result.exception
+    rows = {row["name"]: row for row in json.loads(target.read_text())}
+    assert set(rows) == {"torch.compile", "cli_factory:beside", "fora:4:interval=2", "compute:4"}
+    assert rows["compute:4"]["ideal"] == pytest.approx(1, rel=0.05)
+    assert 1.5 < rows["fora:4:interval=2"]["ideal"] < 2
+    assert rows["fora:4:interval=2"]["graphs"] == 3
+    assert rows["torch.compile"]["ideal"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("inspect", "cli_factory"), "neither a folder nor package.module:factory"),
+        (("inspect", "no_such_module:x"), "cannot import no_such_module"),
+        (("inspect", "cli_factory:missing"), "has no missing"),
+        (("inspect", "cli_factory:nothing"), "gave a int, not a torch module"),
+        (("inspect", "cli_factory:bare"), "does not say how to call the model"),
+        (("inspect", "cli_factory:made", "--call", "{"), "--call is not JSON"),
+        (("inspect", "cli_factory:made", "--call", "3"), "must be a JSON object"),
+        (("plan", "fora", "--set", "interval"), "is no name=value"),
+        (("plan", "fourier"), "unknown preset"),
+        (("show", "fora"), "does not say how many steps"),
+        (("show", "fora:x"), "write preset:steps:key=value"),
+        (("show", "absent.txt"), "absent.txt"),
+    ],
+)
+def test_mistakes_are_answered_in_words(arguments: tuple[str, ...], words: str) -> None:
+    assert words in refusal(*arguments)
+
+
+def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
+    assert "neither model_index.json nor config.json" in refusal("inspect", str(tmp_path))
