@@ -45,8 +45,8 @@ class Captured:
     def of(
         model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor], observers: Sequence[Observer] = ()
     ) -> "Captured":
-        examples = tuple(_dense(tensor) for tensor in tensors)
-        step, output = capture(model, call, examples)
+        examples = distinct([_dense(tensor) for tensor in tensors])
+        step, output = capture(model, call, tuple(examples))
         step = run((Simplify(), Tag()), step, observers)
         strides = tuple(tensor.stride() for tensor in examples)
         return Captured(step, call, output, strides, fingerprint(model))
@@ -55,6 +55,20 @@ class Captured:
         """The inputs that a generation is expected to keep."""
         varies = (self.call.latent, self.call.timestep)
         return tuple(tensor for index, tensor in enumerate(tensors) if index not in varies)
+
+
+def distinct(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same tensors, none of them twice the same object.
+
+    Tracing would make one input of two that are one object in the first call, and without guards keep to
+    that when they are two.
+    """
+    seen: set[int] = set()
+    result = []
+    for tensor in tensors:
+        result.append(tensor.detach() if id(tensor) in seen else tensor)
+        seen.add(id(tensor))
+    return result
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from graphcache.clock import Clock
 from graphcache.ir.graph import CacheRead, Hoisted, Input
 from graphcache.ir.schedule import Schedule, Step
 from graphcache.ir.state import CacheState
-from graphcache.program import Program, Runnable
+from graphcache.program import Program, Runnable, distinct
 
 
 @dataclass
@@ -75,9 +75,8 @@ def _run_prologue(state: BranchState, tensors: Sequence[torch.Tensor], laid: Seq
     prologue = program.prologue
     state.watched, state.cache.hoisted = (), {}
     if prologue is not None:
-        values = prologue.call(
-            *(laid[port.index] for port in prologue.step.inputs if isinstance(port, Input))
-        )
+        inputs = [laid[port.index] for port in prologue.step.inputs if isinstance(port, Input)]
+        values = prologue.call(*distinct(inputs))
         names = (port.name for port in prologue.step.outputs if isinstance(port, Hoisted))
         state.cache.hoisted = dict(zip(names, values, strict=True))
         state.hoisted_bytes = state.cache.hoisted_bytes()
@@ -104,7 +103,7 @@ def _feed(
         else:
             group = port.group  # type: ignore[union-attr]
             feed.append(runnable.coefficients(group, step.coefficients[group]))
-    return feed
+    return feed if len(set(map(id, feed))) == len(feed) else distinct(feed)
 
 
 def _laid(program: Program, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

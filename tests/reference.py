@@ -30,7 +30,7 @@ Computed = tuple[int, tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Range:
-    """Consecutive blocks: their residual adds with the stream that each adds to, and those read afterwards."""
+    """Consecutive blocks: their residual adds with the streams they add to, and those read afterwards."""
 
     first: int
     last: int

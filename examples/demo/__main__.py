@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -23,14 +24,15 @@ README_IMAGE = Path(__file__).parents[2] / "docs" / "images" / "demo.png"
 
 @dataclass(frozen=True)
 class Size:
-    """How many digits a generation has, and how often each method generates."""
+    """Digits of one generation, generations of each method, and how many of these the picture shows."""
 
     digits: int
     rounds: int
+    rounds_shown: int
 
 
-FULL = Size(digits=64, rounds=4)
-SMALL = Size(digits=16, rounds=2)
+FULL = Size(digits=32, rounds=6, rounds_shown=2)
+SMALL = Size(digits=16, rounds=2, rounds_shown=1)
 
 SHOWN = 2
 """Position of the method whose plan and summary are printed."""
@@ -43,12 +45,10 @@ def main() -> None:
     console = Console()
     size = SMALL if arguments.small else FULL
     setting = results.Setting.here(size.digits, size.rounds, arguments.seed)
-    rows, first_round = _run(size, arguments.seed, console)
+    rows, shown = _run(size, arguments.seed, console)
     arguments.output.mkdir(parents=True, exist_ok=True)
     image = arguments.output / "demo.png"
-    picture.draw(
-        image, rows, first_round, f"dB: PSNR to the uncached images of the same noise. {setting.hardware}"
-    )
+    picture.draw(image, rows, shown, f"dB: PSNR to the uncached images of the same noise. {setting.hardware}")
     console.print(results.table(rows, setting))
     written = [image, *results.write(arguments.output, rows, setting)]
     if arguments.readme:
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _run(size: Size, seed: int, console: Console) -> tuple[list[measure.Row], dict[str, Tensor]]:
-    """The table's rows, and each method's images of the first round."""
+    """The table's rows, and each method's images of the rounds that are shown."""
     labels = balanced_labels(size.digits)
     model, classifier = load_model(), load_classifier()
     with _stage("compiling", methods.model_count(), console) as advance:
@@ -69,7 +69,7 @@ def _run(size: Size, seed: int, console: Console) -> tuple[list[measure.Row], di
     with _stage("measuring quality", len(contenders), console) as advance:
         rows = measure.table_rows(contenders, runs, labels, classifier, advance)
     _show_plan(contenders[SHOWN], console)
-    return rows, {name: run.images[0] for name, run in runs.items()}
+    return rows, {name: torch.cat(run.images[: size.rounds_shown]) for name, run in runs.items()}
 
 
 def _show_plan(method: methods.Method, console: Console) -> None:

@@ -55,7 +55,7 @@ class Binder:
             key.append(name)
             if isinstance(value, torch.Tensor):
                 tensors.append(value)
-                key.append((value.shape, value.dtype, value.device))
+                key.append((value.shape, value.dtype, value.device, value.requires_grad))
             else:
                 _sign(value, key, tensors, name)
         return tuple(key), tensors
@@ -64,7 +64,7 @@ class Binder:
 def _sign(value: Any, key: list[Hashable], tensors: list[torch.Tensor], where: str) -> None:
     if isinstance(value, torch.Tensor):
         tensors.append(value)
-        key.append((value.shape, value.dtype, value.device))
+        key.append((value.shape, value.dtype, value.device, value.requires_grad))
     elif isinstance(value, _BY_VALUE):
         key.append((value.__class__, value))
     elif isinstance(value, (list, tuple)):
