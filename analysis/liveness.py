@@ -47,7 +47,7 @@ def lower(plan: Plan, branches: Sequence[Branch], start: int = 0) -> Schedule:
     for step in range(start, plan.steps):
         held = _held_by(tracks, step, letters)
         for track in tracks:
-            _advance(track, step, letters, plan.steps, held.get(track.name), start)
+            _advance(track, step, letters, plan.steps, held.get(track.name))
     return _assemble(tracks, range(start, plan.steps))
 
 
@@ -75,7 +75,7 @@ def _held_by(tracks: Sequence[_Track], step: int, letters: dict[str, Letter]) ->
         if outer.name in held or not _is_skipped(outer, step, letters):
             continue
         for track in tracks:
-            if track is outer or track.name in held:
+            if track is outer or track.name in held or track.name == "output":
                 continue
             if outer.name == "output" or set(track.blocks) <= set(outer.blocks):
                 held[track.name] = outer.name
@@ -93,9 +93,7 @@ def _is_skipped(track: _Track, step: int, letters: dict[str, Letter]) -> bool:
     return bool(track.computed) and (symbol == "." or (symbol in letters and letters[symbol].is_forecast))
 
 
-def _advance(
-    track: _Track, step: int, letters: dict[str, Letter], steps: int, held: str | None, start: int
-) -> None:
+def _advance(track: _Track, step: int, letters: dict[str, Letter], steps: int, held: str | None) -> None:
     symbol = track.row.actions[step]
     letter = letters.get(symbol)
     if held is not None:
@@ -106,13 +104,7 @@ def _advance(
             f"site {track.name}, step {step}: letter '{symbol}' is a token budget, "
             "which this version cannot lower; use '#' or '.' there"
         )
-    needs_history = symbol != "#"
-    if needs_history and not track.computed:
-        if start == 0:
-            raise PlanError(
-                f"site {track.name}, step {step}: '{symbol}' needs a computed value and there is none yet "
-                "(a range around it was reused when its row computes); compute it one step earlier"
-            )
+    if not track.computed:
         symbol, letter = "#", None
     if symbol == "#":
         _record(track, Action("compute"), ())

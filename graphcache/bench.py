@@ -132,7 +132,7 @@ def _with_plan(
             phases.append((f"{index} ({len(steps)} steps)", 1e3 * statistics.median(times)))
     return replace(
         timing,
-        ideal=program.ideal_speedup(schedule),
+        ideal=model.summary().branches[0].ideal_speedup,
         phases=tuple(phases),
         graphs=program.graphs,
         runner_us=runner_overhead(model, generation),

@@ -12,7 +12,8 @@ class Clock:
     """Where a branch stands in its generation; `step` is the step of the latest call.
 
     A call continues the generation while its timestep goes on in the same direction. A jump back, a
-    repeat of the first timestep, or a third call at one timestep begins another generation.
+    repeat of the first timestep, or a third call at one timestep begins another generation, and so does any
+    call after a generation of a single evaluation.
     (A second call at one timestep is the second evaluation of a second-order solver.)
     """
 
@@ -41,6 +42,8 @@ class Clock:
             if timestep == self.first or self.repeats > 1:
                 return None
             return replace(self._next(timestep), repeats=self.repeats + 1)
+        if not self.direction and self.step + 1 >= self.steps:
+            return None
         direction = 1 if timestep > self.last else -1
         if timestep == self.first or self.direction not in (0, direction):
             return None

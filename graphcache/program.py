@@ -66,7 +66,7 @@ def distinct(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     seen: set[int] = set()
     result = []
     for tensor in tensors:
-        result.append(tensor.detach() if id(tensor) in seen else tensor)
+        result.append(tensor.view_as(tensor) if id(tensor) in seen else tensor)
         seen.add(id(tensor))
     return result
 

@@ -23,7 +23,11 @@ class StepSummary:
 
 @dataclass(frozen=True)
 class BranchSummary:
-    """One branch's latest generation; `held_bytes` is measured, now."""
+    """One branch's latest generation.
+
+    `held_bytes` is measured, now. `peak_bytes` is the most that a whole generation holds, hoisted values
+    included. `ideal_speedup` divides the plain model's FLOPs by the plan's.
+    """
 
     branch: str
     steps: tuple[StepSummary, ...]
@@ -33,12 +37,13 @@ class BranchSummary:
     held_bytes: int
     hoisted_bytes: int
     peak_bytes: int
+    ideal_speedup: float
 
     def __str__(self) -> str:
         name = f"branch {self.branch}: " if self.branch else ""
         lines = [
             f"{name}{len(self.steps)} of {self.plan_steps} steps, {self.phases} phases, "
-            f"{self.graphs} graphs built",
+            f"{self.graphs} graphs built, {self.ideal_speedup:.2f} times fewer FLOPs",
             f"cache: {_size(self.held_bytes)} held now, {_size(self.peak_bytes)} at most, of which "
             f"{_size(self.hoisted_bytes)} are values hoisted out of the steps",
             "step phase computed corrected reused forecast skipped      held",
@@ -87,6 +92,7 @@ def summarise(engine: Engine) -> Summary:
                 held_bytes=state.cache.held_bytes() + state.cache.hoisted_bytes(),
                 hoisted_bytes=state.hoisted_bytes,
                 peak_bytes=schedule.peak(size) + state.hoisted_bytes,
+                ideal_speedup=program.ideal_speedup(schedule),
             )
         )
     return Summary(tuple(branches))

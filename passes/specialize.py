@@ -39,14 +39,12 @@ class Specialize:
     def __call__(self, step: StepGraph) -> StepGraph:
         cuts = {name: cut_range(step, name, first, last) for name, first, last in self.ranges}
         rewriter = _Rewriter(step)
-        parts = [
-            (name, action, rewriter.parts(name, cuts.get(name)))
-            for name, action in self.phase.actions
-            if action.kind != "hold"
-        ]
-        for name, action, places in parts:
-            for number, place in enumerate(places):
-                rewriter.apply(name, number, action, place)
+        actions = [(name, action) for name, action in self.phase.actions if action.kind != "hold"]
+        parts = {name: rewriter.parts(name, cuts.get(name)) for name, _ in actions if name != "output"}
+        # innermost first: what lies around a site takes its value as the site hands it on
+        for name, action in reversed(actions):
+            for number, part in enumerate(parts.get(name) or rewriter.output_parts()):
+                rewriter.apply(name, number, action, part)
         return Prune()(rewriter.finished())
 
 
@@ -75,6 +73,8 @@ class _Rewriter:
     outputs: list[OutPort] = field(init=False)
     results: list[fx.Node] = field(init=False)
     loaded: dict[InPort, fx.Node] = field(default_factory=dict)
+    streams: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    deltas: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.graph, env = self.step.copy()
@@ -85,8 +85,6 @@ class _Rewriter:
         self.first = next(node for node in self.graph.nodes if node.op != "placeholder")
 
     def parts(self, name: str, cut: RangeCut | None) -> list[_Part]:
-        if name == "output":
-            return [self._output_part(i) for i, port in enumerate(self.outputs) if isinstance(port, Output)]
         if cut is not None:
             bypass = Bypass(self.graph, cut)
             return [self._range_part(self.nodes[merge], bypass) for merge in cut.leaving]
@@ -95,6 +93,9 @@ class _Rewriter:
         fresh = ops.is_view(value) or ops.is_slice(value)
         return [_Part(value, lambda new, keep: self._replace(value, new, keep), fresh)]
 
+    def output_parts(self) -> list[_Part]:
+        return [self._output_part(i) for i, port in enumerate(self.outputs) if isinstance(port, Output)]
+
     def _output_part(self, index: int) -> _Part:
         def substitute(new: fx.Node, keep: set[fx.Node]) -> None:
             self.results[index] = new
@@ -102,14 +103,22 @@ class _Rewriter:
         return _Part(self.results[index], substitute, fresh=True, result=True)
 
     def _range_part(self, merge: fx.Node, bypass: Bypass) -> _Part:
-        """The range's change of one stream: x_out - x_in."""
+        """The range's change of one stream: x_out - x_in.
+
+        Several ranges may end at one residual add; they come here outermost first. `streams` is the add's
+        value after the inner ones, whose deltas keep reading what they were made of.
+        """
         before = bypass(merge)
         delta = self._emit(merge, aten.sub.Tensor, merge, before)
+        deltas = self.deltas.setdefault(merge, [])
+        deltas.append(delta)
 
         def substitute(new: fx.Node, keep: set[fx.Node]) -> None:
             after = new if new.op == "call_function" else delta
             whole = self._emit(after, aten.add.Tensor, before, new)
-            self._replace(merge, whole, {delta, whole})
+            unchanged = {whole, *deltas[deltas.index(delta) :]}
+            self._replace(self.streams.get(merge, merge), whole, unchanged)
+            self.streams[merge] = whole
 
         return _Part(delta, substitute, fresh=False)
 

@@ -1,4 +1,4 @@
-"""Compiled graphs run without guards; two inputs that are one object once must not be taken for one always."""
+"""Compiled graphs run without guards; inputs that were one object once must not stay one."""
 
 import pytest
 import torch

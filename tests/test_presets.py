@@ -48,12 +48,12 @@ def test_a_preset_is_evaluated_anew_for_other_steps(name: str, steps: int, other
         (
             presets.taylorseer(8, lite=True),
             "plan steps=8 preset=taylorseer interval=3 order=2 warmup=1 lite=true\n"
-            "t = taylorseer order=2\nrange(0.0..1.0)  ###tt#tt",
+            "t = taylorseer order=2\nrange(0.0..1.0)  #tt#tt#t",
         ),
         (
             presets.hicache(8, sigma=0.7),
             "plan steps=8 preset=hicache interval=3 order=2 sigma=0.7 warmup=1\n"
-            "h = hermite order=2 sigma=0.7\n*  ###hh#hh",
+            "h = hermite order=2 sigma=0.7\n*  #hh#hh#h",
         ),
         (
             presets.pab(20),

@@ -77,15 +77,15 @@ def compiled_methods(model: nn.Module, labels: Tensor, progress: Progress) -> li
     for name, plan in plans().items():
         cached: Any = transform(model, plan, backend="inductor")
         _warm_up(cached, labels)
-        methods.append(Method(name, cached, ddim_scheduler, STEPS, _ideal_speedup(cached), plan))
+        ideal = cached.summary().branches[0].ideal_speedup
+        methods.append(Method(name, cached, ddim_scheduler, STEPS, ideal, plan))
         cached.reset()
         progress()
     fewer = math.ceil(STEPS / methods[1].ideal)
-    ideal = STEPS / fewer
     return [
         *methods,
-        Method("fewer DDIM steps", plain, ddim_scheduler, fewer, ideal),
-        Method("DPM-Solver++", plain, dpm_solver_scheduler, fewer, ideal),
+        Method("fewer DDIM steps", plain, ddim_scheduler, fewer, STEPS / fewer),
+        Method("DPM-Solver++", plain, dpm_solver_scheduler, fewer, STEPS / fewer),
     ]
 
 
@@ -96,9 +96,3 @@ def model_count() -> int:
 
 def _warm_up(model: Any, labels: Tensor) -> None:
     sample(model, ddim_scheduler(), labels, steps=WARM_UP_STEPS)
-
-
-def _ideal_speedup(cached: Any) -> float:
-    """FLOPs of the plain model over all steps, by those of the plan."""
-    (state,) = cached._graphcache.states.values()
-    return float(state.program.ideal_speedup(state.schedule))

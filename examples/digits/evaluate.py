@@ -28,6 +28,7 @@ from examples.digits.model import (
     load_model,
 )
 from examples.digits.sample import sample
+from graphcache.metrics import frechet_distance
 
 REFERENCE_COUNT = 4096
 
@@ -61,16 +62,6 @@ def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
     return float((classifier(images).argmax(dim=1) == labels).float().mean())
 
 
-def frechet_distance(first: Tensor, second: Tensor) -> float:
-    """Squared Fréchet distance of the Gaussians fitted to two sets of features, (N, D) and (M, D)."""
-    first, second = first.double(), second.double()
-    mean_gap = (first.mean(dim=0) - second.mean(dim=0)).square().sum()
-    cov_first, cov_second = torch.cov(first.T), torch.cov(second.T)
-    root = _symmetric_root(cov_first)
-    cross = _symmetric_root(root @ cov_second @ root)
-    return float(mean_gap + cov_first.trace() + cov_second.trace() - 2 * cross.trace())
-
-
 @torch.no_grad()
 def sample_quality(classifier: Classifier, images: Tensor, labels: Tensor) -> SampleQuality:
     """Judge `images` (N, 1, IMAGE_SIZE, IMAGE_SIZE) in [-1, 1] that were asked to show `labels` (N,)."""
@@ -91,13 +82,6 @@ def save_grid(images: Tensor, path: Path | str, *, columns: int = NUM_CLASSES, z
     canvas = tiles.permute(0, 2, 1, 3).reshape(rows * IMAGE_SIZE, columns * IMAGE_SIZE)
     pixels = ((canvas.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
     Image.fromarray(np.kron(pixels, np.ones((zoom, zoom), dtype=np.uint8))).save(path)
-
-
-def _symmetric_root(matrix: Tensor) -> Tensor:
-    """Square root of a positive semi-definite matrix."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return root
 
 
 def _generate(arguments: argparse.Namespace, labels: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def build_model() -> nn.Module:
     where 10 is `NULL_LABEL`; returns the velocity, of the latents' shape. In train mode diffusers drops
     labels in each block on its own, so training also runs in eval mode and drops them beforehand.
     """
-    model = DiTTransformer2DModel(  # type: ignore[no-untyped-call]
+    model = DiTTransformer2DModel(
         num_attention_heads=HEADS,
         attention_head_dim=HEAD_WIDTH,
         in_channels=1,
@@ -108,14 +108,12 @@ def load_classifier(path: Path | str = CLASSIFIER_WEIGHTS) -> Classifier:
 
 def ddim_scheduler() -> DDIMScheduler:
     """Deterministic DDIM (eta 0) on the training noise schedule."""
-    return DDIMScheduler(  # type: ignore[no-untyped-call]
-        **_NOISE_SCHEDULE, clip_sample=False, set_alpha_to_one=True
-    )
+    return DDIMScheduler(**_NOISE_SCHEDULE, clip_sample=False, set_alpha_to_one=True)
 
 
 def dpm_solver_scheduler() -> DPMSolverMultistepScheduler:
     """Second-order DPM-Solver++ on the training noise schedule."""
-    return DPMSolverMultistepScheduler(  # type: ignore[no-untyped-call]
+    return DPMSolverMultistepScheduler(
         **_NOISE_SCHEDULE, algorithm_type="dpmsolver++", solver_order=2, lower_order_final=True
     )
 
