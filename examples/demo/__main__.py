@@ -31,7 +31,7 @@ class Size:
     rounds_shown: int
 
 
-FULL = Size(digits=32, rounds=6, rounds_shown=2)
+FULL = Size(digits=64, rounds=4, rounds_shown=1)
 SMALL = Size(digits=16, rounds=2, rounds_shown=1)
 
 SHOWN = 2
