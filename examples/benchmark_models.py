@@ -10,6 +10,8 @@ import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel
 from torch import nn
 
+import graphcache
+
 Made = tuple[nn.Module, dict[str, Any]]
 
 
@@ -119,3 +121,9 @@ def dbcache(model: Any) -> Callable[..., Any]:
         ),
     )
     return torch.compile(model)
+
+
+def compute_with_cpp_wrapper(model: nn.Module) -> Callable[..., Any]:
+    """The all-compute plan of 50 steps with Inductor's C++ wrapper."""
+    backend = {"backend": "inductor", "options": {"cpp_wrapper": True}}
+    return graphcache.transform(model, graphcache.presets.compute(50), backend=backend)

@@ -118,7 +118,10 @@ def bench(
     chosen: Any = None if backend == "none" else backend
     if option:
         chosen = {"backend": chosen, "options": dict(map(_assignment, option))}
-    others = {name: load_object(name)(load_model(model, inputs, _json(call))[0]) for name in beside or []}
+    others = {
+        name.rpartition(":")[2]: load_object(name)(load_model(model, inputs, _json(call))[0])
+        for name in beside or []
+    }
     with console.status("starting") as status:
         timings = benchmark(
             module,
@@ -137,15 +140,17 @@ def bench(
 
 
 def _print_timings(timings: tuple[Timing, ...]) -> None:
-    names = ("", "ms a step", "quartiles", "speed-up", "ideal", "realised", "graphs", "runner µs")
-    table = Table(*names)
+    names = ("", "ms/step", "speed-up", "ideal", "realised", "graphs", "runner µs")
+    table = Table(*names, box=None)
+    for column in table.columns:
+        column.no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for t in timings:
         plan_cells = ["", "", "", ""]
         if t.ideal is not None and t.realised is not None and t.runner_us is not None:
             plan_cells = [f"{t.ideal:.2f}", f"{t.realised:.2f}", str(t.graphs), f"{t.runner_us:.0f}"]
-        table.add_row(t.name, f"{t.ms:.3f}", f"{t.low:.3f}–{t.high:.3f}", f"{t.speedup:.2f}", *plan_cells)
+        table.add_row(t.name, f"{t.ms:.3f}", f"{t.speedup:.2f}", *plan_cells)
     console.print(table)
     for t in timings:
         if t.phases:

@@ -148,6 +148,7 @@ class Engine:
         program = state.program.without(changed)
         self.programs[state.key] = state.program = program
         state.watched = None
+        state.ready.clear()
 
     def _refuse_second_branch(self, state: BranchState, key: Key, tensors: Sequence[torch.Tensor]) -> None:
         same = key == state.key and all(

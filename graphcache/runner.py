@@ -30,6 +30,7 @@ class BranchState:
     watched: tuple[tuple[torch.Tensor, int], ...] | None = None
     constants: tuple[torch.Tensor, ...] = ()
     hoisted_bytes: int = 0
+    ready: dict[int, Runnable] = field(default_factory=dict)
 
     @property
     def step(self) -> Step:
@@ -46,7 +47,9 @@ def run_step(state: BranchState, tensors: Sequence[torch.Tensor]) -> Any:
     laid = _laid(program, tensors)
     if state.watched is None:
         _run_prologue(state, tensors, laid)
-    runnable = program.phase(state.schedule, step.phase)
+    runnable = state.ready.get(step.phase)
+    if runnable is None:
+        runnable = state.ready[step.phase] = program.phase(state.schedule, step.phase)
     results = runnable.call(*_feed(cache, runnable, laid, step))
     count = position = program.captured.output.count
     for site, parts in runnable.stored:

@@ -105,7 +105,7 @@ def test_bench_writes_every_contender_beside_the_plain_model(tmp_path: Path) -> 
     result = run("bench", "cli_factory:made", *plans, *others)
     assert result.exception is None, result.exception
     rows = {row["name"]: row for row in json.loads(target.read_text())}
-    assert set(rows) == {"torch.compile", "cli_factory:beside", "fora:4:interval=2", "compute:4"}
+    assert set(rows) == {"torch.compile", "beside", "fora:4:interval=2", "compute:4"}
     assert rows["compute:4"]["ideal"] == pytest.approx(1, rel=0.05)
     assert 1.5 < rows["fora:4:interval=2"]["ideal"] < 2
     assert rows["fora:4:interval=2"]["graphs"] == 3
