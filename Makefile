@@ -1,7 +1,7 @@
 # Every target may be the first one on a fresh machine: it makes .venv and installs what it needs.
 #   make PYTHON=python3.12 test    another interpreter (3.11 or newer) for a new .venv
 #   make test JOBS=8               more test processes
-#   make demo SMALL=1              a shorter demo, or bench
+#   make demo SMALL=1              a shorter demo
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .NOTPARALLEL:
@@ -11,7 +11,6 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip
 small := $(if $(filter-out 0,$(SMALL)),--small)
-rounds := $(if $(small),--rounds 2 --steps 6)
 
 .PHONY: venv demo test lint bench
 
@@ -29,12 +28,17 @@ lint: .venv/.with-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One model whose time is FLOPs, and one whose time is launches, beside caches that decide as they run.
+# One model whose time is FLOPs, one whose time is launches, and that again beside caches that decide as they
+# run. glibc would hand freed cache entries back to the system and fault them in again: docs/benchmarks.md.
 models := examples.benchmark_models
+keep := MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000
+launch := $(BIN)/graphcache bench $(models):launch_bound_flux --plan compute:50 --threads 1 --rounds 15 \
+  --beside $(models):compute_with_cpp_wrapper
 bench: .venv/.with-bench
-	$(BIN)/graphcache bench $(models):compute_bound_pixart $(rounds)
-	$(BIN)/graphcache bench $(models):launch_bound_flux $(rounds) \
-	  --beside $(models):first_block_cache --beside $(models):dbcache
+	$(keep) $(BIN)/graphcache bench $(models):compute_bound_pixart --steps 30 --plan compute --plan fora \
+	  --plan taylorseer
+	$(launch)
+	$(launch) --beside $(models):first_block_cache --beside $(models):dbcache
 
 # A stamp per extra; one that includes others stamps them too.
 covers_test := examples

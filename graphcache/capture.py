@@ -55,7 +55,8 @@ def capture(
     _refuse_ops(graph)
     output = outputs[-1]
     step = StepGraph(
-        fx.GraphModule(module, graph),
+        module,
+        graph,
         tuple(Input(call.kind(index), index, name) for index, name in enumerate(call.leaf_names)),
         tuple(Output(index) for index in range(output.count)),
     )

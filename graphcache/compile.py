@@ -62,7 +62,7 @@ def _flattened(step: StepGraph) -> fx.GraphModule:
     for node in graph.find_nodes(op="get_attr"):
         path = str(node.target)
         node.target = path.replace(".", "_")
-        weights[node.target] = _attribute(step.module, path)
+        weights[node.target] = _attribute(step.root, path)
     root = nn.Module()
     for name, value in weights.items():
         if isinstance(value, nn.Parameter):

@@ -1,6 +1,7 @@
 """What a pass is: a frozen dataclass called like a function, from StepGraph to new StepGraph."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from graphcache.ir.errors import GraphCacheError
@@ -22,7 +23,7 @@ def run(passes: Sequence[Pass], step: StepGraph, observers: Sequence[Observer] =
     for item in passes:
         name = type(item).__name__
         after = item(step)
-        after = after.rebuilt(after.graph, history=(*step.history, name))
+        after = replace(after, history=(*step.history, name))
         verify(after, name)
         for observe in observers:
             observe(name, step, after)

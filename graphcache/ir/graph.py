@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from graphcache.ir.errors import GraphCacheError
 
@@ -105,17 +106,22 @@ class Branch:
 
 @dataclass(frozen=True)
 class StepGraph:
-    """A pure graph of one model evaluation, its typed ports, its branches and the passes behind it."""
+    """A pure graph of one model evaluation, its typed ports, its branches and the passes behind it.
 
-    module: fx.GraphModule
+    `root` holds the weights that the graph names; every graph of a model shares one.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
     inputs: tuple[InPort, ...]
     outputs: tuple[OutPort, ...]
     branches: tuple[Branch, ...] = ()
     history: tuple[str, ...] = ()
 
-    @property
-    def graph(self) -> fx.Graph:
-        return self.module.graph
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        """The graph as a module: code is generated when first asked for, not after every pass."""
+        return fx.GraphModule(self.root, self.graph)
 
     @property
     def blocks(self) -> int:
@@ -142,7 +148,7 @@ class StepGraph:
     def rebuilt(self, graph: fx.Graph, **changes: Any) -> "StepGraph":
         """This graph with `graph` in place of its own; attributes are shared, never copied."""
         graph.lint()
-        return replace(self, module=fx.GraphModule(self.module, graph), **changes)
+        return replace(self, graph=graph, **changes)
 
     def copy(self) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
         """A copy of the graph to change, and the map from old nodes to new ones; names are kept."""
