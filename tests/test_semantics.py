@@ -23,7 +23,7 @@ from tiny import arguments, tiny
 from zoo import CASES
 
 QUICK = settings(
-    max_examples=4,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],
