@@ -42,6 +42,7 @@ def lower(plan: Plan, branches: Sequence[Branch], start: int = 0) -> Schedule:
     """
     blocks = len({branch.block for branch in branches})
     resolution = resolve(plan, branches, blocks)
+    _refuse_split_values(resolution, branches)
     tracks = _tracks(resolution, branches, blocks)
     letters = {letter.symbol: letter for letter in plan.letters}
     for step in range(start, plan.steps):
@@ -49,6 +50,20 @@ def lower(plan: Plan, branches: Sequence[Branch], start: int = 0) -> Schedule:
         for track in tracks:
             _advance(track, step, letters, plan.steps, held.get(track.name))
     return _assemble(tracks, range(start, plan.steps))
+
+
+def _refuse_split_values(resolution: Resolution, branches: Sequence[Branch]) -> None:
+    """One value that is added to two streams is cached as one."""
+    first: dict[str, Branch] = {}
+    for branch in branches:
+        other = first.setdefault(branch.value, branch)
+        rows = [resolution.branches.get(b.name) for b in (branch, other)]
+        actions = [(row.actions, row.coefficients) if row else None for row in rows]
+        if actions[0] != actions[1]:
+            raise PlanError(
+                f"{other.name} and {branch.name} are one value added to two streams, and their rows differ; "
+                "give them the same row"
+            )
 
 
 def _tracks(resolution: Resolution, branches: Sequence[Branch], blocks: int) -> list[_Track]:

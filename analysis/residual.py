@@ -48,18 +48,25 @@ def _split(
     flow: Dataflow, node: fx.Node, found: dict[fx.Node, Residual]
 ) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """(stream, branch, source) when the node is a residual add, else None."""
-    if node.target is not ops.aten.add.Tensor or node.kwargs.get("alpha", 1) != 1:
-        return None
-    left, right = node.args[:2]
-    if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
-        return None
-    for stream, branch in ((left, right), (right, left)):
+    for stream, branch in _operands(node):
         if not flow.depends[branch] & LATENT or not is_tensor(stream):
             continue
         source = _source(flow, stream, branch, found)
         if source is not None and any(ops.is_product(n) for n in flow.between(source, branch)):
             return stream, branch, source
     return None
+
+
+def _operands(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+    """What of an add may be (stream, branch); of addcmul, gate and branch are the two factors."""
+    nodes = [item for item in node.args if isinstance(item, fx.Node)]
+    if node.target is ops.aten.addcmul.default:
+        return [(nodes[0], nodes[1]), (nodes[0], nodes[2])]
+    if node.target is not ops.aten.add.Tensor or len(nodes) != 2:
+        return []
+    left, right = nodes
+    scaled = node.kwargs.get("alpha", 1) != 1
+    return [(left, right)] if scaled else [(left, right), (right, left)]
 
 
 def _source(

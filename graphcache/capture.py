@@ -40,7 +40,7 @@ def capture(
     outputs: list[OutputSpec] = []
     wrapper = _FlatCall(model, call, outputs.append)
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             program = torch.export.export(wrapper, tensors, strict=False)
             if not _is_functional(program.graph):
                 # in-place writes into views would be lost to dead-code elimination
@@ -92,6 +92,10 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     Raises:
         CaptureError: training mode, or hooks, both of which a captured graph would lose silently.
     """
+    if model._compiled_call_impl is not None:
+        raise CaptureError(
+            "the model was compiled by model.compile(); transform one that was not, with backend='inductor'"
+        )
     found: list[Any] = []
     todo = [model]
     while todo:
@@ -102,7 +106,8 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         found.append(_Same(module))
         for value in (*state["_parameters"].values(), *state["_buffers"].values()):
             if value is not None:
-                found += (_Same(value), value.dtype, value.device)
+                found += (_Same(value), value.dtype, value.device, value.requires_grad)
+        found += [item for item in state.items() if item[1].__class__ in _PLAIN]
         todo.extend(child for child in state["_modules"].values() if child is not None)
     return tuple(found)
 
@@ -113,6 +118,10 @@ def _is_replaced(module: nn.Module) -> bool:
     if own is None:
         return False
     return getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module
+
+
+_PLAIN = (bool, int, float, str, type(None))
+"""Attributes that tracing bakes in and that compare by value."""
 
 
 class _Same:

@@ -58,13 +58,12 @@ def _has_symbolic_shapes(step: StepGraph) -> bool:
 def _flattened(step: StepGraph) -> fx.GraphModule:
     """The same graph over one flat table of the same weights: a fetch costs one look-up, not a path's."""
     graph, _ = step.copy()
-    weights: dict[str, Any] = {}
+    names: dict[str, str] = {}
     for node in graph.find_nodes(op="get_attr"):
-        path = str(node.target)
-        node.target = path.replace(".", "_")
-        weights[node.target] = _attribute(step.root, path)
+        node.target = names.setdefault(str(node.target), f"weight_{len(names)}")
     root = nn.Module()
-    for name, value in weights.items():
+    for path, name in names.items():
+        value = _attribute(step.root, path)
         if isinstance(value, nn.Parameter):
             root.register_parameter(name, value)
         elif isinstance(value, torch.Tensor):

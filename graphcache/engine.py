@@ -23,6 +23,9 @@ MOST_PROGRAMS = 8
 """Signatures kept ready; the least recently used is dropped."""
 
 
+MOST_BRANCHES = 16
+"""Branches whose state is kept; beyond, the one whose generation began first is dropped."""
+
 Key = tuple[Hashable, ...]
 """A signature, and what tracing and compiled code depend on besides it; gradient mode comes last."""
 
@@ -116,7 +119,10 @@ class Engine:
     def _enter(self, key: Key, program: Program, clock: Clock) -> BranchState:
         """A state with an empty history, from the clock's step on."""
         state = BranchState(key, program, program.schedule(clock.step), clock.step, clock)
+        self.states.pop(self.branch, None)
         self.states[self.branch] = state
+        while len(self.states) > MOST_BRANCHES:
+            del self.states[next(iter(self.states))]
         return state
 
     def _program(self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> Program:

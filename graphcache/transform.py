@@ -1,6 +1,7 @@
 """`transform`: a model that looks and behaves like the original and runs under a plan."""
 
 import contextlib
+import copy
 import functools
 import types
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,28 @@ class Transformed:
     def summary(self) -> Summary:
         """What each step of the latest generation computed, reused and forecast, and the bytes held."""
         return summarise(self._graphcache)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the phases are what is compiled.
+
+        Raises:
+            GraphCacheError: always, with the way to compile.
+        """
+        raise GraphCacheError(
+            "a transformed model compiles its phases itself: "
+            "graphcache.transform(model, plan, backend='inductor')"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy with weights of its own, under the same plan and with an empty cache."""
+        engine = self._graphcache
+        model = copy.deepcopy(engine.model, memo)
+        return _wrap(model, engine.plan, engine.backend, engine.timestep)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles as the original and what `transform` was given."""
+        engine = self._graphcache
+        return _wrap, (engine.model, engine.plan, engine.backend, engine.timestep)
 
     @contextlib.contextmanager
     def cache_context(self, name: str, **fields: Any) -> Iterator[None]:
@@ -119,6 +142,8 @@ def _wrap(model: nn.Module, plan: Plan, backend: Backend, timestep: str) -> nn.M
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "forward": _forward_of(kind),
+        # not Module.__call__, which would run what original.compile() left in the shared attributes
+        "__call__": nn.Module._call_impl,
     }
     wrapper: Any = type(kind.__name__, (Transformed, kind), names)
     made: nn.Module = wrapper.__new__(wrapper)

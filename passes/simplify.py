@@ -65,7 +65,7 @@ def _identical(node: fx.Node) -> fx.Node | None:
 def _repeats(node: fx.Node) -> bool:
     target = node.target
     if target in ops.COPIES or target in ops.VIEWS or target is aten.slice.Tensor:
-        return target is not aten.transpose.int and target is not aten.permute.default
+        return target not in (aten.transpose.int, aten.permute.default, aten.detach.default)
     if target in (aten.div.Tensor, aten.mul.Tensor):
         return isinstance(node.args[1], (int, float)) and node.args[1] == 1
     return False

@@ -194,9 +194,26 @@ class _Rewriter:
         return node
 
     def finished(self) -> StepGraph:
+        """The graph, with results of their own: a caller may change them in place."""
+        kept = {
+            _base(n)
+            for port, n in zip(self.outputs, self.results, strict=True)
+            if isinstance(port, CacheWrite)
+        }
+        for i, port in enumerate(self.outputs):
+            base = _base(self.results[i])
+            if isinstance(port, Output) and (base in kept or base.op in ("placeholder", "get_attr")):
+                self.results[i] = self._copy(max((self.results[i], self.first)), self.results[i])
         self.graph.erase_node(self.graph.output_node())
         self.graph.output(tuple(self.results))
         return self.step.rebuilt(self.graph, inputs=tuple(self.inputs), outputs=tuple(self.outputs))
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The node whose storage a view shows."""
+    while (ops.is_view(node) or ops.is_slice(node)) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def _widen(emit: Callable[..., fx.Node], node: fx.Node, dtype: torch.dtype) -> fx.Node:

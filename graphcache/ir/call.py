@@ -1,6 +1,7 @@
 """The structure around a call's tensors: what a signature counts, what a graph leaves out."""
 
 import dataclasses
+import enum
 import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import InputKind
 
+_BY_IDENTITY = (torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum, type)
 _BY_VALUE = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -27,6 +29,7 @@ class Binder:
         if inspect.Parameter.VAR_POSITIONAL in kinds:
             raise CaptureError("the model's forward takes *args; give its arguments names")
         self.names = [n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        self.required = {n for n in self.names if parameters[n].default is inspect.Parameter.empty}
         self._position = {name: i for i, name in enumerate(self.names)}
         self.positional_only = {
             n for n, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY
@@ -41,6 +44,8 @@ class Binder:
             twice = sorted(bound.keys() & kwargs)
             raise TypeError(f"forward got several values for {', '.join(twice)}")
         bound.update(kwargs)
+        if missing := self.required - bound.keys():
+            raise TypeError(f"forward is missing {', '.join(sorted(missing))}")
         last = len(self.names)
         return dict(sorted(bound.items(), key=lambda item: (self._position.get(item[0], last), item[0])))
 
@@ -75,15 +80,13 @@ def _sign(value: Any, key: list[Hashable], tensors: list[torch.Tensor], where: s
         key.append((dict, tuple(value)))
         for name, item in value.items():
             _sign(item, key, tensors, f"{where}.{name}")
-    else:
-        try:
-            hash(value)
-        except TypeError:
-            raise CaptureError(
-                f"argument {where} is a {type(value).__name__}, whose value cannot be compared between "
-                "calls; pass tensors, numbers, strings, lists or dicts"
-            ) from None
+    elif isinstance(value, _BY_IDENTITY):
         key.append(value)
+    else:
+        raise CaptureError(
+            f"argument {where} is a {type(value).__name__}, whose value cannot be compared between "
+            "calls; pass tensors, numbers, strings, lists or dicts"
+        )
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,8 @@ def _builder(value: Any, leaves: list[torch.Tensor]) -> Callable[[Sequence[torch
         return lambda tensors: kind(**{name: part(tensors) for name, part in parts.items()})
     if isinstance(value, Mapping):
         entries = {key: _builder(item, leaves) for key, item in value.items()}
-        return lambda tensors: {key: entry(tensors) for key, entry in entries.items()}
+        mapping: Any = type(value)
+        return lambda tensors: mapping({key: entry(tensors) for key, entry in entries.items()})
     if isinstance(value, (list, tuple)):
         items = [_builder(item, leaves) for item in value]
         sequence = type(value)
