@@ -140,7 +140,7 @@ def bench(
 
 
 def _print_timings(timings: tuple[Timing, ...]) -> None:
-    names = ("", "ms/step", "speed-up", "ideal", "realised", "graphs", "runner µs")
+    names = ("", "ms/step", "speed-up", "ideal", "realised", "graphs", "runner")
     table = Table(*names, box=None)
     for column in table.columns:
         column.no_wrap = True
@@ -149,7 +149,7 @@ def _print_timings(timings: tuple[Timing, ...]) -> None:
     for t in timings:
         plan_cells = ["", "", "", ""]
         if t.ideal is not None and t.realised is not None and t.runner_us is not None:
-            plan_cells = [f"{t.ideal:.2f}", f"{t.realised:.2f}", str(t.graphs), f"{t.runner_us:.0f}"]
+            plan_cells = [f"{t.ideal:.2f}", f"{t.realised:.2f}", str(t.graphs), f"{t.runner_us:.0f} µs"]
         table.add_row(t.name, f"{t.ms:.3f}", f"{t.speedup:.2f}", *plan_cells)
     console.print(table)
     for t in timings:
