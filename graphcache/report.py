@@ -5,11 +5,15 @@ from dataclasses import dataclass
 
 from graphcache.engine import Engine
 from graphcache.ir.schedule import Schedule
+from graphcache.program import Program
 
 
 @dataclass(frozen=True)
 class StepSummary:
-    """One step: how many sites it obtained in which way, and the cache bytes held after it."""
+    """One step: how many sites it obtained in which way, and the cache bytes held after it.
+
+    Branches, ranges of the plan and `output` count; `skipped` are those inside what is taken from the cache.
+    """
 
     step: int
     phase: int
@@ -79,9 +83,8 @@ def summarise(engine: Engine) -> Summary:
     for name, state in engine.states.items():
         program, schedule = state.program, state.schedule
         size = program.entry_bytes(schedule)
-        sites = len(program.captured.step.branches)
         done = state.clock.step - state.start + 1
-        steps = tuple(_step(schedule, i, state.start, sites, size) for i in range(done))
+        steps = tuple(_step(program, schedule, i, state.start, size) for i in range(done))
         branches.append(
             BranchSummary(
                 branch=name,
@@ -98,20 +101,22 @@ def summarise(engine: Engine) -> Summary:
     return Summary(tuple(branches))
 
 
-def _step(schedule: Schedule, index: int, start: int, sites: int, size: dict[str, int]) -> StepSummary:
+def _step(program: Program, schedule: Schedule, index: int, start: int, size: dict[str, int]) -> StepSummary:
     step = schedule.steps[index]
-    actions = schedule.phases[step.phase].actions
-    kinds = Counter(action.kind for _, action in actions)
-    listed = sum(1 for name, _ in actions if not name.startswith("range(") and name != "output")
-    untouched = 0 if schedule.phases[step.phase].skips_everything else sites - listed
+    phase = schedule.phases[step.phase]
+    actions = {name: action.kind for name, action in phase.actions}
+    kinds = Counter(actions.values())
+    for branch in program.captured.step.branches:
+        if branch.name not in actions:
+            kinds["hold" if schedule.is_skipped(phase, branch.block) else "compute"] += 1
     return StepSummary(
         step=start + index,
         phase=step.phase,
-        computed=kinds["compute"] + untouched,
+        computed=kinds["compute"],
         corrected=kinds["correct"],
         reused=kinds["reuse"],
         forecast=kinds["forecast"],
-        skipped=kinds["hold"] + (sites - listed - untouched),
+        skipped=kinds["hold"],
         held_bytes=schedule.held(index, size),
     )
 

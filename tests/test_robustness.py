@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache.ir.plan import Plan
 from tiny import TinyDiT, arguments, tiny
+from zoo import CASES
 
 REUSED = Plan.parse("plan steps=3 preset=none\n@mlp #..\n")
 TIMES = (1.0, 0.5, 0.2)
@@ -183,3 +184,54 @@ def test_fused_residual_adds_are_sites() -> None:
 def test_objects_that_cannot_be_compared_are_refused() -> None:
     with pytest.raises(graphcache.CaptureError, match="argument text is a object"):
         graphcache.transform(tiny(), graphcache.presets.compute(1))(**{**arguments(), "text": object()})
+
+
+@pytest.mark.parametrize(("site", "inside"), [("range(0..1)", 4), ("output", 4), ("range(0..0)", 2)])
+def test_a_summary_counts_what_lies_inside_a_skipped_site_as_skipped(site: str, inside: int) -> None:
+    case = CASES["chunked_dit"]
+    plan = Plan.parse(f"plan steps=2 preset=none\n{site} #.\n")
+    cached = graphcache.transform(case.make(), plan, timestep=case.timestep)
+    for time in (1.0, 0.5):
+        cached(**case.kwargs(t=time))
+    first, second = cached.summary().branches[0].steps
+    assert (first.computed, first.reused, first.skipped) == (5, 0, 0)
+    assert (second.computed, second.reused, second.skipped) == (4 - inside, 1, inside)
+
+
+class TwoStreams(nn.Module):
+    """One value added to two streams."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.work = nn.Linear(4, 8), nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        left, right = self.enter(x).chunk(2, dim=-1)
+        shared = self.work(left + right * timestep[:, None, None])
+        return (left + shared) * (right + shared)
+
+
+def test_one_value_on_two_streams_is_cached_as_one() -> None:
+    model, inputs = TwoStreams().eval(), call(torch.randn(2, 3, 4), 1.0)
+    assert graphcache.inspect(model, inputs).roles == {"mlp": 2}
+    cached = graphcache.transform(model, REUSED)
+    cached(**inputs)
+    left, right = model.enter(inputs["x"] * 0.5).chunk(2, dim=-1)
+    old_left, old_right = model.enter(inputs["x"]).chunk(2, dim=-1)
+    shared = model.work(old_left + old_right)
+    assert torch.equal(cached(**call(inputs["x"], 0.5)), (left + shared) * (right + shared))
+    one = Plan.parse("plan steps=3 preset=none\nblock0.mlp #..\n")
+    with pytest.raises(graphcache.PlanError, match="one value added to two streams"):
+        graphcache.transform(model, one, example_inputs=inputs)
+
+
+class Conditional(nn.Module):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return torch.cond(timestep.sum() > 1, lambda y: y + 1, lambda y: y - 1, (x,))
+
+
+def test_operations_with_graphs_inside_are_refused() -> None:
+    with pytest.raises(graphcache.CaptureError, match="inner graph cannot be rewritten"):
+        graphcache.transform(Conditional().eval(), graphcache.presets.compute(1))(
+            **call(torch.ones(1, 2, 4), 1.0)
+        )

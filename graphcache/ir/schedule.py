@@ -36,11 +36,6 @@ class Phase:
 
     actions: tuple[tuple[str, Action], ...]
 
-    @property
-    def skips_everything(self) -> bool:
-        """Whether the whole step is obtained from cached outputs."""
-        return dict(self.actions).get("output", Action("compute")).kind in ("reuse", "forecast")
-
 
 @dataclass(frozen=True)
 class Step:
@@ -63,6 +58,12 @@ class Schedule:
     def stores(self) -> tuple[frozenset[str], ...]:
         """Sites that each phase stores."""
         return tuple(frozenset(name for name, act in phase.actions if act.stores) for phase in self.phases)
+
+    def is_skipped(self, phase: Phase, block: int) -> bool:
+        """Whether a block lies within a range, or the output, that the phase takes from the cache."""
+        taken = {name for name, action in phase.actions if action.kind in ("reuse", "forecast")}
+        inside = (name for name, first, last in self.ranges if first <= block <= last)
+        return "output" in taken or not taken.isdisjoint(inside)
 
     def held(self, step: int, size: Mapping[str, int]) -> int:
         """Bytes that the state holds after a step, given the bytes of one entry of each site."""
