@@ -94,17 +94,6 @@ HEAVY = (
 )
 """What a cache is for: work that grows with channels or tokens squared."""
 
-ASSERTS = frozenset(
-    {
-        aten._assert_tensor_metadata.default,
-        aten._assert_scalar.default,
-        aten._assert_async.msg,
-        aten._assert_async.default,
-        aten.sym_constrain_range_for_size.default,
-        aten.sym_constrain_range.default,
-    }
-)
-
 
 def is_view(node: fx.Node) -> bool:
     return node.target in VIEWS
@@ -112,6 +101,13 @@ def is_view(node: fx.Node) -> bool:
 
 def is_slice(node: fx.Node) -> bool:
     return node.target in SLICES
+
+
+def behind(node: fx.Node, targets: frozenset[object]) -> fx.Node:
+    """The value that a chain of the given operations starts from."""
+    while node.target in targets and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def is_product(node: fx.Node) -> bool:

@@ -39,9 +39,7 @@ def residuals(flow: Dataflow) -> list[Residual]:
 
 def unwrap(node: fx.Node) -> fx.Node:
     """A stream's value before views, casts and dropped dropout."""
-    while (ops.is_view(node) or node.target in ops.COPIES) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
+    return ops.behind(node, ops.VIEWS | ops.COPIES)
 
 
 def _split(
@@ -138,8 +136,5 @@ def _starts_inside(flow: Dataflow, outer: Residual, node: fx.Node, found: dict[f
     """
     base = node
     while base in found:
-        stream = found[base].stream
-        while ops.is_view(stream) or ops.is_slice(stream) or stream.target in ops.COPIES:
-            stream = stream.all_input_nodes[0]
-        base = stream
+        base = ops.behind(found[base].stream, ops.VIEWS | ops.COPIES | ops.SLICES)
     return base is not outer.source and flow.reaches(outer.source, base)

@@ -70,11 +70,7 @@ class _Sites:
 
     def is_context(self, residual: Residual) -> bool:
         """Whether the stream began without the latents: text that the image's tokens are mixed into."""
-        node = residual.stream
-        while node not in self.merges and (
-            ops.is_view(node) or ops.is_slice(node) or node.target in ops.COPIES
-        ):
-            node = node.all_input_nodes[0]
+        node = ops.behind(residual.stream, ops.VIEWS | ops.COPIES | ops.SLICES)
         if node in self.merges:
             return self.is_context(self.merges[node])
         return not rows_depend(self.flow, residual.stream, LATENT)

@@ -12,6 +12,7 @@ from torch import nn
 
 from graphcache.compile import Backend, compile_plainly
 from graphcache.engine import Engine
+from graphcache.ir.errors import PlanError
 from graphcache.ir.plan import Plan
 from graphcache.transform import transform
 
@@ -88,7 +89,7 @@ def benchmark(
     """
     steps = {plan.steps for plan in plans.values()} or {20}
     if len(steps) > 1:
-        raise ValueError(f"plans of one number of steps can be compared, these have {sorted(steps)}")
+        raise PlanError(f"plans of one number of steps can be compared, these have {sorted(steps)}")
     generation = Generation(inputs, timestep, steps.pop())
     made = {name: transform(model, plan, backend=backend, timestep=timestep) for name, plan in plans.items()}
     contenders: dict[str, Call] = {"torch.compile": compile_plainly(model, backend), **(beside or {}), **made}

@@ -54,7 +54,7 @@ def inspect(
         cost = f"{site.flops / 1e6:.2f}", f"{site.share:.1%}"
         table.add_row(site.name, site.role, site.shape, f"{site.bytes:,}", *cost)
     console.print(table)
-    console.print(str(found).rsplit("\n", 1)[-1])
+    console.print(found.totals)
 
 
 @app.command()

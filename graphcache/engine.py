@@ -77,9 +77,12 @@ class Engine:
         finally:
             self.branch = before
 
-    def prepare(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
-        """Capture for these inputs and check the plan against the model."""
-        bound = self.binder.bind(args, dict(kwargs))
+    def prepare(self, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> Program:
+        """Capture for these keywords or positions and check the plan against the model."""
+        if isinstance(example_inputs, Mapping):
+            bound = self.binder.bind((), dict(example_inputs))
+        else:
+            bound = self.binder.bind(example_inputs, {})
         key, tensors = self.binder.signature(bound)
         program = self._program(key + _ambient(), bound, tensors)
         program.check()

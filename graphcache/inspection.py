@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from graphcache.analysis.cost import flops, graph_flops
-from graphcache.analysis.dataflow import Dataflow
+from graphcache.analysis.dataflow import LATENT, Dataflow
 from graphcache.engine import Engine, original
 from graphcache.ir.graph import Branch, StepGraph, storage_bytes, value_of
 from graphcache.ir.plan import Plan
@@ -50,13 +50,17 @@ class Inspection:
             f"{site.name:{width}} {site.shape:18} {site.flops / 1e6:10.2f} {site.share:6.1%}"
             for site in self.sites
         ]
+        return "\n".join((*lines, self.totals))
+
+    @property
+    def totals(self) -> str:
+        """One line: blocks, sites by role, FLOPs."""
         rest = 1 - sum(site.share for site in self.sites)
         roles = ", ".join(f"{count} {role}" for role, count in self.roles.items())
-        lines.append(
+        return (
             f"{self.blocks} blocks, {len(self.sites)} sites ({roles}), {self.flops / 1e6:.2f} MFLOPs a step "
             f"({rest:.1%} outside the sites); {self.hoisted_flops / 1e6:.2f} MFLOPs are computed once"
         )
-        return "\n".join(lines)
 
 
 def inspect(
@@ -73,9 +77,7 @@ def inspect(
         CaptureError: the model cannot be captured; the message says why.
     """
     engine = Engine(original(model), Plan(1), None, timestep)
-    args = example_inputs if isinstance(example_inputs, tuple) else ()
-    kwargs = example_inputs if isinstance(example_inputs, Mapping) else {}
-    program = engine.prepare(args, kwargs)
+    program = engine.prepare(example_inputs)
     step = program.step
     total = graph_flops(step)
     work = branch_flops(step)
@@ -97,7 +99,7 @@ def inspect(
 
 
 def branch_flops(step: StepGraph) -> dict[str, int]:
-    """FLOPs between each branch's stream and its value; work that two branches share counts half for each."""
+    """FLOPs between each branch's stream and its value; what they share is divided."""
     flow = Dataflow(step)
     nodes = step.nodes()
     owners: Counter[str] = Counter()
@@ -120,4 +122,4 @@ def _own_work(flow: Dataflow, branch: Branch, nodes: dict[str, Any]) -> list[str
             continue
         seen.add(node)
         todo.extend(node.all_input_nodes)
-    return [node.name for node in seen if flow.depends[node] & 1]
+    return [node.name for node in seen if flow.depends[node] & LATENT]

@@ -27,7 +27,7 @@ from graphcache.ir.schedule import Phase, Schedule
 from graphcache.passes.base import Observer, run
 from graphcache.passes.hoist import Hoist, Prologue
 from graphcache.passes.simplify import Simplify
-from graphcache.passes.specialize import Specialize, part_sizes
+from graphcache.passes.specialize import Specialize, entry_values
 from graphcache.passes.tag import Tag
 
 
@@ -147,11 +147,7 @@ class Program:
 
     @cached_property
     def step(self) -> StepGraph:
-        return (
-            run((Hoist(self._held),), self.captured.step, self.observers)
-            if self._held
-            else self.captured.step
-        )
+        return run((Hoist(self._held),), self.captured.step, self.observers)
 
     def schedule(self, start: int = 0) -> Schedule:
         if start not in self._schedules:
@@ -170,7 +166,8 @@ class Program:
         """FLOPs of the plain model over all steps, by those of the plan, its prologue included."""
         plain = graph_flops(self.captured.step) * len(schedule.steps)
         once = graph_flops(self.prologue.step) if self.prologue else 0
-        planned = sum(graph_flops(self.phase(schedule, step.phase).step) for step in schedule.steps)
+        cost = [graph_flops(self.phase(schedule, i).step) for i in range(len(schedule.phases))]
+        planned = sum(cost[step.phase] for step in schedule.steps)
         return plain / (once + planned) if once + planned else float("inf")
 
     @property
@@ -181,8 +178,8 @@ class Program:
     def entry_bytes(self, schedule: Schedule) -> dict[str, int]:
         """Bytes of one history entry of every site that the schedule caches."""
         names = {name for phase in schedule.phases for name, _ in phase.actions}
-        step, ranges = self.captured.step, schedule.ranges
-        return {name: sum(storage_bytes(v) for v in part_sizes(step, name, ranges)) for name in names}
+        entries = entry_values(self.captured.step, names, schedule.ranges)
+        return {name: sum(map(storage_bytes, values)) for name, values in entries.items()}
 
     def check(self) -> None:
         """Lower the plan and specialise every phase, so that whatever is wrong is said now.

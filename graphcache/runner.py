@@ -93,19 +93,17 @@ def _feed(
     entries, hoisted = cache.entries, cache.hoisted
     feed: list[torch.Tensor] = []
     for port in runnable.step.inputs:
-        kind = port.__class__
-        if kind is CacheRead:
-            history = entries[port.site]  # type: ignore[union-attr]
+        if isinstance(port, CacheRead):
+            history = entries[port.site]
             # a history that is shorter than the forecast's order is padded with its newest at weight 0
-            index = port.entry if port.entry < len(history) else 0  # type: ignore[union-attr]
-            feed.append(history[index][port.part])  # type: ignore[union-attr]
-        elif kind is Hoisted:
-            feed.append(hoisted[port.name])  # type: ignore[union-attr]
-        elif kind is Input:
-            feed.append(laid[port.index])  # type: ignore[union-attr]
+            index = port.entry if port.entry < len(history) else 0
+            feed.append(history[index][port.part])
+        elif isinstance(port, Hoisted):
+            feed.append(hoisted[port.name])
+        elif isinstance(port, Input):
+            feed.append(laid[port.index])
         else:
-            group = port.group  # type: ignore[union-attr]
-            feed.append(runnable.coefficients(group, step.coefficients[group]))
+            feed.append(runnable.coefficients(port.group, step.coefficients[port.group]))
     return feed if len(set(map(id, feed))) == len(feed) else distinct(feed)
 
 

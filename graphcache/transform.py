@@ -101,9 +101,7 @@ def transform(
     if isinstance(model_or_pipe, nn.Module):
         made: Any = _wrap(model_or_pipe, plan, backend, timestep)
         if example_inputs is not None:
-            args = example_inputs if isinstance(example_inputs, tuple) else ()
-            kwargs = example_inputs if isinstance(example_inputs, Mapping) else {}
-            made._graphcache.prepare(args, kwargs)
+            made._graphcache.prepare(example_inputs)
         return made  # type: ignore[no-any-return]
     parts = [name for name in PIPELINE_PARTS if isinstance(getattr(model_or_pipe, name, None), nn.Module)]
     if not parts:

@@ -10,6 +10,10 @@ from graphcache.passes.prune import sweep
 
 aten = ops.aten
 
+_MOVING = {aten.transpose.int, aten.permute.default, aten.t.default, aten.movedim.int, aten.swapaxes.default}
+_REPEATING = (ops.COPIES | ops.VIEWS | {aten.slice.Tensor}) - _MOVING - {aten.detach.default}
+"""Operations that change nothing when shape, strides and dtype stay; `detach` changes gradients."""
+
 
 @dataclass(frozen=True)
 class Simplify:
@@ -64,8 +68,8 @@ def _identical(node: fx.Node) -> fx.Node | None:
 
 def _repeats(node: fx.Node) -> bool:
     target = node.target
-    if target in ops.COPIES or target in ops.VIEWS or target is aten.slice.Tensor:
-        return target not in (aten.transpose.int, aten.permute.default, aten.detach.default)
+    if target in _REPEATING:
+        return True
     if target in (aten.div.Tensor, aten.mul.Tensor):
         return isinstance(node.args[1], (int, float)) and node.args[1] == 1
     return False

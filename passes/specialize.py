@@ -1,6 +1,6 @@
 """One phase of a plan, written into the graph: sites become inputs and further outputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from graphcache.ir.graph import (
     OutPort,
     Output,
     StepGraph,
-    is_tensor,
+    fake_mode,
     value_of,
 )
 from graphcache.ir.schedule import Action, Phase
@@ -43,7 +43,8 @@ class Specialize:
         parts = {name: rewriter.parts(name, cuts.get(name)) for name, _ in actions if name != "output"}
         # innermost first: what lies around a site takes its value as the site hands it on
         for name, action in reversed(actions):
-            for number, part in enumerate(parts.get(name) or rewriter.output_parts()):
+            places = rewriter.output_parts() if name == "output" else parts[name]
+            for number, part in enumerate(places):
                 rewriter.apply(name, number, action, part)
         return Prune()(rewriter.finished())
 
@@ -148,7 +149,7 @@ class _Rewriter:
 
     def _load(self, port: InPort, part: _Part) -> fx.Node:
         value = value_of(part.raw)
-        with value.fake_mode:  # type: ignore[attr-defined]
+        with fake_mode(value):
             layout = torch.contiguous_format if part.fresh else torch.preserve_format
             return self._placeholder(port, torch.empty_like(value, memory_format=layout))
 
@@ -165,7 +166,7 @@ class _Rewriter:
         """The weighted sum of the entries, newest first, in fp32 at least."""
         dtype, device = value_of(raw).dtype, value_of(raw).device
         wide = torch.promote_types(dtype, torch.float32)
-        with value_of(raw).fake_mode:  # type: ignore[attr-defined]
+        with fake_mode(value_of(raw)):
             weights = self._placeholder(
                 Coefficients(group), torch.empty(len(entries), dtype=wide, device=device)
             )
@@ -195,25 +196,14 @@ class _Rewriter:
 
     def finished(self) -> StepGraph:
         """The graph, with results of their own: a caller may change them in place."""
-        kept = {
-            _base(n)
-            for port, n in zip(self.outputs, self.results, strict=True)
-            if isinstance(port, CacheWrite)
-        }
-        for i, port in enumerate(self.outputs):
-            base = _base(self.results[i])
+        bases = [ops.behind(node, ops.VIEWS | ops.SLICES) for node in self.results]
+        kept = {base for port, base in zip(self.outputs, bases, strict=True) if isinstance(port, CacheWrite)}
+        for i, (port, base) in enumerate(zip(self.outputs, bases, strict=True)):
             if isinstance(port, Output) and (base in kept or base.op in ("placeholder", "get_attr")):
                 self.results[i] = self._copy(max((self.results[i], self.first)), self.results[i])
         self.graph.erase_node(self.graph.output_node())
         self.graph.output(tuple(self.results))
         return self.step.rebuilt(self.graph, inputs=tuple(self.inputs), outputs=tuple(self.outputs))
-
-
-def _base(node: fx.Node) -> fx.Node:
-    """The node whose storage a view shows."""
-    while (ops.is_view(node) or ops.is_slice(node)) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
 
 
 def _widen(emit: Callable[..., fx.Node], node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -222,8 +212,7 @@ def _widen(emit: Callable[..., fx.Node], node: fx.Node, dtype: torch.dtype) -> f
 
 def _fake(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
     values = [item.meta["val"] if isinstance(item, fx.Node) else item for item in args]
-    mode = next(v for v in values if isinstance(v, torch.Tensor)).fake_mode  # type: ignore[attr-defined]
-    with mode:
+    with fake_mode(next(v for v in values if isinstance(v, torch.Tensor))):
         result: torch.Tensor = target(*values, **kwargs)
     return result
 
@@ -235,13 +224,12 @@ def _name(port: InPort) -> str:
     return f"coefficients_{port.group}" if isinstance(port, Coefficients) else str(port).replace(" ", "_")
 
 
-def part_sizes(step: StepGraph, name: str, ranges: Sequence[tuple[str, int, int]]) -> list[torch.Tensor]:
-    """Fake tensors like one history entry of a site, one per part."""
-    if name == "output":
-        return [value_of(node) for node in step.results() if is_tensor(node)]
-    bounds = next(((first, last) for range_, first, last in ranges if range_ == name), None)
+def entry_values(
+    step: StepGraph, sites: Iterable[str], ranges: Sequence[tuple[str, int, int]]
+) -> dict[str, list[torch.Tensor]]:
+    """Fake tensors like one history entry of each site, one per part."""
     nodes = step.nodes()
-    if bounds is not None:
-        return [value_of(nodes[merge]) for merge in cut_range(step, name, *bounds).leaving]
-    branch = next(b for b in step.branches if b.name == name)
-    return [value_of(nodes[branch.value])]
+    values = {branch.name: [branch.value] for branch in step.branches}
+    values |= {name: list(cut_range(step, name, first, last).leaving) for name, first, last in ranges}
+    values["output"] = [node.name for node in step.results()]
+    return {site: [value_of(nodes[name]) for name in values[site]] for site in sites}

@@ -52,17 +52,14 @@ class Binder:
     def signature(self, bound: Mapping[str, Any]) -> tuple[tuple[Hashable, ...], list[torch.Tensor]]:
         """The key under which a capture is valid, and the tensor leaves in order.
 
-        The key holds the tree, each tensor's shape, dtype and device, and every other leaf's value.
+        The key holds the tree, each tensor's shape, dtype, device and need of a gradient, and every other
+        leaf's value.
         """
         key: list[Hashable] = []
         tensors: list[torch.Tensor] = []
         for name, value in bound.items():
             key.append(name)
-            if isinstance(value, torch.Tensor):
-                tensors.append(value)
-                key.append((value.shape, value.dtype, value.device, value.requires_grad))
-            else:
-                _sign(value, key, tensors, name)
+            _sign(value, key, tensors, name)
         return tuple(key), tensors
 
 

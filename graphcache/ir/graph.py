@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from graphcache.ir.errors import GraphCacheError
 
@@ -164,6 +165,13 @@ def value_of(node: fx.Node) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise GraphCacheError(f"node {node.name} ({node.target}) yields {type(value).__name__}, not a tensor")
     return value
+
+
+def fake_mode(value: torch.Tensor) -> FakeTensorMode:
+    """The mode in which a node's fake tensor was made, to make others beside it."""
+    if not isinstance(value, FakeTensor):
+        raise GraphCacheError(f"{type(value).__name__} describes no node of a captured graph")
+    return value.fake_mode
 
 
 def is_tensor(node: fx.Node) -> bool:
