@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphcache.capture import Fingerprint, fingerprint, forward_parameters
+from graphcache.capture import forward_parameters
 from graphcache.clock import Clock, read_timestep
 from graphcache.compile import Backend
+from graphcache.fingerprint import Fingerprint, fingerprint
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import StateError
 from graphcache.ir.plan import Plan

@@ -1,11 +1,9 @@
 """How close images are to a reference, and how close two sets of features are in distribution."""
 
-import importlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from graphcache.extras import require
 from graphcache.ir.errors import GraphCacheError
 
 
@@ -47,7 +45,9 @@ def ssim(images: Tensor, reference: Tensor, data_range: float = 2.0, *, sigma: f
             f"ssim takes (N, C, H, W) of at least {side}x{side} pixels, not {tuple(images.shape)}; "
             "a smaller sigma has a smaller window"
         )
-    values: Tensor = _torchmetrics_image().structural_similarity_index_measure(
+    values: Tensor = require(
+        "torchmetrics.functional.image", "examples", "ssim"
+    ).structural_similarity_index_measure(
         images.double(), reference.double(), sigma=sigma, data_range=data_range, reduction="none"
     )
     return values.reshape(-1)
@@ -104,15 +104,6 @@ def _symmetric_root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return root
-
-
-def _torchmetrics_image() -> Any:
-    try:
-        return importlib.import_module("torchmetrics.functional.image")
-    except ImportError as error:
-        raise GraphCacheError(
-            "ssim needs torchmetrics; install it with: pip install graphcache-dit[examples]"
-        ) from error
 
 
 def _check_shapes(value: Tensor, reference: Tensor) -> None:

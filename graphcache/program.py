@@ -10,8 +10,9 @@ from torch import nn
 from graphcache.analysis.cost import graph_flops
 from graphcache.analysis.invariant import invariant_values
 from graphcache.analysis.liveness import lower
-from graphcache.capture import Fingerprint, capture, fingerprint
+from graphcache.capture import capture
 from graphcache.compile import Backend, Compiled, build
+from graphcache.fingerprint import Fingerprint, fingerprint
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import (

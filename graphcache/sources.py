@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from graphcache.capture import forward_parameters
+from graphcache.extras import require
 from graphcache.ir.errors import GraphCacheError
 
 
@@ -69,12 +70,7 @@ def load_model(
 
 
 def _diffusers() -> Any:
-    try:
-        return importlib.import_module("diffusers")
-    except ImportError as error:
-        raise GraphCacheError(
-            "a diffusers folder needs diffusers: pip install graphcache-dit[diffusers]"
-        ) from error
+    return require("diffusers", "diffusers", "a diffusers folder")
 
 
 def _from_folder(folder: Path) -> nn.Module:

@@ -1,4 +1,3 @@
-import ast
 import importlib
 import json
 import pkgutil
@@ -6,7 +5,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -33,17 +31,6 @@ def packages_on_disk() -> set[str]:
         for file in base.rglob("*.py"):
             found.add(".".join((package, *file.parent.relative_to(base).parts)))
     return found
-
-
-def imported(source: str) -> Iterator[str]:
-    """The modules that a source file imports, `from a import b` as both `a` and `a.b`."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.module is not None, "a relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 @pytest.mark.parametrize("name", ["analysis", "passes"])
@@ -86,16 +73,6 @@ def test_analyses_and_passes_are_found_under_the_package() -> None:
     names = module_names()
     for layer in LAYERS:
         assert any(name.startswith(f"{layer}.") for name in names)
-
-
-@pytest.mark.parametrize("height", range(len(LAYERS)), ids=LAYERS)
-def test_a_layer_imports_only_itself_and_those_below(height: int) -> None:
-    allowed = LAYERS[: height + 1]
-    files = ROOT.joinpath(*LAYERS[height].split(".")).resolve().rglob("*.py")
-    for file in files:
-        for name in imported(file.read_text()):
-            if name.startswith("graphcache.") or name in ("analysis", "passes", "examples"):
-                assert name.startswith(allowed), f"{file.relative_to(ROOT)} imports {name}"
 
 
 def test_the_import_needs_no_extra() -> None:
