@@ -4,7 +4,7 @@ from graphcache import presets
 from graphcache.inspection import inspect
 from graphcache.ir.errors import CaptureError, GraphCacheError, PlanError, StateError
 from graphcache.ir.plan import Plan
-from graphcache.transform import transform
+from graphcache.transform import restore, transform
 
 __all__ = [
     "CaptureError",
@@ -14,5 +14,6 @@ __all__ = [
     "StateError",
     "inspect",
     "presets",
+    "restore",
     "transform",
 ]

@@ -14,6 +14,7 @@ from graphcache.compile import Backend, compile_plainly
 from graphcache.engine import Engine
 from graphcache.ir.errors import PlanError
 from graphcache.ir.plan import Plan
+from graphcache.runner import BranchState
 from graphcache.transform import transform
 
 Call = Callable[..., Any]
@@ -122,8 +123,7 @@ def _timings(
 def _with_plan(
     timing: Timing, model: Any, rounds: Sequence[Sequence[float]], generation: Generation
 ) -> Timing:
-    engine: Engine = model._graphcache
-    state = engine.states[""]
+    state = _state(model)
     schedule, program = state.schedule, state.program
     phases = []
     for index in range(len(schedule.phases)):
@@ -140,24 +140,29 @@ def _with_plan(
     )
 
 
+def _state(model: Any) -> BranchState:
+    engine: Engine = model._graphcache
+    (state,) = engine.surroundings.session.states.values()
+    return state
+
+
 def runner_overhead(model: Any, generation: Generation, rounds: int = 5) -> float:
     """Microseconds a step outside the graphs: every graph is replaced by one that returns old results."""
-    engine: Engine = model._graphcache
-    program = engine.states[""].program
+    program = _state(model).program
     kept = dict(program.phases)
     try:
         for key, runnable in kept.items():
             program.phases[key] = replace(runnable, call=_replay(runnable.call))
         medians = []
         for turn in range(rounds + 1):
-            engine.reset()
+            model.reset()
             times = generation.run(model)
             if turn:
                 medians.append(statistics.median(times[1:]))
         return 1e6 * statistics.median(medians)
     finally:
         program.phases.update(kept)
-        engine.reset()
+        model.reset()
 
 
 def _replay(call: Call) -> Call:

@@ -1,8 +1,10 @@
 """From a module and one call of it to a functional StepGraph."""
 
+import contextlib
 import inspect
+import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, Output, StepGraph
 
 _TORCH = str(Path(torch.__file__).parent)
+_CAPTURING = threading.RLock()
+"""torch.export changes global state while it traces."""
+
 _PURE_RANDOM = {
     torch.ops.aten.scaled_dot_product_attention.default,
     torch.ops.aten.dropout.default,
@@ -40,7 +45,7 @@ def capture(
     outputs: list[OutputSpec] = []
     wrapper = _FlatCall(model, call, outputs.append)
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with _CAPTURING, _uncompiled(model), torch.inference_mode(False), torch.no_grad():
             program = torch.export.export(wrapper, tensors, strict=False)
             if not _is_functional(program.graph):
                 # in-place writes into views would be lost to dead-code elimination
@@ -61,6 +66,18 @@ def capture(
         tuple(Output(index) for index in range(output.count)),
     )
     return step, output
+
+
+@contextlib.contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Call modules that Module.compile() compiled as they were, so that tracing sees through them."""
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    kept = [module.__dict__.pop("_compiled_call_impl") for module in compiled]
+    try:
+        yield
+    finally:
+        for module, call in zip(compiled, kept, strict=True):
+            module._compiled_call_impl = call
 
 
 class _FlatCall(nn.Module):

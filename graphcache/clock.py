@@ -2,19 +2,17 @@
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from graphcache.ir.errors import StateError
 
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Where a branch stands in its generation; `step` is the step of the latest call.
+    """Where a model stands in its generation; `step` is the step of the latest evaluation.
 
-    A call continues the generation while its timestep goes on in the same direction. A jump back, a
-    repeat of the first timestep, or a third call at one timestep begins another generation, and so does any
-    call after a generation of a single evaluation.
-    (A second call at one timestep is the second evaluation of a second-order solver.)
+    An evaluation continues the generation while its timestep goes on in the same direction. A jump back, a
+    repeat of the first timestep, or a third evaluation at one timestep begins another generation, and so does
+    any after a generation of a single evaluation.
+    (A second evaluation at one timestep is that of a second-order solver.)
     """
 
     steps: int
@@ -26,14 +24,10 @@ class Clock:
 
     @staticmethod
     def begin(steps: int, timestep: float, start: int = 0) -> "Clock":
-        if not 0 <= start < steps:
-            raise StateError(
-                f"start_step={start} is not a step of the plan, which has steps 0 to {steps - 1}"
-            )
         return Clock(steps, start, timestep, timestep)
 
     def advance(self, timestep: float) -> "Clock | None":
-        """The clock after one more call, or None when that call begins another generation.
+        """The clock after one more evaluation, or None when that begins another generation.
 
         Raises:
             StateError: the generation goes on beyond the plan's last step.
@@ -53,15 +47,7 @@ class Clock:
         if self.step + 1 >= self.steps:
             raise StateError(
                 f"the plan has {self.steps} steps and this generation goes on to another one, at timestep "
-                f"{timestep:g} after {self.last:g}; transform with a plan for as many model evaluations "
-                "as the sampler makes, or call reset() if this is a new generation"
+                f"{timestep:g} after {self.last:g}; call model.reset(steps=...) before a generation with "
+                "another number of model evaluations, or reset() if this is a new generation"
             )
         return replace(self, step=self.step + 1, last=timestep)
-
-
-def read_timestep(timestep: torch.Tensor) -> float:
-    """The timestep as a number: the largest where there is one per sample or token.
-
-    Waits for the device.
-    """
-    return float(timestep.item() if timestep.numel() == 1 else timestep.max().item())

@@ -1,10 +1,14 @@
 """From a specialised graph to something to call: eager, or any torch.compile backend."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo import OptimizedModule
+from torch._dynamo.eval_frame import innermost_backend
 
 from graphcache.ir.graph import StepGraph, has_static_shape, is_tensor
 
@@ -26,16 +30,44 @@ def build(step: StepGraph, backend: Backend) -> Compiled:
         eager: Compiled = module.forward
         return eager
     given = _arguments(backend)
-    options: dict[str, Any] = {**_mode_options(given), **given.pop("options", {})}
+    options: dict[str, Any] = {**_mode_options(given), **(given.pop("options", None) or {})}
     if not _has_symbolic_shapes(step):
         options.setdefault("guard_filter_fn", torch.compiler.skip_all_guards_unsafe)
-    compiled: Compiled = torch.compile(module, fullgraph=True, dynamic=False, options=options, **given)
+    given |= {"fullgraph": True, "dynamic": False}
+    compiled: Compiled = torch.compile(module, options=options, **given)
     return compiled
 
 
 def compile_plainly(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     """The untouched model under torch.compile as a user would call it, to compare with."""
     return model if backend is None else torch.compile(model, dynamic=False, **_arguments(backend))
+
+
+def prior_compilation(model: nn.Module) -> Backend:
+    """What the model or its blocks were compiled with before, by torch.compile or Module.compile."""
+    for module in model.modules():
+        compiled = module._compiled_call_impl
+        if compiled is not None:
+            return _innermost(inspect.getclosurevars(compiled).nonlocals["callback"])
+    return None
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, Backend]:
+    """The module behind torch.compile(module), and what it was compiled with."""
+    if isinstance(model, OptimizedModule):
+        return model._orig_mod, _innermost(model.dynamo_ctx.callback)
+    return model, None
+
+
+def active_compilation() -> Backend:
+    """What the torch.compile region that this runs in compiles with."""
+    callback = get_eval_frame_callback()
+    return _innermost(callback) if callback else None
+
+
+def _innermost(callback: Any) -> Backend:
+    backend: Backend = innermost_backend(callback)
+    return backend
 
 
 def _arguments(backend: Backend) -> dict[str, Any]:

@@ -1,82 +1,145 @@
-"""Finds the program, step and branch of a call; the one owner of a transformed model's state."""
+"""Finds the program and the branch's state of a call, and runs it: what is behind a transformed model."""
 
-import contextlib
 import itertools
+import logging
+import sys
+import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from graphcache import presets
 from graphcache.capture import forward_parameters
-from graphcache.clock import Clock, read_timestep
-from graphcache.compile import Backend
-from graphcache.fingerprint import Fingerprint, fingerprint
+from graphcache.compile import Backend, prior_compilation
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import StateError
 from graphcache.ir.plan import Plan
 from graphcache.passes.base import Observer
 from graphcache.program import Captured, Program
-from graphcache.runner import BranchState, changed_inputs, run_step
+from graphcache.runner import BranchState, Key, changed_inputs, halved, run_step
+from graphcache.schedulers import Driver
+from graphcache.session import Branch, Call, Generation, Session
+from graphcache.watch import Watch, refuse_uncapturable
 
 MOST_PROGRAMS = 8
 """Signatures kept ready; the least recently used is dropped."""
 
+log = logging.getLogger("graphcache")
 
-MOST_BRANCHES = 16
-"""Branches whose state is kept; beyond, the one whose generation began first is dropped."""
 
-Key = tuple[Hashable, ...]
-"""A signature, and what tracing and compiled code depend on besides it; gradient mode comes last."""
+@dataclass(frozen=True)
+class Options:
+    """What `transform` was given beside the model; see there."""
+
+    plan: Plan
+    backend: Backend = None
+    timestep: str = "timestep"
+    branches: int | None = None
+    waits: bool = True
+    observers: Sequence[Observer] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What the `with` statements around a call say: session, cache context and its step fields."""
+
+    session: Session
+    name: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    disabled: bool = False
+
+
+_surroundings: ContextVar[Mapping["Engine", Surroundings]] = ContextVar(
+    "graphcache", default=MappingProxyType({})
+)
 
 
 class Engine:
-    """Runs a model's evaluations under a plan; neither the model nor a graph holds any of its state."""
+    """Runs a model's evaluations under a plan; neither the model nor a graph holds any of its state.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        backend: Backend,
-        timestep: str,
-        observers: Sequence[Observer] = (),
-    ) -> None:
+    The programs are shared by all sessions; each session has the caches of its own generation.
+    """
+
+    def __init__(self, model: nn.Module, options: Options, pipe: Any = None) -> None:
         self.model = model
-        self.plan = plan
-        self.backend = backend
-        self.timestep = timestep
-        self.observers = observers
+        self.options = options
+        self.backend = options.backend
         self.binder = Binder(forward_parameters(model))
+        self.driver = Driver(pipe=pipe)
+        self.outermost = Surroundings(self.new_session(self.driver))
         self.programs: OrderedDict[Key, Program] = OrderedDict()
-        self.states: dict[str, BranchState] = {}
-        self.branch = ""
-        self.start_step = 0
+        self.plans = {options.plan.steps: options.plan}
+        self.given = model
+        self.outer: Any = None
+        self.calls = 0
+        self._specs: dict[Key, CallSpec] = {}
+        self._watch: Watch | None = None
+        self._lock = threading.RLock()
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        bound = self.binder.bind(args, kwargs)
-        key, tensors = self.binder.signature(bound)
-        state = self._place(key + _ambient(), bound, tensors)
+        around = self.surroundings
+        session = around.session
+        self.calls += 1
+        if around.disabled:
+            session.leave()
+            return self.model(*args, **kwargs)
+        session.claim()
         try:
-            return run_step(state, tensors)
-        except BaseException:
-            self.states.pop(self.branch, None)
-            self.start_step = 0
-            raise
-
-    def reset(self, start_step: int = 0) -> None:
-        """Forget every generation in progress; the next one of each branch begins at `start_step`."""
-        Clock.begin(self.plan.steps, 0.0, start_step)
-        self.states.clear()
-        self.start_step = start_step
-
-    @contextlib.contextmanager
-    def in_branch(self, name: str) -> Iterator[None]:
-        before, self.branch = self.branch, name
-        try:
-            yield
+            bound = self.binder.bind(args, kwargs)
+            signature, tensors = self.binder.signature(bound)
+            key = signature + _ambient()
+            spec = self._spec(key, bound)
+            call = Call(around.name, around.fields, key, spec.constants(tensors), tensors[spec.timestep])
+            generation, branch = session.place(call)
+            state = self._state(session, generation, branch, call, bound, tensors)
+            session.enter(generation, branch, state)
+            try:
+                return run_step(state, tensors)
+            except BaseException:
+                session.forget()
+                raise
         finally:
-            self.branch = before
+            session.release()
+
+    @property
+    def surroundings(self) -> Surroundings:
+        return _surroundings.get().get(self, self.outermost)
+
+    def surround(self, **changes: Any) -> "_Around":
+        """A context manager within which calls have these surroundings."""
+        return _Around(self, replace(self.surroundings, **changes))
+
+    def new_session(self, driver: Driver) -> Session:
+        options = self.options
+        return Session(options.plan.steps, options.branches, options.waits, driver)
+
+    def reset(self, start_step: int = 0, steps: int | None = None) -> None:
+        """Forget the session's generation; the next one that no scheduler drives begins at `start_step`."""
+        session = self.surroundings.session
+        steps = session.steps if steps is None else steps
+        self.plan_for(steps)
+        if not 0 <= start_step < steps:
+            raise StateError(
+                f"start_step={start_step} is not a step of the plan, which has steps 0 to {steps - 1}"
+            )
+        session.forget()
+        session.start_step, session.steps = start_step, steps
+
+    def plan_for(self, steps: int) -> Plan:
+        """The plan for a number of evaluations: a preset evaluated anew, any other grid resampled."""
+        plan = self.plans.get(steps)
+        if plan is None:
+            given = self.options.plan
+            plan = self.plans[steps] = presets.resample(given, steps)
+            how = "resampled" if plan.preset is None else "evaluated anew"
+            log.warning("the plan has %d steps, this generation %d: it was %s", given.steps, steps, how)
+        return plan
 
     def prepare(self, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> Program:
         """Capture for these keywords or positions and check the plan against the model."""
@@ -85,94 +148,107 @@ class Engine:
         else:
             bound = self.binder.bind(example_inputs, {})
         key, tensors = self.binder.signature(bound)
-        program = self._program(key + _ambient(), bound, tensors)
-        program.check()
+        program = self._program(key + _ambient(), bound, tensors, begins=True)
+        program.check(self.options.plan)
         return program
 
-    def _place(self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> BranchState:
-        """The branch's state with its clock set to this call; nothing changes before all is checked."""
-        timestep = bound.get(self.timestep)
-        if not isinstance(timestep, torch.Tensor):
-            raise CallSpec.missing_timestep(bound, self.timestep)
-        now = read_timestep(timestep)
-        state = self.states.get(self.branch)
-        if state is not None and now == state.clock.last and not state.finished:
-            self._refuse_second_branch(state, key, tensors)
-        clock = state.clock.advance(now) if state is not None else None
-        if state is None or clock is None:
-            return self._begin(key, bound, tensors, now)
-        if state.key != key:
-            _refuse_conversion(state.key, key)
-            state = self._enter(key, self._program(key, bound, tensors), clock)
+    def compile(self, backend: Backend) -> None:
+        """Compile the phases from now on; what was captured stays."""
+        with self._lock:
+            self.backend = backend
+            for key, program in self.programs.items():
+                self.programs[key] = replace(program, backend=backend, phases={})
+
+    def _spec(self, key: Key, bound: Mapping[str, Any]) -> CallSpec:
+        spec = self._specs.get(key)
+        if spec is None:
+            if len(self._specs) >= 8 * MOST_PROGRAMS:
+                self._specs.clear()
+            spec = self._specs[key] = CallSpec.of(self.binder, bound, self.options.timestep)
+        return spec
+
+    def _state(
+        self,
+        session: Session,
+        generation: Generation,
+        branch: Branch,
+        call: Call,
+        bound: Mapping[str, Any],
+        tensors: Sequence[torch.Tensor],
+    ) -> BranchState:
+        """The branch's state at this step; one that did not run the step before begins empty."""
+        begins = generation.begins and not generation.called
+        state = None if begins else session.states.get(branch)
+        if state is None or state.step + 1 != generation.step:
+            program = self._program(call.key, bound, tensors, begins)
+            schedule = program.schedule(self.plan_for(generation.steps), generation.step)
+            state = BranchState(call.key, program, schedule, generation.step, generation.step)
+        elif state.key != call.key:
+            _refuse_conversion(state.key, call.key)
+            plan = self.plan_for(generation.steps)
+            program = self._program(call.key, bound, tensors, begins)
+            state = halved(state, call.key, program, plan, generation.step)
         elif changed := changed_inputs(state, tensors):
             self._leave_prologue(state, changed)
-        state.clock = clock
-        state.constants = state.program.captured.constants(tensors)
+        state.step, state.constants = generation.step, call.constants
         return state
 
-    def _begin(
-        self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor], now: float
-    ) -> BranchState:
-        program = self._program(key, bound, tensors)
-        if self.branch in self.states:
-            self.start_step = 0
-        state = self._enter(key, program, Clock.begin(self.plan.steps, now, self.start_step))
-        state.constants = program.captured.constants(tensors)
-        return state
+    def _program(
+        self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor], begins: bool
+    ) -> Program:
+        """The program of a signature; when a generation begins, for the model as it is now."""
+        with self._lock:
+            if begins and (self._watch is None or self._watch.has_changed()):
+                refuse_uncapturable(self.model)
+                self.programs.clear()
+                self._watch = None
+            program = self.programs.get(key)
+            if program is None:
+                program = self.programs[key] = self._made(key, bound, tensors)
+            self.programs.move_to_end(key)
+            while len(self.programs) > MOST_PROGRAMS:
+                self.programs.popitem(last=False)
+            return program
 
-    def _enter(self, key: Key, program: Program, clock: Clock) -> BranchState:
-        """A state with an empty history, from the clock's step on."""
-        state = BranchState(key, program, program.schedule(clock.step), clock.step, clock)
-        self.states.pop(self.branch, None)
-        self.states[self.branch] = state
-        while len(self.states) > MOST_BRANCHES:
-            del self.states[next(iter(self.states))]
-        return state
-
-    def _program(self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> Program:
-        """The program of a signature, for the model as it is now."""
-        now = fingerprint(self.model)
-        program = self.programs.get(key)
-        if program is None or program.captured.fingerprint != now:
-            captured = self._captured(key, now, bound, tensors)
-            program = self.programs[key] = Program(
-                captured, self.plan, self.backend, observers=self.observers
-            )
-        self.programs.move_to_end(key)
-        while len(self.programs) > MOST_PROGRAMS:
-            self.programs.popitem(last=False)
-        return program
-
-    def _captured(
-        self, key: Key, now: Fingerprint, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]
-    ) -> Captured:
-        """A capture, shared with the same signature's program in the other gradient mode."""
+    def _made(self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> Program:
+        """A program; its capture is shared with the same signature's in the other gradient mode."""
         twin = self.programs.get((*key[:-1], not key[-1]))
-        if twin is not None and twin.captured.fingerprint == now:
-            return twin.captured
-        call = CallSpec.of(self.binder, bound, self.timestep)
-        return Captured.of(self.model, call, tensors, self.observers)
+        captured = twin.captured if twin else self._captured(self._spec(key, bound), tensors)
+        backend = prior_compilation(self.model) if self.backend is None else self.backend
+        return Program(captured, backend, observers=self.options.observers)
+
+    def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor]) -> Captured:
+        captured = Captured.of(self.model, spec, tensors, self.options.observers)
+        if self._watch is None:
+            # afterwards, because a first forward may fill what later ones only read
+            self._watch = Watch(self.model)
+        return captured
 
     def _leave_prologue(self, state: BranchState, changed: set[int]) -> None:
         """An input seen changing within a generation is computed with at every step, from now on."""
         program = state.program.without(changed)
-        self.programs[state.key] = state.program = program
+        with self._lock:
+            if self.programs.get(state.key) is state.program:
+                self.programs[state.key] = program
+        state.program = program
         state.watched = None
         state.ready.clear()
 
-    def _refuse_second_branch(self, state: BranchState, key: Key, tensors: Sequence[torch.Tensor]) -> None:
-        same = key == state.key and all(
-            new is old
-            for new, old in zip(state.program.captured.constants(tensors), state.constants, strict=True)
-        )
-        if not same:
-            where = f"branch '{self.branch}'" if self.branch else "this model"
-            raise StateError(
-                f"step {state.clock.step}: {where} was called twice at timestep {state.clock.last:g} "
-                "with other inputs. If these are two guidance branches, wrap each call in "
-                "model.cache_context('cond') or model.cache_context('uncond'), so that each keeps its own "
-                "cache; if a generation was given up, call model.reset() before the next one"
-            )
+
+class _Around:
+    """Sets the surroundings of an engine's calls in this thread or task, and puts the old ones back."""
+
+    def __init__(self, engine: Engine, surroundings: Surroundings) -> None:
+        self._engine = engine
+        self._inner = surroundings
+
+    def __enter__(self) -> Session:
+        outer = _surroundings.get()
+        self._token = _surroundings.set({**outer, self._engine: self._inner})
+        return self._inner.session
+
+    def __exit__(self, *_: object) -> None:
+        _surroundings.reset(self._token)
 
 
 def original(model: nn.Module) -> nn.Module:
@@ -185,7 +261,14 @@ def _ambient() -> tuple[Hashable, ...]:
     """What tracing and compiled code depend on besides the arguments."""
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     dtypes = tuple(torch.get_autocast_dtype(d) for d, on in zip(("cpu", "cuda"), autocast, strict=True) if on)
-    return autocast, dtypes, torch.is_grad_enabled()
+    return autocast, dtypes, _attention_backend(), torch.is_grad_enabled()
+
+
+def _attention_backend() -> Hashable:
+    """The attention that diffusers dispatches to at present, which tracing bakes in."""
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
+    return getattr(registry, "_active_backend", None)
 
 
 def _refuse_conversion(before: Key, after: Key) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from graphcache.analysis.cost import flops, graph_flops
 from graphcache.analysis.dataflow import LATENT, Dataflow
-from graphcache.engine import Engine, original
+from graphcache.engine import Engine, Options, original
 from graphcache.ir.graph import Branch, StepGraph, storage_bytes, value_of
 from graphcache.ir.plan import Plan
 from graphcache.ir.text import describe
@@ -76,7 +76,7 @@ def inspect(
     Raises:
         CaptureError: the model cannot be captured; the message says why.
     """
-    engine = Engine(original(model), Plan(1), None, timestep)
+    engine = Engine(original(model), Options(Plan(1), timestep=timestep))
     program = engine.prepare(example_inputs)
     step = program.step
     total = graph_flops(step)

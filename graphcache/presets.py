@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 
 from graphcache.ir.errors import PlanError
@@ -132,12 +133,12 @@ def resample(plan: Plan, steps: int) -> Plan:
         return plan
     if plan.preset is None or plan.preset.name not in _PRESETS:
         return plan.resample(steps)
-    if evaluate(plan.preset, plan.steps) != plan:
+    if replace(evaluate(plan.preset, plan.steps), remaining=plan.remaining) != plan:
         raise PlanError(
             f"the rows are not those of preset {plan.preset.name} at {plan.steps} steps and would be lost; "
             f"write preset=none to resample them"
         )
-    return evaluate(plan.preset, steps)
+    return replace(evaluate(plan.preset, steps), remaining=plan.remaining)
 
 
 def _periodic(steps: int, interval: int, between: str = ".", warmup: int = 1) -> str:

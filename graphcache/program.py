@@ -1,6 +1,6 @@
 """One signature of a model, made ready to run: captured, tagged, hoisted, and a graph per phase."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,7 +12,6 @@ from graphcache.analysis.invariant import invariant_values
 from graphcache.analysis.liveness import lower
 from graphcache.capture import capture
 from graphcache.compile import Backend, Compiled, build
-from graphcache.fingerprint import Fingerprint, fingerprint
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import (
@@ -40,7 +39,6 @@ class Captured:
     call: CallSpec
     output: OutputSpec
     strides: tuple[tuple[int, ...], ...]
-    fingerprint: Fingerprint
 
     @staticmethod
     def of(
@@ -50,12 +48,7 @@ class Captured:
         step, output = capture(model, call, tuple(examples))
         step = run((Simplify(), Tag()), step, observers)
         strides = tuple(tensor.stride() for tensor in examples)
-        return Captured(step, call, output, strides, fingerprint(model))
-
-    def constants(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The inputs that a generation is expected to keep."""
-        varies = (self.call.latent, self.call.timestep)
-        return tuple(tensor for index, tensor in enumerate(tensors) if index not in varies)
+        return Captured(step, call, output, strides)
 
 
 def distinct(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -113,19 +106,18 @@ class Runnable:
 
 @dataclass
 class Program:
-    """A captured step under one plan: prologue and phases, compiled when first needed."""
+    """A captured step made ready to run under any plan: prologue and phases, compiled when first needed."""
 
     captured: Captured
-    plan: Plan
     backend: Backend
     varying: frozenset[int] = frozenset()
     observers: Sequence[Observer] = ()
     phases: dict[tuple[Phase, tuple[tuple[str, int, int], ...]], Runnable] = field(default_factory=dict)
-    _schedules: dict[int, Schedule] = field(default_factory=dict)
+    _schedules: dict[tuple[Plan, int], Schedule] = field(default_factory=dict)
 
     def without(self, changed: set[int]) -> "Program":
         """The same, with these inputs taken to change at every step."""
-        return Program(self.captured, self.plan, self.backend, self.varying | changed, self.observers)
+        return Program(self.captured, self.backend, self.varying | changed, self.observers)
 
     @cached_property
     def _held(self) -> tuple[str, ...]:
@@ -150,10 +142,12 @@ class Program:
     def step(self) -> StepGraph:
         return run((Hoist(self._held),), self.captured.step, self.observers)
 
-    def schedule(self, start: int = 0) -> Schedule:
-        if start not in self._schedules:
-            self._schedules[start] = lower(self.plan, self.captured.step.branches, start)
-        return self._schedules[start]
+    def schedule(self, plan: Plan, start: int = 0) -> Schedule:
+        """The plan from a step on, lowered for this model."""
+        key = (plan, start)
+        if key not in self._schedules:
+            self._schedules[key] = lower(plan, self.captured.step.branches, start)
+        return self._schedules[key]
 
     def phase(self, schedule: Schedule, index: int) -> Runnable:
         """The specialised graph of a phase."""
@@ -176,20 +170,30 @@ class Program:
         """Graphs built so far, the prologue included."""
         return len(self.phases) + ("prologue" in vars(self) and self.prologue is not None)
 
+    @property
+    def batch(self) -> int:
+        """Samples in a call's latents."""
+        ports = self.captured.step.ports()
+        latents = next(node for port, node in ports if isinstance(port, Input) and port.kind == "latent")
+        return int(value_of(latents).shape[0])
+
+    def entries(self, schedule: Schedule) -> Mapping[str, Sequence[torch.Tensor]]:
+        """One history entry of every site that the schedule caches, as fake tensors."""
+        names = {name for phase in schedule.phases for name, _ in phase.actions}
+        return entry_values(self.captured.step, names, schedule.ranges)
+
     def entry_bytes(self, schedule: Schedule) -> dict[str, int]:
         """Bytes of one history entry of every site that the schedule caches."""
-        names = {name for phase in schedule.phases for name, _ in phase.actions}
-        entries = entry_values(self.captured.step, names, schedule.ranges)
-        return {name: sum(map(storage_bytes, values)) for name, values in entries.items()}
+        return {name: sum(map(storage_bytes, values)) for name, values in self.entries(schedule).items()}
 
-    def check(self) -> None:
-        """Lower the plan and specialise every phase, so that whatever is wrong is said now.
+    def check(self, plan: Plan) -> None:
+        """Lower a plan and specialise every phase, so that whatever is wrong is said now.
 
         Raises:
             PlanError: the plan does not fit the model.
         """
-        schedule = self.schedule()
-        if not self.captured.step.branches and self.plan.rows:
+        schedule = self.schedule(plan)
+        if not self.captured.step.branches and plan.rows:
             raise PlanError("the model has no residual branches that a plan could speak of")
         for index in range(len(schedule.phases)):
             self.phase(schedule, index)

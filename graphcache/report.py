@@ -3,9 +3,9 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from graphcache.engine import Engine
 from graphcache.ir.schedule import Schedule
 from graphcache.program import Program
+from graphcache.session import Branch, Session
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,19 @@ class Summary:
         return "\n\n".join(map(str, self.branches))
 
 
-def summarise(engine: Engine) -> Summary:
-    """Read the engine's states; changes nothing."""
+def summarise(session: Session) -> Summary:
+    """Read the states of a session's branches; changes nothing."""
     branches = []
-    for name, state in engine.states.items():
+    for branch, state in session.states.items():
         program, schedule = state.program, state.schedule
         size = program.entry_bytes(schedule)
-        done = state.clock.step - state.start + 1
+        done = state.step - state.start + 1
         steps = tuple(_step(program, schedule, i, state.start, size) for i in range(done))
         branches.append(
             BranchSummary(
-                branch=name,
+                branch=_label(branch),
                 steps=steps,
-                plan_steps=state.clock.steps,
+                plan_steps=state.start + len(schedule.steps),
                 phases=len(schedule.phases),
                 graphs=program.graphs,
                 held_bytes=state.cache.held_bytes() + state.cache.hoisted_bytes(),
@@ -99,6 +99,11 @@ def summarise(engine: Engine) -> Summary:
             )
         )
     return Summary(tuple(branches))
+
+
+def _label(branch: Branch) -> str:
+    name, ordinal = branch
+    return name if ordinal == 0 else f"{name} call {ordinal + 1}".lstrip()
 
 
 def _step(program: Program, schedule: Schedule, index: int, start: int, size: dict[str, int]) -> StepSummary:

@@ -6,26 +6,30 @@ from typing import Any
 
 import torch
 
-from graphcache.clock import Clock
 from graphcache.ir.graph import CacheRead, Hoisted, Input
+from graphcache.ir.plan import Plan
 from graphcache.ir.schedule import Schedule, Step
-from graphcache.ir.state import CacheState
+from graphcache.ir.state import CacheState, Entry
 from graphcache.program import Program, Runnable, distinct
+
+Key = tuple[Hashable, ...]
+"""A signature, and what tracing and compiled code depend on besides it; gradient mode comes last."""
 
 
 @dataclass
 class BranchState:
     """One branch's place in its generation, and what it keeps.
 
-    `watched` are the prologue's inputs with their versions: the hoisted values are right for these.
-    `constants` are the latest call's other inputs, to tell a second branch from a second evaluation.
+    `step` is the plan's step of the latest call; the schedule begins at `start`. `watched` are the prologue's
+    inputs with their versions: the hoisted values are right for these. `constants` are the latest call's
+    other inputs, by which branches are told apart.
     """
 
-    key: tuple[Hashable, ...]
+    key: Key
     program: Program
     schedule: Schedule
     start: int
-    clock: Clock
+    step: int
     cache: CacheState = field(default_factory=CacheState)
     watched: tuple[tuple[torch.Tensor, int], ...] | None = None
     constants: tuple[torch.Tensor, ...] = ()
@@ -33,17 +37,17 @@ class BranchState:
     ready: dict[int, Runnable] = field(default_factory=dict)
 
     @property
-    def step(self) -> Step:
-        return self.schedule.steps[self.clock.step - self.start]
+    def now(self) -> Step:
+        return self.schedule.steps[self.step - self.start]
 
     @property
     def finished(self) -> bool:
-        return self.clock.step + 1 == self.clock.steps
+        return self.step + 1 == self.start + len(self.schedule.steps)
 
 
 def run_step(state: BranchState, tensors: Sequence[torch.Tensor]) -> Any:
     """One evaluation: the phase of the state's current step, on flat inputs in signature order."""
-    program, cache, step = state.program, state.cache, state.step
+    program, cache, step = state.program, state.cache, state.now
     laid = _laid(program, tensors)
     if state.watched is None:
         _run_prologue(state, tensors, laid)
@@ -57,7 +61,7 @@ def run_step(state: BranchState, tensors: Sequence[torch.Tensor]) -> Any:
         position += parts
     cache.trim(step.keep)
     if state.finished:
-        cache.hoisted, state.constants = {}, ()
+        cache.hoisted = {}
         state.watched = None
     return program.captured.output.build(results[:count])
 
@@ -71,6 +75,33 @@ def changed_inputs(state: BranchState, tensors: Sequence[torch.Tensor]) -> set[i
         for index, (tensor, version) in zip(state.program.prologue_inputs, state.watched, strict=True)
         if tensors[index] is not tensor or _version(tensor) != version
     }
+
+
+def halved(state: BranchState, key: Key, program: Program, plan: Plan, step: int) -> BranchState:
+    """The state for another signature: empty, or the half of every history that the plan says remains."""
+    entries = _remaining(state, program, plan) if plan.remaining else None
+    if entries is None:
+        return BranchState(key, program, program.schedule(plan, step), step, step)
+    kept = BranchState(key, program, program.schedule(plan, state.start), state.start, step)
+    kept.cache.entries = entries
+    return kept
+
+
+def _remaining(state: BranchState, program: Program, plan: Plan) -> dict[str, list[Entry]] | None:
+    """One half of the batch of every entry; None where that would not be what the new signature caches."""
+    if state.program.batch != 2 * program.batch:
+        return None
+    half = slice(program.batch) if plan.remaining == "first" else slice(program.batch, None)
+    expected = program.entries(state.schedule)
+    halves: dict[str, list[Entry]] = {}
+    for site, history in state.cache.entries.items():
+        halves[site] = [tuple(part[half].clone() for part in entry) for entry in history]
+        shapes = [part.shape for part in expected[site]]
+        for entry, half_entry in zip(history, halves[site], strict=True):
+            outermost = all(part.shape[0] == state.program.batch for part in entry)
+            if not outermost or [part.shape for part in half_entry] != shapes:
+                return None
+    return halves
 
 
 def _run_prologue(state: BranchState, tensors: Sequence[torch.Tensor], laid: Sequence[torch.Tensor]) -> None:

@@ -1,19 +1,23 @@
 """`transform`: a model that looks and behaves like the original and runs under a plan."""
 
-import contextlib
 import copy
 import functools
 import types
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 
-from graphcache.compile import Backend
-from graphcache.engine import Engine, original
+from graphcache.compile import Backend, active_compilation, unwrapped
+from graphcache.engine import Engine, Options, original
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan
 from graphcache.report import Summary, summarise
+from graphcache.schedulers import Driver
+from graphcache.session import Session
 
 Target = TypeVar("Target")
 
@@ -29,43 +33,59 @@ class Transformed:
     @property
     def plan(self) -> Plan:
         """The plan that the model runs under."""
-        return self._graphcache.plan
+        return self._graphcache.options.plan
 
-    def reset(self, start_step: int = 0) -> None:
-        """Forget the generation in progress; the next call is step `start_step` of a new one."""
-        self._graphcache.reset(start_step)
+    def reset(self, start_step: int = 0, steps: int | None = None) -> None:
+        """Forget the generation in progress.
+
+        Args:
+            start_step: the plan's step at which the next generation begins.
+            steps: model evaluations of the generations to come, if they are not the plan's. A scheduler that
+                drives the model knows both better.
+        """
+        self._graphcache.reset(start_step, steps)
+
+    def session(self, scheduler: Any = None) -> AbstractContextManager[Session]:
+        """Within it, calls of this thread or asyncio task have caches of their own, freed at its end.
+
+        Args:
+            scheduler: the one that drives these calls and tells the step; without one the timesteps do.
+        """
+        engine = self._graphcache
+        return engine.surround(session=engine.new_session(Driver(scheduler)), name="", fields={})
+
+    def disabled(self) -> AbstractContextManager[Session]:
+        """Within it the model runs as the original does; the first call ends a generation in progress."""
+        return self._graphcache.surround(disabled=True)
+
+    def cache_context(self, name: str, **fields: Any) -> AbstractContextManager[Session]:
+        """Keep a cache of its own for the guidance branch `name`.
+
+        Args:
+            name: any; diffusers' pipelines say "cond", "uncond" or "cond_uncond".
+            fields: diffusers' fields; `step_index` and `num_inference_steps` together tell the step to a
+                model whose scheduler is not known.
+        """
+        return self._graphcache.surround(name=name, fields=fields)
 
     def summary(self) -> Summary:
         """What each step of the latest generation computed, reused and forecast, and the bytes held."""
-        return summarise(self._graphcache)
+        return summarise(self._graphcache.surroundings.session)
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: the phases are what is compiled.
-
-        Raises:
-            GraphCacheError: always, with the way to compile.
-        """
-        raise GraphCacheError(
-            "a transformed model compiles its phases itself: "
-            "graphcache.transform(model, plan, backend='inductor')"
-        )
+    def compile(self, **arguments: Any) -> None:
+        """Compile every phase with torch.compile's arguments; each becomes one graph of static shapes."""
+        self._graphcache.compile(arguments)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy with weights of its own, under the same plan and with an empty cache."""
         engine = self._graphcache
         model = copy.deepcopy(engine.model, memo)
-        return _wrap(model, engine.plan, engine.backend, engine.timestep)
+        return _wrap(model, engine.options, memo.get(id(engine.driver.pipe)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as the original and what `transform` was given."""
         engine = self._graphcache
-        return _wrap, (engine.model, engine.plan, engine.backend, engine.timestep)
-
-    @contextlib.contextmanager
-    def cache_context(self, name: str, **fields: Any) -> Iterator[None]:
-        """Keep a cache of its own for the guidance branch `name`; diffusers' step fields are accepted."""
-        with self._graphcache.in_branch(name):
-            yield
+        return _wrap, (engine.model, engine.options)
 
 
 def transform(
@@ -75,18 +95,28 @@ def transform(
     backend: Backend = None,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     timestep: str = "timestep",
+    branches: int | None = None,
+    wait: Literal["step", "never"] = "step",
 ) -> Target:
     """Make a model, or the transformers of a diffusers pipeline, run under a plan.
 
     Args:
         model_or_pipe: an nn.Module in eval mode, or a pipeline, whose `transformer` (and `transformer_2`)
-            are replaced. The original stays as it is; both share their weights.
-        plan: what each site does at each step.
-        backend: None runs the graphs as they are; "inductor" or any torch.compile backend compiles each
-            phase as one graph; a mapping holds torch.compile's own keyword arguments.
+            are replaced and whose scheduler tells the step. The original stays as it is; both share their
+            weights.
+        plan: what each site does at each step. For a generation with another number of steps a preset is
+            evaluated anew, any other plan resampled; the log says so once.
+        backend: None runs the graphs as they are, or compiles them with what the model was compiled with;
+            "inductor" or any torch.compile backend compiles each phase as one graph; a mapping holds
+            torch.compile's own keyword arguments.
         example_inputs: arguments of one call. With them the capture happens now, and a plan that does not
             fit is an error now; without, at the first call.
         timestep: the name of forward's timestep argument, a tensor.
+        branches: how many calls without a `cache_context` a step makes, each with a cache of its own. Needed
+            only where no scheduler tells the step.
+        wait: where no scheduler tells the step, "step" reads the timestep at each call, which waits for the
+            device; "never" counts calls, so that generations must have as many as the plan, or begin with
+            `reset`.
 
     Returns:
         An instance of the model's class, or the pipeline.
@@ -98,42 +128,125 @@ def transform(
         raise PlanError(
             f"plan is a {type(plan).__name__}, not a Plan; use graphcache.presets, Plan.parse or Plan.load"
         )
+    _check_options(branches, wait)
+    options = Options(plan, backend, timestep, branches, wait == "step")
     if isinstance(model_or_pipe, nn.Module):
-        made: Any = _wrap(model_or_pipe, plan, backend, timestep)
+        made: Any = _transformed(model_or_pipe, options)
         if example_inputs is not None:
             made._graphcache.prepare(example_inputs)
         return made  # type: ignore[no-any-return]
-    parts = [name for name in PIPELINE_PARTS if isinstance(getattr(model_or_pipe, name, None), nn.Module)]
-    if not parts:
-        raise GraphCacheError(
-            f"{type(model_or_pipe).__name__} is neither a module nor a pipeline with a transformer"
-        )
-    for name in parts:
-        setattr(model_or_pipe, name, _wrap(getattr(model_or_pipe, name), plan, backend, timestep))
+    for name, part in _parts(model_or_pipe).items():
+        setattr(model_or_pipe, name, _transformed(part, options, model_or_pipe))
     return model_or_pipe
+
+
+def restore(model_or_pipe: Target) -> Target:
+    """Undo `transform`: the original model, or the pipeline with its original transformers.
+
+    Raises:
+        GraphCacheError: something else, such as accelerate's offloading, was put around the model since.
+    """
+    if isinstance(model_or_pipe, nn.Module):
+        return _restored(model_or_pipe)  # type: ignore[return-value]
+    for name, part in _parts(model_or_pipe).items():
+        setattr(model_or_pipe, name, _restored(part))
+    return model_or_pipe
+
+
+def _check_options(branches: int | None, wait: str) -> None:
+    if branches is not None and (isinstance(branches, bool) or not isinstance(branches, int) or branches < 1):
+        raise GraphCacheError(f"branches={branches}: say how many calls a step makes, at least 1")
+    if wait not in ("step", "never"):
+        raise GraphCacheError(f"wait={wait!r}: must be 'step' or 'never'")
+    if wait == "never" and (branches or 1) > 1:
+        raise GraphCacheError(
+            "branches= cannot be told apart without the timestep; leave wait= out, or wrap each call in "
+            "model.cache_context(name)"
+        )
+
+
+def _parts(pipe: Any) -> dict[str, nn.Module]:
+    parts = {name: getattr(pipe, name, None) for name in PIPELINE_PARTS}
+    found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    if not found:
+        raise GraphCacheError(f"{type(pipe).__name__} is neither a module nor a pipeline with a transformer")
+    return found
+
+
+def _transformed(given: nn.Module, options: Options, pipe: Any = None) -> nn.Module:
+    model, prior = unwrapped(given)
+    if options.backend is None and prior is not None:
+        options = replace(options, backend=prior)
+    made: Any = _wrap(original(model), options, pipe)
+    made._graphcache.given = model._graphcache.given if isinstance(model, Transformed) else given
+    return made  # type: ignore[no-any-return]
+
+
+def _restored(model: nn.Module) -> nn.Module:
+    engine = getattr(unwrapped(model)[0], "_graphcache", None)
+    if not isinstance(engine, Engine):
+        return model
+    if engine.outer is not None:
+        raise GraphCacheError(
+            "the transformed model's forward was replaced since (accelerate's hooks do that); undo that first"
+        )
+    return engine.given
 
 
 def _forward_of(kind: type[nn.Module]) -> property:
     """The forward of a transformed model: a property, because one set on the instance would hide a method.
 
-    Such a forward, in the attributes shared with the original, is refused at the next generation.
+    What is set stands around the plan's own forward, as accelerate's offloading does.
     """
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._graphcache(args, kwargs)
+        return _called(self._graphcache, args, kwargs)
 
-    def refuse(self: Any, value: Any) -> None:
-        raise GraphCacheError(
-            "a transformed model's forward cannot be replaced; change the original, and transform it again"
-        )
+    def get(self: Any) -> Any:
+        outer = self._graphcache.outer
+        return types.MethodType(forward, self) if outer is None else _checked(self._graphcache, outer)
 
-    return property(lambda self: types.MethodType(forward, self), refuse)
+    def put(self: Any, value: Any) -> None:
+        is_own = getattr(value, "__func__", None) is forward
+        self._graphcache.outer = None if is_own else value
+
+    def remove(self: Any) -> None:
+        self._graphcache.outer = None
+
+    return property(get, put, remove)
 
 
-def _wrap(model: nn.Module, plan: Plan, backend: Backend, timestep: str) -> nn.Module:
+@torch.compiler.disable(recursive=False, reason="each phase of the plan is compiled on its own")  # type: ignore[no-untyped-call, untyped-decorator]
+def _called(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    backend = active_compilation()
+    if backend is None:
+        return engine(args, kwargs)
+    if engine.backend is None:
+        engine.compile(backend)
+    outside: Any = torch.compiler.disable(engine.__call__)  # type: ignore[no-untyped-call]
+    return outside(args, kwargs)
+
+
+def _checked(engine: Engine, outer: Any) -> Any:
+    """A forward that was set on the model, which has to come to the plan's in the end."""
+
+    @functools.wraps(outer)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        before = engine.calls
+        result = outer(*args, **kwargs)
+        if engine.calls == before:
+            raise GraphCacheError(
+                "the forward that was set on the transformed model does not call the one it replaced, so no "
+                "plan is applied; `del model.forward`, or call graphcache.restore"
+            )
+        return result
+
+    return forward
+
+
+def _wrap(model: nn.Module, options: Options, pipe: Any = None) -> nn.Module:
     """An instance of a same-named subclass that shares the original's attributes, weights included."""
-    model = original(model)
     kind = type(model)
     names = {
         "__slots__": ("_graphcache",),
@@ -146,5 +259,5 @@ def _wrap(model: nn.Module, plan: Plan, backend: Backend, timestep: str) -> nn.M
     wrapper: Any = type(kind.__name__, (Transformed, kind), names)
     made: nn.Module = wrapper.__new__(wrapper)
     made.__dict__ = model.__dict__
-    object.__setattr__(made, "_graphcache", Engine(model, plan, backend, timestep))
+    object.__setattr__(made, "_graphcache", Engine(model, options, pipe))
     return made

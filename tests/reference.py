@@ -22,6 +22,7 @@ from graphcache.ir.graph import StepGraph
 from graphcache.ir.plan import Letter, Plan, Row
 from graphcache.ir.selector import resolve
 from graphcache.program import Captured, Program
+from graphcache.watch import Watch
 from zoo import CASES, Case
 
 Computed = tuple[int, tuple[Tensor, ...]]
@@ -257,9 +258,10 @@ class Subject:
         engine = made._graphcache
         kwargs = self.case.call(self.static(), self.latents(), 1.0)
         key, _ = engine.binder.signature(engine.binder.bind((), kwargs))
-        program = Program(self.captured, plan, engine.backend)
-        program.check()
+        program = Program(self.captured, engine.backend)
+        program.check(plan)
         engine.programs[key + _ambient()] = program
+        engine._watch = Watch(self.model)
         return made
 
     def reference(self, plan: Plan, start: int = 0) -> Callable[..., Any]:

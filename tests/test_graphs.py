@@ -173,7 +173,7 @@ def test_with_the_output_reused_nothing_but_a_copy_is_left() -> None:
 
 def test_the_step_and_its_prologue_share_no_work() -> None:
     on = subject("pixart")
-    program = Program(on.captured, presets.compute(3), None)
+    program = Program(on.captured, None)
     assert program.prologue is not None
     whole, step, once = (count(s) for s in (on.captured.step, program.step, program.prologue.step))
     for target in ("linear.default", "scaled_dot_product_attention.default", "layer_norm.default"):
@@ -220,8 +220,9 @@ MOST = {"fora": 3, "delta_dit": 4, "taylorseer": 4, "hicache": 4, "pab": 6}
 @pytest.mark.parametrize("name", ["dit", "pixart", "flux", "latte"])
 @pytest.mark.parametrize("preset", MOST)
 def test_fifty_steps_take_a_few_graphs(name: str, preset: str) -> None:
-    program = Program(subject(name).captured, presets.evaluate(Preset(preset), 50), None)
-    assert len(program.schedule().phases) + (program.prologue is not None) <= MOST[preset]
+    program = Program(subject(name).captured, None)
+    schedule = program.schedule(presets.evaluate(Preset(preset), 50))
+    assert len(schedule.phases) + (program.prologue is not None) <= MOST[preset]
 
 
 def graphs_of(schedule: Schedule) -> int:
@@ -243,7 +244,8 @@ def test_each_phase_is_one_compiled_graph_and_never_compiled_again(name: str) ->
     model = on.transform(made, backend=counter)
     expected = on.sample(on.reference(made), made.steps)
     first = on.sample(model, made.steps)
-    schedule = model._graphcache.states[""].schedule
+    (state,) = model._graphcache.surroundings.session.states.values()
+    schedule = state.schedule
     assert counter.frame_count == graphs_of(schedule) + 1
     assert counter.frame_count == model.summary().branches[0].graphs
     with torch._dynamo.config.patch(error_on_recompile=True):

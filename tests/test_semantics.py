@@ -62,7 +62,7 @@ def plans(on: Subject) -> st.SearchStrategy[Plan]:
 
 
 def only_state(model: nn.Module) -> runner.BranchState:
-    return model._graphcache.states[""]
+    return model._graphcache.surroundings.session.states["", 0]
 
 
 def measured(model: nn.Module) -> Callable[..., Any]:
@@ -80,7 +80,7 @@ def measured(model: nn.Module) -> Callable[..., Any]:
             result = model(**kwargs)
         state = only_state(model)
         size = state.program.entry_bytes(state.schedule)
-        assert state.cache.held_bytes() == state.schedule.held(state.clock.step, size)
+        assert state.cache.held_bytes() == state.schedule.held(state.step, size)
         if state.finished:
             assert most == state.schedule.peak(size)
         return result
@@ -289,7 +289,7 @@ def test_after_an_exception_the_next_generation_starts_afresh(
     model, feed = on.transform(MIXED), runner._feed
 
     def failing(cache: Any, runnable: Any, laid: Any, now: Any) -> Any:
-        if only_state(model).clock.step == step:
+        if only_state(model).step == step:
             raise error
         return feed(cache, runnable, laid, now)
 
@@ -304,11 +304,11 @@ def test_a_call_beyond_the_last_step_is_an_error_that_changes_nothing() -> None:
     on = subject("chunked_dit")
     model = on.transform(MIXED)
     expected = on.sample(model, 6)
-    state, clock = only_state(model), only_state(model).clock
+    state, step = only_state(model), only_state(model).step
     with pytest.raises(StateError, match="the plan has 6 steps and this generation goes on to another one"):
         model(**on.case.call(on.static(), on.latents(), 0.01))
     assert only_state(model) is state
-    assert state.clock == clock
+    assert state.step == step
     assert_same(on.sample(model, 6), expected)
 
 
@@ -326,16 +326,16 @@ def test_a_jump_back_that_misses_the_first_timestep_is_a_new_generation() -> Non
     for t in (1.0, 0.6, 0.3):
         model(**arguments(t))
     model(**arguments(0.8))
-    assert only_state(model).clock.step == 0
+    assert only_state(model).step == 0
 
 
 def test_timesteps_may_rise() -> None:
     model = graphcache.transform(tiny(), presets.compute(3))
     for step, t in enumerate((0.1, 0.4, 0.9)):
         model(**arguments(t))
-        assert only_state(model).clock.step == step
+        assert only_state(model).step == step
     model(**arguments(0.1))
-    assert only_state(model).clock.step == 0
+    assert only_state(model).step == 0
 
 
 def test_branches_of_a_cache_context_keep_separate_states() -> None:
@@ -352,7 +352,7 @@ def test_branches_of_a_cache_context_keep_separate_states() -> None:
                 result = model(**kwargs)
             assert_same(result, references[name](**kwargs))
         latents = latents - on.case.prediction(result) / 6
-    assert set(model._graphcache.states) == {"cond", "uncond"}
+    assert set(model._graphcache.surroundings.session.states) == {("cond", 0), ("uncond", 0)}
 
 
 def test_two_calls_at_one_timestep_with_other_inputs_need_a_context_and_change_nothing() -> None:
@@ -363,7 +363,7 @@ def test_two_calls_at_one_timestep_with_other_inputs_need_a_context_and_change_n
         t = 1 - step / 6
         results.append(model(**on.case.call(static, latents, t)))
         if step in (0, 2, 3):
-            with pytest.raises(StateError, match=r"called twice at timestep .*cache_context"):
+            with pytest.raises(StateError, match=r"called 2 times at one timestep.*cache_context"):
                 model(**on.case.call(on.static(), latents, t))
         latents = latents - on.case.prediction(results[-1]) / 6
     assert_same(results, expected)
@@ -381,9 +381,9 @@ def test_a_third_call_at_one_timestep_is_a_new_generation() -> None:
     model, kwargs = graphcache.transform(tiny(), presets.compute(5)), arguments()
     for step, t in enumerate((1.0, 0.6, 0.6)):
         model(**{**kwargs, "timestep": torch.full((2,), t)})
-        assert only_state(model).clock.step == step
+        assert only_state(model).step == step
     model(**{**kwargs, "timestep": torch.full((2,), 0.6)})
-    assert only_state(model).clock.step == 0
+    assert only_state(model).step == 0
 
 
 def test_another_signature_is_captured_again_and_the_oldest_forgotten(
@@ -411,7 +411,7 @@ def test_a_batch_that_changes_at_a_new_timestep_starts_an_empty_history() -> Non
         cached(**arguments(t))
     kwargs = arguments(0.5, batch=3)
     assert_same(cached(**kwargs), model(**kwargs))
-    assert only_state(cached).clock.step == 2
+    assert only_state(cached).step == 2
 
 
 def test_a_dtype_that_changes_within_a_generation_is_an_error_that_changes_nothing() -> None:
@@ -423,7 +423,7 @@ def test_a_dtype_that_changes_within_a_generation_is_an_error_that_changes_nothi
     with pytest.raises(StateError, match=r"argument x changed from torch\.float32 on cpu to torch\.float64"):
         cached(**{**second, "x": second["x"].double()})
     assert_same(cached(**second), model(**second))
-    assert only_state(cached).clock.step == 1
+    assert only_state(cached).step == 1
 
 
 @pytest.mark.parametrize("start", [1, 2, 4, 5])
@@ -463,7 +463,7 @@ def test_reset_forgets_the_generation_in_progress() -> None:
     model(**on.case.call(static, on.latents(), 1.0))
     model(**on.case.call(static, on.latents(), 0.9))
     model.reset()
-    assert model._graphcache.states == {}
+    assert model._graphcache.surroundings.session.states == {}
     kwargs = on.case.call(static, on.latents(), 0.8)
     assert_same(model(**kwargs), on.model(**kwargs))
 
@@ -494,7 +494,7 @@ def test_positional_and_named_arguments_are_one_signature() -> None:
     first = cached(*kwargs.values())
     again = {**kwargs, "timestep": torch.full((2,), 0.5)}
     cached(again["x"], text=again["text"], timestep=again["timestep"])
-    assert only_state(cached).clock.step == 1
+    assert only_state(cached).step == 1
     assert len(cached._graphcache.programs) == 1
     assert_same(first, tiny()(**kwargs))
 

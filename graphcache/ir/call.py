@@ -131,6 +131,11 @@ class CallSpec:
             f"name it with transform(..., timestep=...): this call has {', '.join(bound) or 'no arguments'}"
         )
 
+    def constants(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The inputs that a generation is expected to keep."""
+        varies = (self.latent, self.timestep)
+        return tuple([tensor for index, tensor in enumerate(tensors) if index not in varies])
+
     def kind(self, index: int) -> InputKind:
         if index == self.latent:
             return "latent"

@@ -169,7 +169,7 @@ class Preset:
         if self.name == "none" or not is_word(self.name):
             raise PlanError(f"{self.name!r} cannot name a preset")
         for name, value in self.arguments:
-            if not name.isidentifier() or name in ("steps", "preset"):
+            if not name.isidentifier() or name in ("steps", "preset", "remaining"):
                 raise PlanError(f"preset {self.name}: {name!r} cannot name an argument")
             again = plantext.parse_value(plantext.print_value(value))
             if (
@@ -184,17 +184,27 @@ class Preset:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Sites × steps grid of actions. Every Plan that exists is legal; PlanError says why one is not."""
+    """Sites × steps grid of actions. Every Plan that exists is legal; PlanError says why one is not.
+
+    `remaining`, "first" or "last", says which half of a batch goes on when guidance ends within a generation
+    and the batch halves; without it the histories start empty there. Diffusers' pipelines put the
+    unconditional half first, so that the last one remains.
+    """
 
     steps: int
     letters: tuple[Letter, ...] = ()
     rows: tuple[Row, ...] = ()
     preset: Preset | None = None
+    remaining: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "letters", tuple(self.letters))
         object.__setattr__(self, "rows", tuple(self.rows))
         check_steps(self.steps)
+        if self.remaining not in (None, "first", "last"):
+            raise PlanError(
+                f"remaining={self.remaining}: the half of the batch that remains is first or last"
+            )
         symbols = [letter.symbol for letter in self.letters]
         for symbol in symbols:
             if symbols.count(symbol) > 1:
@@ -243,7 +253,7 @@ class Plan:
                 )
         rows = tuple(Row(row.selector, _resampled(row.actions, steps)) for row in self.rows)
         letters = tuple(_scaled(letter, steps / self.steps) for letter in self.letters)
-        return Plan(steps, letters, rows)
+        return Plan(steps, letters, rows, remaining=self.remaining)
 
     @classmethod
     def _of(cls, document: plantext.Document) -> "Plan":
@@ -254,7 +264,7 @@ class Plan:
             rows.append(Row(Selector.parse(item.site), item.actions, listed))
         preset = document.preset
         call = None if preset is None else Preset(preset.name, tuple(preset.arguments.items()))
-        return cls(document.steps, tuple(letters), tuple(rows), call)
+        return cls(document.steps, tuple(letters), tuple(rows), call, document.remaining)
 
     def _document(self) -> plantext.Document:
         letters = [plantext.LetterLine(item.symbol, item.kind, dict(item.options)) for item in self.letters]
@@ -264,7 +274,7 @@ class Plan:
             rows.append(plantext.RowLine(str(row.selector), row.actions, listed))
         call = self.preset
         preset = None if call is None else plantext.PresetLine(call.name, dict(call.arguments))
-        return plantext.Document(plantext.VERSION, self.steps, preset, letters, rows)
+        return plantext.Document(plantext.VERSION, self.steps, preset, self.remaining, letters, rows)
 
 
 def check_steps(steps: int) -> None:

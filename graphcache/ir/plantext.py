@@ -57,6 +57,7 @@ class Document(msgspec.Struct, forbid_unknown_fields=True):
     version: int
     steps: int
     preset: PresetLine | None = None
+    remaining: str | None = None
     letters: list[LetterLine] = []
     rows: list[RowLine] = []
 
@@ -113,6 +114,7 @@ def _read_header(line: str, document: Document) -> None:
         raise PlanError(f"expected 'plan steps=… preset=…', found {line[:60]!r}")
     fields = _fields(rest)
     steps, name = fields.pop("steps", None), fields.pop("preset", "none")
+    remaining = fields.pop("remaining", None)
     if not isinstance(steps, int) or isinstance(steps, bool):
         raise PlanError("the header needs steps= with a whole number")
     if not is_word(name):
@@ -120,6 +122,7 @@ def _read_header(line: str, document: Document) -> None:
     if name == "none" and fields:
         raise PlanError(f"preset=none takes no arguments, found {', '.join(fields)}")
     document.steps = steps
+    document.remaining = None if remaining is None else print_value(remaining)
     document.preset = None if name == "none" else PresetLine(name, fields)
 
 
@@ -174,7 +177,10 @@ def _numbers(words: list[str]) -> list[float]:
 def write_text(document: Document) -> str:
     """The canonical text: aligned, nothing left out, no newline at the end."""
     preset = document.preset or PresetLine("none")
-    lines = [" ".join([f"plan steps={document.steps} preset={preset.name}", *_words(preset.arguments)])]
+    header = [f"plan steps={document.steps}", f"preset={preset.name}", *_words(preset.arguments)]
+    if document.remaining is not None:
+        header.insert(1, f"remaining={document.remaining}")
+    lines = [" ".join(header)]
     lines += [_letter_text(letter) for letter in document.letters]
     width = max((len(row.site) for row in document.rows), default=0)
     for row in document.rows:

@@ -1,0 +1,82 @@
+"""Where a diffusers scheduler stands, read from its own state."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_SCALES: tuple[Callable[[float], float], ...] = (
+    lambda t: t,
+    lambda t: t / 1000,
+    lambda t: 1 - t / 1000,
+    lambda t: 1000 - t,
+)
+"""What pipelines make of a scheduler's timestep before the model sees it."""
+
+_PRECISION = 2**-7
+"""Relative; timesteps may have passed through bfloat16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A schedule, by the identity of its timesteps, and the index of the evaluation to come.
+
+    A scheduler that keeps no step index has `tells` False; `step` is None as long as nobody said where it
+    begins.
+    """
+
+    timesteps: torch.Tensor
+    step: int | None
+    tells: bool
+
+
+class Driver:
+    """The scheduler that drives a model, looked up at each call because users replace it."""
+
+    def __init__(self, scheduler: Any = None, pipe: Any = None) -> None:
+        self._scheduler = scheduler
+        self._pipe = None if pipe is None else weakref.ref(pipe)
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline whose scheduler is followed, if it still exists."""
+        return None if self._pipe is None else self._pipe()
+
+    def position(self) -> Position | None:
+        """Where the scheduler stands; None without one, or when it was never given timesteps."""
+        scheduler = self._scheduler if self._pipe is None else getattr(self._pipe(), "scheduler", None)
+        if scheduler is None or getattr(scheduler, "num_inference_steps", None) is None:
+            return None
+        step = getattr(scheduler, "step_index", None)
+        if step is None:
+            step = getattr(scheduler, "begin_index", None)
+        return Position(scheduler.timesteps, step, hasattr(scheduler, "step_index"))
+
+    def first_step(self, timesteps: torch.Tensor, timestep: torch.Tensor) -> int:
+        """The index at which a generation begins when its scheduler does not tell.
+
+        Reads the timestep, which waits for the device, and looks it up; one that was scaled or rounded is
+        not found, and the number of timesteps that the pipeline announces decides.
+        """
+        values: list[float] = timesteps.tolist()
+        now = read_timestep(timestep)
+        if now in values:
+            return values.index(now)
+        return max(0, len(values) - getattr(self.pipe, "_num_timesteps", len(values)))
+
+
+def read_timestep(timestep: torch.Tensor) -> float:
+    """The timestep as a number: the largest where there is one per sample or token.
+
+    Waits for the device.
+    """
+    return float(timestep.item() if timestep.numel() == 1 else timestep.max().item())
+
+
+def belongs(timesteps: Sequence[float], step: int, timestep: float) -> bool:
+    """Whether a model's timestep can be the one at this index of the schedule."""
+    return any(
+        abs(scale(timesteps[step]) - timestep) <= _PRECISION * abs(timestep) + 1e-6 for scale in _SCALES
+    )
