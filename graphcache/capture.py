@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.overrides import TorchFunctionMode
 
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
@@ -45,7 +47,7 @@ def capture(
     outputs: list[OutputSpec] = []
     wrapper = _FlatCall(model, call, outputs.append)
     try:
-        with _CAPTURING, _uncompiled(model), torch.inference_mode(False), torch.no_grad():
+        with _CAPTURING, _uncompiled(model), _ChosenKernels(), torch.inference_mode(False), torch.no_grad():
             program = torch.export.export(wrapper, tensors, strict=False)
             if not _is_functional(program.graph):
                 # in-place writes into views would be lost to dead-code elimination
@@ -78,6 +80,33 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
     finally:
         for module, call in zip(compiled, kept, strict=True):
             module._compiled_call_impl = call
+
+
+class _ChosenKernels(TorchFunctionMode):
+    """Refuses a kernel that the model chooses by itself: a graph's attention asks for it when it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside = _attention_kernels()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and _attention_kernels() != self.outside:
+            raise CaptureError(
+                "the model restricts attention to some of PyTorch's kernels inside its forward, which a "
+                "graph would lose; choose them around the whole generation: "
+                "`with torch.nn.attention.sdpa_kernel(...):` (diffusers: model.reset_attention_backend())"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _attention_kernels() -> tuple[bool, ...]:
+    cuda: Any = torch.backends.cuda
+    return (
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )
 
 
 class _FlatCall(nn.Module):
@@ -144,13 +173,21 @@ def _refuse_ops(graph: fx.Graph) -> None:
             continue
         if target._schema.is_mutable:
             raise CaptureError(f"{_place(node)} runs {target}, which changes its input in place")
-        if target is torch.ops.aten.dropout.default and node.args[2]:
+        if _drops(node):
             raise CaptureError(f"{_place(node)} runs dropout in training mode; pass training=self.training")
         if torch.Tag.nondeterministic_seeded in target.tags and target not in _PURE_RANDOM:
             raise CaptureError(
                 f"{_place(node)} draws random numbers ({target}); a plan cannot say what reusing them means: "
                 "draw them outside the model and pass them in"
             )
+
+
+def _drops(node: fx.Node) -> bool:
+    """Whether dropout is active, on its own or within attention."""
+    if node.target is torch.ops.aten.dropout.default:
+        return bool(node.args[1] and node.args[2])
+    is_attention = node.target is torch.ops.aten.scaled_dot_product_attention.default
+    return is_attention and bool((node.args[4:5] and node.args[4]) or node.kwargs.get("dropout_p"))
 
 
 def _place(node: fx.Node) -> str:

@@ -10,6 +10,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import OptimizedModule
 from torch._dynamo.eval_frame import innermost_backend
 
+from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import StepGraph, has_static_shape, is_tensor
 
 Backend = str | Callable[..., Any] | Mapping[str, Any] | None
@@ -48,7 +49,10 @@ def prior_compilation(model: nn.Module) -> Backend:
     for module in model.modules():
         compiled = module._compiled_call_impl
         if compiled is not None:
-            return _innermost(inspect.getclosurevars(compiled).nonlocals["callback"])
+            callback = inspect.getclosurevars(compiled).nonlocals.get("callback")
+            if callback is None:
+                raise CaptureError("what compiled the model cannot be told; use transform(..., backend=...)")
+            return _innermost(callback)
     return None
 
 

@@ -283,7 +283,7 @@ class Session:
 
     def _second_branch(self, call: Call, now: Generation) -> StateError:
         where = f"branch '{call.name}'" if call.name else "this model"
-        calls = len(now.called) + 1
+        calls = sum(branch[0] == call.name for branch in now.called) + 1
         return StateError(
             f"step {now.step}: {where} was called {calls} times at one timestep. If these are "
             "guidance branches, wrap each call in model.cache_context('cond') or "

@@ -3,7 +3,7 @@
 import copy
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
@@ -193,6 +193,12 @@ def _restored(model: nn.Module) -> nn.Module:
     return engine.given
 
 
+_untraced: Callable[[Target], Target] = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    recursive=False,
+    reason="graphcache compiles each phase on its own: leave fullgraph out, or use transform(..., backend=)",
+)
+
+
 def _forward_of(kind: type[nn.Module]) -> property:
     """The forward of a transformed model: a property, because one set on the instance would hide a method.
 
@@ -203,6 +209,7 @@ def _forward_of(kind: type[nn.Module]) -> property:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _called(self._graphcache, args, kwargs)
 
+    @_untraced
     def get(self: Any) -> Any:
         outer = self._graphcache.outer
         return types.MethodType(forward, self) if outer is None else _checked(self._graphcache, outer)
@@ -217,7 +224,7 @@ def _forward_of(kind: type[nn.Module]) -> property:
     return property(get, put, remove)
 
 
-@torch.compiler.disable(recursive=False, reason="each phase of the plan is compiled on its own")  # type: ignore[no-untyped-call, untyped-decorator]
+@_untraced
 def _called(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     backend = active_compilation()
     if backend is None:

@@ -76,11 +76,11 @@ def refuse_uncapturable(model: nn.Module) -> None:
     Raises:
         CaptureError: training mode, hooks, or a forward set on an instance.
     """
+    if model.training:
+        raise CaptureError("the model is in training mode; call model.eval() before the first generation")
     for name, module in model.named_modules():
         where = name or "the model"
         state = module.__dict__
-        if module.training:
-            raise CaptureError(f"{where} is in training mode; call model.eval() before the first generation")
         if any(state[hooks] for hooks in _HOOKS):
             raise _lost(where, "forward hooks")
         if _is_replaced(module):

@@ -405,9 +405,7 @@ PIPELINES: dict[str, TinyPipeline] = {
             _scheduler("EulerAncestralDiscreteScheduler"),
             transformer=CASES["allegro"].make,
         ),
-        _arguments(
-            _prompts, _masks(torch.int64), _guidance(), _size(8), negative_prompt=None, num_frames=9
-        ),
+        _arguments(_prompts, _masks(torch.int64), _guidance(), _size(8), negative_prompt=None, num_frames=9),
     ),
     "cogvideox": TinyPipeline(
         _pipeline(

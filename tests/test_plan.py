@@ -240,7 +240,14 @@ class TestFiles:
     def test_json_names_its_version(self, tmp_path: Path) -> None:
         Plan(2).save(tmp_path / "plan.json")
         content = json.loads((tmp_path / "plan.json").read_text())
-        assert content == {"version": 1, "steps": 2, "preset": None, "letters": [], "rows": []}
+        assert content == {
+            "version": 1,
+            "steps": 2,
+            "preset": None,
+            "remaining": None,
+            "letters": [],
+            "rows": [],
+        }
 
     def test_a_failed_save_leaves_the_old_file_and_no_other(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

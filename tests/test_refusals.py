@@ -98,11 +98,7 @@ class Projecting(TinyDiT):
 
 
 def test_training_mode() -> None:
-    model = tiny(depth=2)
-    model.blocks[1].train()
-    with refused(CaptureError, "blocks.1 is in training mode", "call model.eval()"):
-        attempt(model)
-    with refused(CaptureError, "the model is in training mode"):
+    with refused(CaptureError, "the model is in training mode", "call model.eval()"):
         attempt(tiny().train())
 
 
@@ -143,12 +139,6 @@ def test_a_forward_set_on_the_instance() -> None:
         cached(**arguments())
     with refused(CaptureError, *message):
         attempt(model)
-
-
-def test_a_transformed_models_forward_cannot_be_replaced() -> None:
-    cached = attempt(tiny())
-    with refused(GraphCacheError, "forward cannot be replaced", "change the original"):
-        cached.forward = lambda **_: None
 
 
 def test_dropout_that_ignores_eval_mode() -> None:
@@ -336,13 +326,11 @@ def test_a_target_that_is_no_model() -> None:
 def test_a_second_branch_without_a_context() -> None:
     cached = attempt(tiny())
     cached(**arguments())
-    with refused(
-        StateError, "step 0: this model was called twice at timestep 1 with other inputs", "cache_context"
-    ):
+    with refused(StateError, "step 0: this model was called 2 times at one timestep", "cache_context"):
         cached(**arguments())
     with cached.cache_context("cond"):
         cached(**arguments())
-        with refused(StateError, "step 0: branch 'cond' was called twice at timestep 1"):
+        with refused(StateError, "step 0: branch 'cond' was called 2 times at one timestep"):
             cached(**arguments())
 
 

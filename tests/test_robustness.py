@@ -73,15 +73,6 @@ def test_results_may_be_changed_in_place(backend: str | None) -> None:
             result.mul_(3)
 
 
-def test_a_model_compiled_in_place_is_refused_in_either_order() -> None:
-    model = tiny()
-    model.compile(backend="eager")
-    with pytest.raises(graphcache.CaptureError, match=r"compiled by model\.compile"):
-        graphcache.transform(model, graphcache.presets.fora(2))(**arguments())
-    with pytest.raises(graphcache.GraphCacheError, match="compiles its phases itself"):
-        graphcache.transform(tiny(), graphcache.presets.fora(2)).compile()
-
-
 class Scaled(TinyDiT):
     scale = 1.0
 
