@@ -1,7 +1,8 @@
 """The command line: inspect, plan, show, bench."""
 
+import inspect as signatures
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from graphcache import presets
+from graphcache import importers, presets
 from graphcache.bench import Timing, benchmark
 from graphcache.inspection import inspect as inspect_model
 from graphcache.ir.errors import GraphCacheError, PlanError
@@ -59,13 +60,23 @@ def inspect(
 
 @app.command()
 def plan(
-    preset: Annotated[str, typer.Argument(help=f"one of {', '.join(presets.names())}")],
-    steps: Annotated[int, typer.Option(help="model evaluations of one generation")] = 50,
+    source: Annotated[
+        str, typer.Argument(help=f"one of {', '.join(presets.names())}; with --from a file or its numbers")
+    ],
+    steps: Annotated[
+        int | None, typer.Option(help="model evaluations of one generation, of a preset 50 by default")
+    ] = None,
     option: Annotated[list[str] | None, typer.Option("--set", help="an argument: interval=3")] = None,
+    origin: Annotated[
+        str | None, typer.Option("--from", help="smoothcache FILE, steps-mask 1,0,0,1 or magcache 1,1.02,…")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="write here: .json as JSON, else text")] = None,
 ) -> None:
-    """Write out a preset as a plan."""
-    made = _preset(preset, steps, option or [])
+    """Write out a preset, or another tool's schedule, as a plan."""
+    if origin is None:
+        made = _preset(source, 50 if steps is None else steps, option or [])
+    else:
+        made = _imported(origin, source, steps, option or [])
     if output is not None:
         made.save(output)
         console.print(f"wrote {output}")
@@ -174,16 +185,52 @@ def _assignment(text: str) -> tuple[str, Value]:
     name, equals, value = text.partition("=")
     if not equals:
         raise PlanError(f"'{text}' is no name=value")
+    return name, _value(value)
+
+
+def _value(text: str) -> Value:
     for convert in (int, float):
         try:
-            return name, convert(value)
+            return convert(text)
         except ValueError:
             continue
-    return name, {"true": True, "false": False}.get(value, value)
+    return {"true": True, "false": False}.get(text, text)
 
 
 def _preset(name: str, steps: int, options: list[str]) -> Plan:
     return presets.evaluate(Preset(name, tuple(map(_assignment, options))), steps)
+
+
+def _imported(origin: str, source: str, steps: int | None, options: list[str]) -> Plan:
+    """The schedule of another tool; of `smoothcache`, every option but `blocks` names a component's site."""
+    arguments = dict(map(_assignment, options))
+    if origin == "smoothcache":
+        blocks: Any = arguments.pop("blocks", None)
+        rows = {name: str(value) for name, value in arguments.items()}
+        made = importers.smoothcache(source, rows, blocks)
+    elif origin == "steps-mask":
+        made = _called(importers.steps_mask, source, arguments)
+    elif origin == "magcache":
+        return _called(importers.magcache, source, {"steps": steps, **arguments})
+    else:
+        raise PlanError(f"--from {origin}: known are smoothcache, steps-mask and magcache")
+    return made if steps is None else made.resample(steps)
+
+
+def _called(importer: Callable[..., Plan], source: str, arguments: Mapping[str, Value | None]) -> Plan:
+    accepted = list(signatures.signature(importer).parameters)[1:]
+    for name in arguments:
+        if name not in accepted:
+            raise PlanError(f"{importer.__name__} takes {', '.join(accepted)}, not {name!r}")
+    given = {name: _numbers(value) if isinstance(value, str) else value for name, value in arguments.items()}
+    return importer(_numbers(source), **given)
+
+
+def _numbers(text: str) -> list[Value]:
+    values = [_value(word) for word in text.split(",")]
+    if any(isinstance(value, (bool, str)) for value in values):
+        raise PlanError(f"'{text}' is no list of numbers such as 1,0,0,1")
+    return values
 
 
 def _plan(text: str, steps: int | None) -> Plan:

@@ -113,7 +113,11 @@ class Engine:
 
     def surround(self, **changes: Any) -> "_Around":
         """A context manager within which calls have these surroundings."""
-        return _Around(self, replace(self.surroundings, **changes))
+        return _Around(self, replace(self.surroundings, **changes), closes=False)
+
+    def open_session(self, scheduler: Any) -> "_Around":
+        """A context manager within which calls have a session of their own, empty again at its end."""
+        return _Around(self, Surroundings(self.new_session(Driver(scheduler))), closes=True)
 
     def new_session(self, driver: Driver) -> Session:
         options = self.options
@@ -238,9 +242,10 @@ class Engine:
 class _Around:
     """Sets the surroundings of an engine's calls in this thread or task, and puts the old ones back."""
 
-    def __init__(self, engine: Engine, surroundings: Surroundings) -> None:
+    def __init__(self, engine: Engine, surroundings: Surroundings, closes: bool) -> None:
         self._engine = engine
         self._inner = surroundings
+        self._closes = closes
 
     def __enter__(self) -> Session:
         outer = _surroundings.get()
@@ -249,6 +254,8 @@ class _Around:
 
     def __exit__(self, *_: object) -> None:
         _surroundings.reset(self._token)
+        if self._closes:
+            self._inner.session.forget()
 
 
 def original(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graphcache.ir.errors import PlanError
-from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row, check_steps
+from graphcache.ir.plan import COMPUTE, REUSE, Letter, Plan, Row, check_steps
 from graphcache.ir.plantext import MAX_BYTES
 from graphcache.ir.selector import Selector
 
@@ -72,7 +72,11 @@ def smoothcache(
 
 
 def steps_mask(
-    mask: Sequence[int], front: int = 0, back: int = 0, blocks: int | Sequence[int] | None = None
+    mask: Sequence[int],
+    front: int = 0,
+    back: int = 0,
+    blocks: int | Sequence[int] | None = None,
+    order: int | None = None,
 ) -> Plan:
     """A mask over the steps, as `cache_dit.steps_mask` makes one: 1 computes, 0 reuses.
 
@@ -89,13 +93,17 @@ def steps_mask(
         blocks: how many the model has, so that front and back can be counted. Several numbers, as (19, 38),
             where cache-dit was given several lists of blocks that run one after the other: each list has a
             front and a back of its own.
+        order: forecast at a 0 instead, like calibrator_config=TaylorSeerCalibratorConfig(taylorseer_order=order).
+            That takes no differences from its first three steps, and equals the plan up to rounding where a
+            mask begins with at least order + 3 ones.
 
     Raises:
         PlanError: a mask of other numbers, or no block left between front and back.
     """
-    actions = _actions("the mask", mask)
+    letters = () if order is None else (Letter("t", "taylorseer", (("order", order),)),)
+    actions = _actions("the mask", mask, letters[0].symbol if letters else REUSE)
     selectors = _between(_count("front", front), _count("back", back), blocks)
-    return Plan(len(actions), rows=tuple(Row(selector, actions) for selector in selectors))
+    return Plan(len(actions), letters, tuple(Row(selector, actions) for selector in selectors))
 
 
 def magcache(
@@ -147,7 +155,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, list[int]]:
         raise PlanError(f"not a schedule of SmoothCache: {error}") from None
 
 
-def _actions(what: str, values: object) -> str:
+def _actions(what: str, values: object, zero: str = REUSE) -> str:
     """The characters of a row from its zeros and ones."""
     if not isinstance(values, Iterable):
         raise PlanError(f"{what} is not a list of 1 (compute) and 0 (reuse)")
@@ -156,7 +164,7 @@ def _actions(what: str, values: object) -> str:
         number = _index(value)
         if number not in (0, 1):
             raise PlanError(f"{what}, step {step}: {value!r} is neither 1 (compute) nor 0 (reuse)")
-        row += COMPUTE if number else REUSE
+        row += COMPUTE if number else zero
     if not row:
         raise PlanError(f"{what} has no steps")
     if row[0] != COMPUTE:
@@ -206,9 +214,8 @@ def _check_rows(schedule: Iterable[str], rows: Mapping[str, str]) -> None:
     named = dict.fromkeys(part for name in schedule for part in (_split(name)[0], name))
     for name in rows:
         if name not in named:
-            raise PlanError(
-                f"rows: the schedule has no component {name!r}; it has {', '.join(sorted(named))}"
-            )
+            known = ", ".join(map(_cut, named))
+            raise PlanError(f"rows: the schedule has no component {name!r}; it has {known}")
 
 
 def _split(name: str) -> tuple[str, int | None]:

@@ -191,10 +191,10 @@ class Session:
         now, timestep = self.generation, read_timestep(call.timestep)
         if now is None or now.clock is None:
             return self._begin_timed(call, timestep)
-        if timestep == now.clock.last and not now.finished:
+        if timestep == now.clock.last:
             if not self._is_called(call, now):
                 return now, self._another(call, now, 1)
-            if not self._is_repeated(call, now):
+            if not (now.finished or self._is_repeated(call, now)):
                 known, limit = len(self._known(call)), self.branches or 1
                 if self._free(call, now) or known < limit:
                     return now, self._another(call, now, limit)

@@ -16,7 +16,6 @@ from graphcache.engine import Engine, Options, original
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan
 from graphcache.report import Summary, summarise
-from graphcache.schedulers import Driver
 from graphcache.session import Session
 
 Target = TypeVar("Target")
@@ -51,8 +50,7 @@ class Transformed:
         Args:
             scheduler: the one that drives these calls and tells the step; without one the timesteps do.
         """
-        engine = self._graphcache
-        return engine.surround(session=engine.new_session(Driver(scheduler)), name="", fields={})
+        return self._graphcache.open_session(scheduler)
 
     def disabled(self) -> AbstractContextManager[Session]:
         """Within it the model runs as the original does; the first call ends a generation in progress."""
@@ -199,29 +197,32 @@ _untraced: Callable[[Target], Target] = torch.compiler.disable(  # type: ignore[
 )
 
 
-def _forward_of(kind: type[nn.Module]) -> property:
-    """The forward of a transformed model: a property, because one set on the instance would hide a method.
+class _Forward:
+    """The forward of a transformed model: a descriptor, because one set on the instance would hide a method.
 
     What is set stands around the plan's own forward, as accelerate's offloading does.
     """
 
-    @functools.wraps(kind.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _called(self._graphcache, args, kwargs)
+    def __init__(self, kind: type[nn.Module]) -> None:
+        @functools.wraps(kind.forward)
+        def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+            return _called(model._graphcache, args, kwargs)
+
+        self.function = forward
 
     @_untraced
-    def get(self: Any) -> Any:
-        outer = self._graphcache.outer
-        return types.MethodType(forward, self) if outer is None else _checked(self._graphcache, outer)
+    def __get__(self, model: Any, owner: type) -> Any:
+        if model is None:
+            return self.function
+        outer = model._graphcache.outer
+        return types.MethodType(self.function, model) if outer is None else _checked(model._graphcache, outer)
 
-    def put(self: Any, value: Any) -> None:
-        is_own = getattr(value, "__func__", None) is forward
-        self._graphcache.outer = None if is_own else value
+    def __set__(self, model: Any, value: Any) -> None:
+        is_own = getattr(value, "__func__", None) is self.function
+        model._graphcache.outer = None if is_own else value
 
-    def remove(self: Any) -> None:
-        self._graphcache.outer = None
-
-    return property(get, put, remove)
+    def __delete__(self, model: Any) -> None:
+        model._graphcache.outer = None
 
 
 @_untraced
@@ -259,7 +260,7 @@ def _wrap(model: nn.Module, options: Options, pipe: Any = None) -> nn.Module:
         "__slots__": ("_graphcache",),
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
-        "forward": _forward_of(kind),
+        "forward": _Forward(kind),
         # not Module.__call__, which would run what original.compile() left in the shared attributes
         "__call__": nn.Module._call_impl,
     }

@@ -30,11 +30,11 @@ class TinyPipeline:
     """How to build a pipeline and how to call it.
 
     `arguments(batch, guided, large)` are those of `pipe(...)` beside the number of steps and the generator;
-    `large` is the second of two resolutions. `start(steps)` is the index of the first timestep of the schedule
-    that is run: 0 where nothing is skipped.
+    `large` is the second of two resolutions. `start(steps)` is the index in the schedule of the first
+    timestep that is run.
 
-    `branch_modules` are the transformer's modules that end a branch, for those entries that hooks are set on;
-    `branches` the calls of the transformer that a guided step makes, where one means a doubled batch.
+    Entries that tests set hooks on name the modules that end a branch, and the calls that a guided step makes
+    of the transformer; one means that guidance doubles the batch.
     """
 
     build: Make
@@ -291,6 +291,9 @@ def _video_start(steps: int) -> int:
     return steps - int(steps * STRENGTH)
 
 
+_PIXART_CALL = _arguments(
+    _prompts, _masks(torch.int64), _guidance(), _size(8), negative_prompt=None, use_resolution_binning=False
+)
 _FLUX_CALL = (_prompts, _pooled, _guidance("true_cfg_scale"))
 _WAN_CALL = (_prompts, _guidance(), _size(8))
 
@@ -303,26 +306,12 @@ PIPELINES: dict[str, TinyPipeline] = {
     ),
     "pixart": TinyPipeline(
         _pipeline("PixArtAlphaPipeline", _DPM, transformer=CASES["pixart"].make),
-        _arguments(
-            _prompts,
-            _masks(torch.int64),
-            _guidance(),
-            _size(8),
-            negative_prompt=None,
-            use_resolution_binning=False,
-        ),
+        _PIXART_CALL,
         branch_modules=r"transformer_blocks\.\d+\.(attn1|attn2|ff)",
     ),
     "pixart_sigma": TinyPipeline(
         _pipeline("PixArtSigmaPipeline", _DPM, transformer=CASES["pixart"].make),
-        _arguments(
-            _prompts,
-            _masks(torch.int64),
-            _guidance(),
-            _size(8),
-            negative_prompt=None,
-            use_resolution_binning=False,
-        ),
+        _PIXART_CALL,
     ),
     "sd3": TinyPipeline(
         _pipeline("StableDiffusion3Pipeline", _FLOW, transformer=CASES["sd3"].make),

@@ -299,6 +299,12 @@ def capture_call(model: nn.Module, kwargs: Mapping[str, Any], timestep: str) -> 
     return Captured.of(model, CallSpec.of(binder, bound, timestep), binder.signature(bound)[1])
 
 
+def runner_tensors(model: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """A call's flat inputs, in signature order."""
+    binder = Binder(forward_parameters(model))
+    return binder.signature(binder.bind((), dict(kwargs)))[1]
+
+
 def cast(arguments: Any, dtype: torch.dtype) -> Any:
     """Every floating-point tensor in another dtype."""
 

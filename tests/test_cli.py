@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import graphcache
+from graphcache import importers
 from graphcache.cli import app
 from graphcache.ir.plan import Plan
 from graphcache.sources import load_model
@@ -92,6 +93,23 @@ def test_plan_prints_what_parse_reads(tmp_path: Path) -> None:
     assert Plan.load(target) == graphcache.presets.taylorseer(9, order=1, lite=True)
 
 
+def test_plan_imports_the_schedules_of_other_tools(tmp_path: Path) -> None:
+    source, target = tmp_path / "schedule.json", tmp_path / "plan.txt"
+    source.write_text('{"attn1-1": [1, 0, 0, 1], "own": [1, 0, 1, 0]}')
+    sites = ("--set", "own=@parallel", "--set", "blocks=2")
+    run("plan", "--from", "smoothcache", str(source), *sites, "--output", str(target))
+    assert Plan.load(target) == importers.smoothcache(source, {"own": "@parallel"}, blocks=2)
+    bounds = ("--set", "front=1", "--set", "back=1", "--set", "blocks=3,4")
+    mask = run("plan", "--from", "steps-mask", "1,0,0,1", *bounds).output
+    assert Plan.parse(mask) == importers.steps_mask([1, 0, 0, 1], front=1, back=1, blocks=(3, 4))
+    other = run("plan", "--from", "steps-mask", "1,0,1,0", "--steps", "6").output
+    assert Plan.parse(other).rows == importers.steps_mask([1, 0, 1, 0, 1, 0]).rows
+    ratios = run(
+        "plan", "--from", "magcache", "1,1.02,1,0.99", "--steps", "8", "--set", "threshold=0.1"
+    ).output
+    assert Plan.parse(ratios) == importers.magcache([1, 1.02, 1, 0.99], steps=8, threshold=0.1)
+
+
 def test_show_prints_the_grid_and_the_letters() -> None:
     output = run("show", "taylorseer:7:order=1").output
     assert "#tt#tt#" in output
@@ -124,6 +142,10 @@ def test_bench_writes_every_contender_beside_the_plain_model(tmp_path: Path) -> 
         (("inspect", "cli_factory:made", "--call", "3"), "must be a JSON object"),
         (("plan", "fora", "--set", "interval"), "is no name=value"),
         (("plan", "fourier"), "unknown preset"),
+        (("plan", "1,0", "--from", "teacache"), "known are smoothcache, steps-mask and magcache"),
+        (("plan", "1,a", "--from", "steps-mask"), "'1,a' is no list of numbers such as 1,0,0,1"),
+        (("plan", "1", "--from", "magcache", "--set", "retention=0"), "not 'retention'"),
+        (("plan", "absent.json", "--from", "smoothcache"), "absent.json: cannot be read"),
         (("show", "fora"), "does not say how many steps"),
         (("show", "fora:x"), "write preset:steps:key=value"),
         (("show", "absent.txt"), "absent.txt"),

@@ -1,6 +1,7 @@
 """Real pipelines of every family beside the reference interpreter in the same pipeline, bit for bit."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,19 +10,32 @@ import torch
 import graphcache
 from pipelines import PIPELINES
 from reference import assert_same
-from reference_pipeline import reference, untouched
+from reference_pipeline import parts, reference, shared_captures, untouched
 
 STEPS = 6
 compute = graphcache.presets.compute
 fora = functools.partial(graphcache.presets.fora, interval=3)
 
-pipelines = pytest.mark.parametrize("name", PIPELINES)
+# the scope puts the tests of one pipeline next to each other, where they share captures
+pipelines = pytest.mark.parametrize("name", PIPELINES, scope="module")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shared_captures() -> Iterator[None]:
+    with shared_captures():
+        yield
 
 
 @functools.cache
 def with_fora(name: str) -> Any:
-    """One transformed pipeline for many tests: generations are independent of each other."""
-    return graphcache.transform(PIPELINES[name].make(), fora(STEPS))
+    """One transformed pipeline for many tests: generations are independent of each other.
+
+    Its models are those of the untouched pipeline, so that captures can be shared.
+    """
+    pipe = PIPELINES[name].make()
+    for part, model in parts(untouched(PIPELINES[name])).items():
+        setattr(pipe, part, model)
+    return graphcache.transform(pipe, fora(STEPS))
 
 
 @pipelines
