@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,14 +13,12 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.overrides import TorchFunctionMode
 
+from graphcache.compile import COMPILING
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, Output, StepGraph
 
 _TORCH = str(Path(torch.__file__).parent)
-_CAPTURING = threading.RLock()
-"""torch.export changes global state while it traces."""
-
 _PURE_RANDOM = {
     torch.ops.aten.scaled_dot_product_attention.default,
     torch.ops.aten.dropout.default,
@@ -47,7 +44,7 @@ def capture(
     outputs: list[OutputSpec] = []
     wrapper = _FlatCall(model, call, outputs.append)
     try:
-        with _CAPTURING, _uncompiled(model), _ChosenKernels(), torch.inference_mode(False), torch.no_grad():
+        with COMPILING, _uncompiled(model), _ChosenKernels(), torch.inference_mode(False), torch.no_grad():
             program = torch.export.export(wrapper, tensors, strict=False)
             if not _is_functional(program.graph):
                 # in-place writes into views would be lost to dead-code elimination

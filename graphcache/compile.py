@@ -1,6 +1,7 @@
 """From a specialised graph to something to call: eager, or any torch.compile backend."""
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch._dynamo.eval_frame import innermost_backend
 
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import StepGraph, has_static_shape, is_tensor
+
+COMPILING = threading.RLock()
+"""Tracing and compiling change PyTorch's global state."""
 
 Backend = str | Callable[..., Any] | Mapping[str, Any] | None
 """None runs the graph as it is; a name or callable is torch.compile's `backend`; a mapping holds
@@ -34,9 +38,28 @@ def build(step: StepGraph, backend: Backend) -> Compiled:
     options: dict[str, Any] = {**_mode_options(given), **(given.pop("options", None) or {})}
     if not _has_symbolic_shapes(step):
         options.setdefault("guard_filter_fn", torch.compiler.skip_all_guards_unsafe)
-    given |= {"fullgraph": True, "dynamic": False}
-    compiled: Compiled = torch.compile(module, options=options, **given)
-    return compiled
+    given |= {"fullgraph": False, "dynamic": False}
+    return _first_call_alone(torch.compile(module, options=options, **given))
+
+
+def _first_call_alone(compiled: Compiled) -> Compiled:
+    """The first call compiles, as one graph or not at all, and waits until no other thread does.
+
+    torch.compile's own fullgraph counts frames in a variable that all threads share, and then takes a call
+    for one that was not compiled.
+    """
+    warm = False
+
+    def call(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        nonlocal warm
+        if warm:
+            return compiled(*tensors)
+        with COMPILING, torch._dynamo.error_on_graph_break(True):
+            results = compiled(*tensors)
+            warm = True
+            return results
+
+    return call
 
 
 def compile_plainly(model: nn.Module, backend: Backend) -> Callable[..., Any]:

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
 from graphcache import presets
 from graphcache.capture import forward_parameters
-from graphcache.compile import Backend, prior_compilation
+from graphcache.compile import COMPILING, Backend, prior_compilation
 from graphcache.ir.call import Binder, CallSpec
-from graphcache.ir.errors import StateError
+from graphcache.ir.errors import CaptureError, StateError
 from graphcache.ir.plan import Plan
 from graphcache.passes.base import Observer
 from graphcache.program import Captured, Program
@@ -93,6 +94,7 @@ class Engine:
         try:
             bound = self.binder.bind(args, kwargs)
             signature, tensors = self.binder.signature(bound)
+            _refuse_export(tensors)
             key = signature + _ambient()
             spec = self._spec(key, bound)
             call = Call(around.name, around.fields, key, spec.constants(tensors), tensors[spec.timestep])
@@ -161,7 +163,7 @@ class Engine:
         with self._lock:
             self.backend = backend
             for key, program in self.programs.items():
-                self.programs[key] = replace(program, backend=backend, phases={})
+                self.programs[key] = _prepared(replace(program, backend=backend, phases={}))
 
     def _spec(self, key: Key, bound: Mapping[str, Any]) -> CallSpec:
         spec = self._specs.get(key)
@@ -219,7 +221,7 @@ class Engine:
         twin = self.programs.get((*key[:-1], not key[-1]))
         captured = twin.captured if twin else self._captured(self._spec(key, bound), tensors)
         backend = prior_compilation(self.model) if self.backend is None else self.backend
-        return Program(captured, backend, observers=self.options.observers)
+        return _prepared(Program(captured, backend, observers=self.options.observers))
 
     def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor]) -> Captured:
         captured = Captured.of(self.model, spec, tensors, self.options.observers)
@@ -230,7 +232,7 @@ class Engine:
 
     def _leave_prologue(self, state: BranchState, changed: set[int]) -> None:
         """An input seen changing within a generation is computed with at every step, from now on."""
-        program = state.program.without(changed)
+        program = _prepared(state.program.without(changed))
         with self._lock:
             if self.programs.get(state.key) is state.program:
                 self.programs[state.key] = program
@@ -258,6 +260,13 @@ class _Around:
             self._inner.session.forget()
 
 
+def _prepared(program: Program) -> Program:
+    """With its prologue made, before other threads can see it."""
+    with COMPILING:
+        program.prologue  # noqa: B018
+    return program
+
+
 def original(model: nn.Module) -> nn.Module:
     """The model behind a transformed one; any other model itself."""
     engine = getattr(model, "_graphcache", None)
@@ -276,6 +285,14 @@ def _attention_backend() -> Hashable:
     dispatch = sys.modules.get("diffusers.models.attention_dispatch")
     registry = getattr(dispatch, "_AttentionBackendRegistry", None)
     return getattr(registry, "_active_backend", None)
+
+
+def _refuse_export(tensors: Sequence[torch.Tensor]) -> None:
+    if torch.compiler.is_exporting() and any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        raise CaptureError(
+            "a transformed model cannot be exported, since its steps are different graphs; export the "
+            "original, graphcache.restore(model)"
+        )
 
 
 def _refuse_conversion(before: Key, after: Key) -> None:

@@ -44,7 +44,8 @@ def smoothcache(
 
     Its components are modules of a block, by attribute name; here they become roles. `attn` and `attn1` are
     self-attention in some models and joint attention in others, so both roles get the row. `attn-3` is the
-    component of block 3 alone; it goes before `attn`, as there, and becomes a part of the depth.
+    component of block 3 alone; it goes before `attn`, as there, and becomes a part of the depth. `ff` is the
+    text stream's too, unless `ff_context` is listed.
 
     Args:
         schedule: a JSON file, or what is in one: {"attn": [1, 0, 0, 1], "mlp": [1, 0, 1, 0]}, a number a
@@ -93,9 +94,9 @@ def steps_mask(
         blocks: how many the model has, so that front and back can be counted. Several numbers, as (19, 38),
             where cache-dit was given several lists of blocks that run one after the other: each list has a
             front and a back of its own.
-        order: forecast at a 0 instead, like calibrator_config=TaylorSeerCalibratorConfig(taylorseer_order=order).
-            That takes no differences from its first three steps, and equals the plan up to rounding where a
-            mask begins with at least order + 3 ones.
+        order: forecast at a 0 instead, as with TaylorSeerCalibratorConfig(taylorseer_order=order). That takes
+            no differences between its first three steps, and equals the plan, up to rounding, where the mask
+            begins with order + 3 ones or more.
 
     Raises:
         PlanError: a mask of other numbers, or no block left between front and back.

@@ -11,7 +11,7 @@ from graphcache.analysis.cost import graph_flops
 from graphcache.analysis.invariant import invariant_values
 from graphcache.analysis.liveness import lower
 from graphcache.capture import capture
-from graphcache.compile import Backend, Compiled, build
+from graphcache.compile import COMPILING, Backend, Compiled, build
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import (
@@ -152,10 +152,11 @@ class Program:
     def phase(self, schedule: Schedule, index: int) -> Runnable:
         """The specialised graph of a phase."""
         key = (schedule.phases[index], schedule.ranges)
-        if key not in self.phases:
-            step = run((Specialize(*key),), self.step, self.observers)
-            self.phases[key] = Runnable(step, build(step, self.backend))
-        return self.phases[key]
+        with COMPILING:
+            if key not in self.phases:
+                step = run((Specialize(*key),), self.step, self.observers)
+                self.phases[key] = Runnable(step, build(step, self.backend))
+            return self.phases[key]
 
     def ideal_speedup(self, schedule: Schedule) -> float:
         """FLOPs of the plain model over all steps, by those of the plan, its prologue included."""

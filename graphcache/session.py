@@ -116,6 +116,7 @@ class Session:
             raise _occupied(f"is at step {now.step} of {now.steps} of a generation with this model")
         if owner is not runner:
             self._owner = weakref.ref(runner)
+            self._drop()
 
     def release(self) -> None:
         """Leave a call."""
@@ -128,9 +129,12 @@ class Session:
 
     def forget(self) -> None:
         """Drop all caches; whatever comes next begins a generation."""
+        self._drop()
+        self.start_step = 0
+
+    def _drop(self) -> None:
         self.generation = None
         self.states.clear()
-        self.start_step = 0
 
     def enter(self, generation: Generation, branch: Branch, state: BranchState) -> None:
         """Take up what `place` found, once the call has everything that it needs."""

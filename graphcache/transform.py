@@ -3,13 +3,14 @@
 import copy
 import functools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch._dynamo.decorators import skip
 
 from graphcache.compile import Backend, active_compilation, unwrapped
 from graphcache.engine import Engine, Options, original
@@ -191,10 +192,14 @@ def _restored(model: nn.Module) -> nn.Module:
     return engine.given
 
 
-_untraced: Callable[[Target], Target] = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    recursive=False,
-    reason="graphcache compiles each phase on its own: leave fullgraph out, or use transform(..., backend=)",
-)
+def _untraced(function: Any) -> Any:
+    """Keeps torch.compile out of a function but not of those that it calls."""
+    # torch.compiler.disable(recursive=False) would fail while another thread exports
+    skipped: Any = skip(function)
+    skipped._torchdynamo_disable_msg = (
+        "graphcache compiles each phase on its own: leave fullgraph out, or use transform(..., backend=)"
+    )
+    return skipped
 
 
 class _Forward:

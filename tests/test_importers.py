@@ -6,6 +6,7 @@ Every comparison is bit for bit: both add the same stored tensor to the same str
 import json
 import logging
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +20,11 @@ from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import graphcache
 from graphcache import Plan, PlanError, importers
+from graphcache.cli import app
 from pipelines import PIPELINES
 from reference import Subject, subject
 
@@ -65,7 +68,7 @@ def smoothed(on: Subject, schedule: Mapping[str, Sequence[int]]) -> nn.Module:
     """
     model = on.case.make()
     for path, module in model.named_modules():
-        found = re.fullmatch(r"(?:transformer_)?blocks\.(\d+)\.(\w+)", path)
+        found = re.fullmatch(r"(?!single)\w*blocks\.(\d+)\.(\w+)", path)
         keys = [f"{found[2]}-{found[1]}", found[2]] if found else []
         listed = next((schedule[key] for key in keys if key in schedule), None)
         if listed is not None:
@@ -91,6 +94,8 @@ def _reused(listed: Sequence[int]) -> Callable[..., Any]:
         ("dit", {"attn1-0": MASK, "attn1-1": OTHER, "ff-0": OTHER, "ff-1": THIRD}),
         ("dit", {"attn1": MASK, "ff": OTHER, "attn1-1": THIRD, "attn1-0": MASK}),
         ("pixart", {"attn1": MASK, "attn2": OTHER, "ff": THIRD}),
+        ("latte", {"attn1": MASK, "ff": OTHER}),
+        ("sd3", {"attn-0": MASK, "attn-1": OTHER}),
         ("wan", {"attn1": MASK, "attn2": OTHER, "ffn": THIRD}),
         ("cogvideox", {"attn1": MASK, "ff": OTHER}),
         ("flux", {"ff_context": THIRD, "attn": MASK, "ff": OTHER}),
@@ -271,8 +276,7 @@ def test_dbcache_in_a_guided_pipeline_agrees_in_every_generation(cache_dit: Any,
         assert torch.equal(tiny.generate(ours, STEPS), tiny.generate(pipe, STEPS))
 
 
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("name", ["pixart", "wan", "cogvideox"])
+@pytest.mark.parametrize(("name", "order"), [("pixart", 1), ("pixart", 2), ("cogvideox", 1)])
 def test_dbcache_with_taylorseer_agrees_up_to_rounding(cache_dit: Any, name: str, order: int) -> None:
     """It sums the differences of stored tensors, a plan the tensors with weights."""
     mask = [1, 1, 1, 1, 1, 0, 0, 1, 0, 0]
@@ -392,7 +396,7 @@ def test_magcache_decides_as_diffusers_hooks_do(
 def test_magcache_sums_the_errors_in_the_dtype_of_the_ratios(dtype: torch.dtype) -> None:
     """The errors of three steps at 0.97 sum to 0.176, in bfloat16 to 0.1875."""
     ratios = torch.full((12,), 0.97).to(dtype)
-    for threshold in (0.17, 0.18, 0.19):
+    for threshold in (0.17, 0.18, 0.185, 0.19):
         plan = importers.magcache(ratios, threshold=threshold)
         assert grid(plan)["range(0.0..1.0)"] == decided(12, mag_ratios=ratios, threshold=threshold)
 
@@ -442,3 +446,56 @@ def test_magcache_agrees(name: str) -> None:
 def test_ratios_that_are_refused(ratios: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         importers.magcache(ratios, **options)
+
+
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "coming-from.md").read_text()
+BLOCKS = re.findall(r"^```(python[^\n]*)\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)
+OURS = [code for kind, code in BLOCKS if kind == "python graphcache"]
+REFUSED = [code for kind, code in BLOCKS if kind == "python graphcache refused"]
+COMMANDS = re.findall(r"^    graphcache (.*)$", DOCUMENT, re.MULTILINE)
+THEIRS = [code for kind, code in BLOCKS if kind == "python" and "pipe" in code and "SmoothCache" not in code]
+
+
+@pytest.mark.parametrize("code", OURS)
+def test_every_line_of_the_document_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny FLUX, and a generation with it; a plan for its 57 blocks is built and no more."""
+    monkeypatch.chdir(tmp_path)
+    Path("schedule.json").write_text('{"attn1": [1, 0, 1, 0], "ff": [1, 1, 0, 1]}')
+    importers.smoothcache("schedule.json").save("plan.txt")
+    tiny = PIPELINES["flux"]
+    names: dict[str, Any] = {"pipe": tiny.make()}
+    exec(code, names)
+    plan = getattr(names["pipe"].transformer, "plan", names.get("plan"))
+    if plan is not None:
+        assert Plan.parse(str(plan)) == plan
+        if all(row.selector.fractional for row in plan.rows):
+            tiny.generate(names["pipe"], 6)
+
+
+@pytest.mark.parametrize("code", REFUSED)
+def test_what_the_document_calls_refused_is_a_plan(code: str) -> None:
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert Plan.parse(str(names["plan"])) == names["plan"]
+    assert names["plan"].resample(24).steps == 24
+
+
+@pytest.mark.parametrize("code", THEIRS)
+def test_the_lines_of_other_tools_run_too(code: str, cache_dit: Any) -> None:
+    exec(code, {"pipe": local(PIPELINES["flux"].make())})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_document_runs(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("schedule.json").write_text('{"attn1": [1, 0, 1, 0], "ff": [1, 1, 0, 1]}')
+    result = CliRunner().invoke(app, shlex.split(command))
+    assert result.exception is None, result.exception
+    assert Plan.load("plan.txt").rows
+
+
+def test_the_documents_mask_is_the_one_cache_dit_makes(cache_dit: Any) -> None:
+    mask = cache_dit.steps_mask(mask_policy="fast", total_steps=28)
+    assert f'"{"".join(map(str, mask))}"' in DOCUMENT

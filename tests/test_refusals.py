@@ -141,6 +141,11 @@ def test_a_forward_set_on_the_instance() -> None:
         attempt(model)
 
 
+def test_exporting_a_transformed_model() -> None:
+    with refused(CaptureError, "cannot be exported", "export the original"):
+        torch.export.export(attempt(tiny()), (), arguments(), strict=False)
+
+
 def test_dropout_that_ignores_eval_mode() -> None:
     with refused(CaptureError, "dropout in training mode", "training=self.training"):
         attempt(tiny(kind=Dropping))
