@@ -17,6 +17,8 @@ from graphcache.ir.graph import StepGraph, has_static_shape, is_tensor
 COMPILING = threading.RLock()
 """Tracing and compiling change PyTorch's global state."""
 
+_AS_FULLGRAPH = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
+
 Backend = str | Callable[..., Any] | Mapping[str, Any] | None
 """None runs the graph as it is; a name or callable is torch.compile's `backend`; a mapping holds
 torch.compile's keyword arguments, such as {"backend": "inductor", "options": {"cpp_wrapper": True}}."""
@@ -54,7 +56,7 @@ def _first_call_alone(compiled: Compiled) -> Compiled:
         nonlocal warm
         if warm:
             return compiled(*tensors)
-        with COMPILING, torch._dynamo.error_on_graph_break(True):
+        with COMPILING, torch._dynamo.error_on_graph_break(True), torch._dynamo.config.patch(_AS_FULLGRAPH):
             results = compiled(*tensors)
             warm = True
             return results

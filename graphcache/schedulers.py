@@ -57,14 +57,16 @@ class Driver:
     def first_step(self, timesteps: torch.Tensor, timestep: torch.Tensor) -> int:
         """The index at which a generation begins when its scheduler does not tell.
 
-        Reads the timestep, which waits for the device, and looks it up; one that was scaled or rounded is
-        not found, and the number of timesteps that the pipeline announces decides.
+        Reads the timestep, which waits for the device. What the pipeline announces and the beginning are
+        asked first, since a scaled timestep may equal another one of the schedule.
         """
         values: list[float] = timesteps.tolist()
         now = read_timestep(timestep)
-        if now in values:
-            return values.index(now)
-        return max(0, len(values) - getattr(self.pipe, "_num_timesteps", len(values)))
+        announced = max(0, len(values) - getattr(self.pipe, "_num_timesteps", len(values)))
+        for index in (announced, 0):
+            if belongs(values, index, now):
+                return index
+        return values.index(now) if now in values else announced
 
 
 def read_timestep(timestep: torch.Tensor) -> float:

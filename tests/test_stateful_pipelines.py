@@ -1,0 +1,180 @@
+"""Whatever is done with a pipeline in whatever order: the reference's answer, or a GraphCacheError.
+
+`PIPELINE_ACTIONS=2000 pytest tests/test_stateful_pipelines.py` does more of it.
+"""
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+from unittest import mock
+
+import diffusers
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+
+import graphcache
+from graphcache import GraphCacheError, Plan, presets, runner
+from pipelines import PIPELINES
+from reference import assert_same
+from reference_pipeline import parts, reference, shared_captures, untouched
+from test_stateful import in_thread
+
+ACTIONS = int(os.environ.get("PIPELINE_ACTIONS", "100"))
+LENGTH = 10
+NAMES = ("dit", "pixart", "flux", "wan", "chroma", "flux_img2img", "cogvideox_v2v", "sd3_skip_layers")
+SCHEDULERS = {
+    "dit": [diffusers.DDIMScheduler, diffusers.DDPMScheduler, diffusers.DPMSolverMultistepScheduler],
+    "pixart": [
+        diffusers.DPMSolverMultistepScheduler,
+        diffusers.DDIMScheduler,
+        diffusers.HeunDiscreteScheduler,
+        diffusers.EulerAncestralDiscreteScheduler,
+        diffusers.UniPCMultistepScheduler,
+        diffusers.PNDMScheduler,
+    ],
+}
+PLANS = (
+    functools.partial(presets.fora, interval=3),
+    functools.partial(presets.taylorseer, interval=2, order=1),
+    lambda steps: Plan.parse("plan steps=6 preset=none\n* ##.#..").resample(steps),
+)
+SETTINGS = settings(
+    max_examples=max(1, min(ACTIONS, 200) // LENGTH),
+    stateful_step_count=LENGTH,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+CALLS = st.fixed_dictionaries(
+    {
+        "batch": st.integers(1, 2),
+        "guided": st.booleans(),
+        "large": st.booleans(),
+        "steps": st.sampled_from((6, 4)),
+    }
+)
+
+
+class Stopped(Exception):
+    """A user's accident."""
+
+
+@contextmanager
+def stopping(pipe: Any, after: int, inside: bool) -> Iterator[None]:
+    """Raise in the middle of an evaluation, or in the scheduler's step that follows one."""
+    target, name = (runner, "_feed") if inside else (pipe.scheduler, "step")
+    original, left = getattr(target, name), iter(range(after))
+
+    def stop(*args: Any, **kwargs: Any) -> Any:
+        if next(left, None) is None:
+            raise Stopped
+        return original(*args, **kwargs)
+
+    with mock.patch.object(target, name, stop):
+        yield
+
+
+class Pipeline(RuleBasedStateMachine):
+    """Generations of any kind, accidents, other schedulers, other loops, sessions, adapters."""
+
+    counts: ClassVar[Counter[str]] = Counter()
+
+    @initialize(name=st.sampled_from(NAMES), plan=st.sampled_from(PLANS))
+    def make(self, name: str, plan: Any) -> None:
+        self.name, self.tiny, self.plan = name, PIPELINES[name], plan
+        self.given = untouched(self.tiny).scheduler
+        self.pipe = self.tiny.make()
+        for part, model in parts(untouched(self.tiny)).items():
+            setattr(self.pipe, part, model)
+        self.original = dict(parts(self.pipe))
+        graphcache.transform(self.pipe, plan(6))
+
+    def teardown(self) -> None:
+        untouched(self.tiny).scheduler = self.given
+
+    def expected(self, call: dict[str, Any]) -> Any:
+        return reference(self.tiny, self.plan, **call)
+
+    @rule(call=CALLS)
+    def generate(self, call: dict[str, Any]) -> None:
+        self.counts["generation"] += 1
+        assert_same(self.tiny.generate(self.pipe, **call), self.expected(call))
+
+    @rule(call=CALLS, after=st.integers(0, 1), inside=st.booleans())
+    def accident(self, call: dict[str, Any], after: int, inside: bool) -> None:
+        self.counts["accident"] += 1
+        with stopping(self.pipe, after, inside), pytest.raises(Stopped):
+            self.tiny.generate(self.pipe, **call)
+
+    @rule(data=st.data())
+    def other_scheduler(self, data: st.DataObject) -> None:
+        kinds = SCHEDULERS.get(self.name)
+        if kinds is None:
+            return
+        self.counts["scheduler"] += 1
+        kind = data.draw(st.sampled_from(kinds))
+        self.pipe.scheduler = kind.from_config(self.given.config)
+        untouched(self.tiny).scheduler = kind.from_config(self.given.config)
+
+    @rule()
+    def other_weights(self) -> None:
+        """In place, as merging an adapter does; the untouched pipeline shares them."""
+        self.counts["weights"] += 1
+        for model in self.original.values():
+            for parameter in list(model.parameters())[::7]:
+                parameter.data.mul_(1.01)
+
+    @rule(call=CALLS)
+    def disabled(self, call: dict[str, Any]) -> None:
+        self.counts["disabled"] += 1
+        with self.pipe.transformer.disabled():
+            result = self.tiny.generate(self.pipe, **call)
+        assert_same(result, self.tiny.generate(untouched(self.tiny), **call))
+
+    @rule(call=CALLS)
+    def in_a_session_of_another_thread(self, call: dict[str, Any]) -> None:
+        """Its own pipeline and scheduler, over the same model."""
+        self.counts["session"] += 1
+        other = self.tiny.make()
+        other.scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        for part, model in parts(self.pipe).items():
+            setattr(other, part, model)
+        results: list[Any] = []
+
+        def run() -> None:
+            with self.pipe.transformer.session(scheduler=other.scheduler):
+                results.append(self.tiny.generate(other, **call))
+
+        in_thread(run)
+        assert_same(results[0], self.expected(call))
+
+    @rule(call=CALLS)
+    def without_a_session(self, call: dict[str, Any]) -> None:
+        """Another pipeline, whose scheduler the model does not know: it counts from the plan's first step."""
+        if self.tiny.start(6):
+            return
+        call = {**call, "steps": 6}
+        self.counts["no session"] += 1
+        other = self.tiny.make()
+        for part, model in parts(self.pipe).items():
+            setattr(other, part, model)
+        other.scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        try:
+            result = self.tiny.generate(other, **call)
+        except GraphCacheError:
+            self.counts["refused"] += 1
+        else:
+            assert_same(result, self.expected(call))
+
+
+def test_a_pipeline_is_right_or_refuses() -> None:
+    with shared_captures():
+        while Pipeline.counts.total() < ACTIONS:
+            run_state_machine_as_test(Pipeline, settings=SETTINGS)
+    print(f"\n{Pipeline.counts.total()} actions: {dict(Pipeline.counts)}")
