@@ -41,7 +41,7 @@ bench: .venv/.with-bench
 	$(launch) --beside $(models):first_block_cache --beside $(models):dbcache
 
 # A stamp per extra; one that includes others stamps them too.
-covers_test := examples
+covers_test := examples bench
 covers_lint := examples
 covers_dev := examples test lint bench
 

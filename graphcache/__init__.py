@@ -1,6 +1,6 @@
 """graphcache: a compiler for feature caching in diffusion transformers."""
 
-from graphcache import presets
+from graphcache import importers, presets
 from graphcache.inspection import inspect
 from graphcache.ir.errors import CaptureError, GraphCacheError, PlanError, StateError
 from graphcache.ir.plan import Plan
@@ -12,6 +12,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "StateError",
+    "importers",
     "inspect",
     "presets",
     "restore",

@@ -1,0 +1,85 @@
+"""What stands outside the graphs: microseconds a step of the runner, milliseconds a generation of the watch.
+
+python -m examples.benchmark_overhead
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+import graphcache
+from examples.benchmark_models import launch_bound_flux
+from graphcache.bench import Generation, runner_overhead
+from graphcache.schedulers import read_timestep
+from graphcache.watch import Watch
+
+STEPS = 30
+
+
+class Driven(Generation):
+    """A generation as a pipeline makes it: its scheduler counts, its calls have a context."""
+
+    def __init__(self, inputs: Any) -> None:
+        super().__init__(inputs, "timestep", STEPS)
+        self.scheduler = SimpleNamespace(num_inference_steps=STEPS, begin_index=0)
+
+    def run(self, model: Any) -> list[float]:
+        self.scheduler.timesteps = torch.arange(STEPS)
+        times = []
+        for step, kwargs in enumerate(self.calls):
+            self.scheduler.step_index = step
+            start = time.perf_counter()
+            with model.cache_context("cond"):
+                model(**kwargs)
+            times.append(time.perf_counter() - start)
+        return times
+
+
+def runner(driven: bool) -> float:
+    """Microseconds a step of a FLUX of 12 blocks, everything but what the graphs do."""
+    model, inputs = launch_bound_flux()
+    cached: Any = graphcache.transform(model, graphcache.presets.fora(STEPS))
+    generation = Driven(inputs) if driven else Generation(inputs, "timestep", STEPS)
+    scheduler = generation.scheduler if isinstance(generation, Driven) else None
+    with torch.no_grad(), cached.session(scheduler) if driven else nullcontext():
+        generation.run(cached)
+        return runner_overhead(cached, generation, rounds=21)
+
+
+def watch() -> float:
+    """Milliseconds of the watch over an unchanged FLUX.1's 57 blocks."""
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(
+            num_layers=19, num_single_layers=38, num_attention_heads=2, attention_head_dim=16,
+            joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
+        )  # fmt: skip
+    watched = Watch(model.eval())
+    return 1e3 * timed(watched.has_changed)
+
+
+def timed(call: Callable[[], Any], times: int = 200) -> float:
+    """Median seconds."""
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print(f"runner, bare module:                 {runner(False):6.1f} µs a step")
+    print(f"runner, scheduler, context, session: {runner(True):6.1f} µs a step")
+    print(f"reading a timestep on the CPU:       {1e6 * timed(lambda: read_timestep(torch.ones(2))):6.1f} µs")
+    print(f"watch, FLUX of 57 blocks:            {watch():6.2f} ms a generation")
+
+
+if __name__ == "__main__":
+    main()
