@@ -1,5 +1,6 @@
 """Which step a call is: told by a scheduler, by a pipeline's fields, by the timestep, or counted."""
 
+import copy
 import logging
 from typing import Any
 
@@ -247,3 +248,13 @@ def test_a_session_follows_the_scheduler_that_it_is_given() -> None:
             noise = cached(**{**arguments(), "x": x, "timestep": t.expand(2) / 1000})
             x = scheduler.step(noise, t, x, return_dict=False)[0]
         assert [step.reused for step in cached.summary().branches[0].steps] == [0, 2, 2, 0]
+
+
+def test_a_copied_pipeline_follows_its_own_scheduler() -> None:
+    tiny_pipe = PIPELINES["pixart"]
+    pipe = graphcache.transform(tiny_pipe.make(), presets.fora(6))
+    twin = copy.deepcopy(pipe)
+    weights = zip(pipe.transformer.parameters(), twin.transformer.parameters(), strict=True)
+    assert not any(mine is theirs for mine, theirs in weights)
+    assert_same(tiny_pipe.generate(twin, 4), reference(tiny_pipe, presets.fora, 4))
+    assert pipe.transformer.summary().branches == ()
