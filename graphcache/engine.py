@@ -22,10 +22,11 @@ from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import CaptureError, StateError
 from graphcache.ir.plan import Plan
 from graphcache.passes.base import Observer
+from graphcache.placement import Call, place
 from graphcache.program import Captured, Program
 from graphcache.runner import BranchState, Key, changed_inputs, halved, run_step
 from graphcache.schedulers import Driver
-from graphcache.session import Branch, Call, Generation, Session
+from graphcache.session import Branch, Generation, Session
 from graphcache.watch import Watch, refuse_uncapturable
 
 MOST_PROGRAMS = 8
@@ -98,7 +99,7 @@ class Engine:
             key = signature + _ambient()
             spec = self._spec(key, bound)
             call = Call(around.name, around.fields, key, spec.constants(tensors), tensors[spec.timestep])
-            generation, branch = session.place(call)
+            generation, branch = place(session, call)
             state = self._state(session, generation, branch, call, bound, tensors)
             session.enter(generation, branch, state)
             try:

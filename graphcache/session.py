@@ -1,9 +1,8 @@
-"""Where a call stands: its generation, step and branch, and the caches of the branches."""
+"""One sequence of generations: who runs it, where it stands, and the caches of its branches."""
 
 import asyncio
 import threading
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,28 +10,14 @@ import torch
 
 from graphcache.clock import Clock
 from graphcache.ir.errors import StateError
-from graphcache.runner import BranchState, Key
-from graphcache.schedulers import Driver, Position, belongs, read_timestep
+from graphcache.runner import BranchState
+from graphcache.schedulers import Driver
 
 Branch = tuple[str, int]
 """The name of the cache context, and which of the calls it is that a step makes under that name."""
 
 MOST_BRANCHES = 16
 """Branches whose state a session keeps; beyond, the one called longest ago is dropped."""
-
-UNDECLARED = 4
-"""Calls at one step that are taken for branches where the scheduler tells the step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What is known of a call before it is placed; `fields` are those of the cache context."""
-
-    name: str
-    fields: Mapping[str, Any]
-    key: Key
-    constants: tuple[torch.Tensor, ...]
-    timestep: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +37,12 @@ class Generation:
     before: int = 0
     begins: bool = True
 
-    def at(self, step: int, call: Call, clock: Clock | None = None) -> "Generation":
+    def at(self, step: int, timestep: torch.Tensor, clock: Clock | None = None) -> "Generation":
         """The same generation at a later evaluation."""
         return replace(
             self,
             step=step,
-            latest=call.timestep,
+            latest=timestep,
             clock=clock,
             called=(),
             before=len(self.called),
@@ -147,159 +132,6 @@ class Session:
         while len(self.states) > MOST_BRANCHES:
             del self.states[next(iter(self.states))]
 
-    def place(self, call: Call) -> tuple[Generation, Branch]:
-        """The generation at this call's evaluation, and the call's branch. Changes nothing.
-
-        Raises:
-            StateError: the call fits nowhere; the message says why and what to do.
-        """
-        position = self.driver.position()
-        if position is not None:
-            return self._scheduled(call, position)
-        if "step_index" in call.fields and "num_inference_steps" in call.fields:
-            return self._announced(call, call.fields["num_inference_steps"], call.fields["step_index"])
-        return self._timed(call) if self.waits else self._counted(call)
-
-    def _scheduled(self, call: Call, position: Position) -> tuple[Generation, Branch]:
-        """Placed by a scheduler's own state."""
-        now, step = self.generation, position.step
-        steps = len(position.timesteps)
-        if now is None or now.timesteps is not position.timesteps:
-            if step is None:
-                step = self.driver.first_step(position.timesteps, call.timestep)
-            _refuse_past_end(step, steps)
-            return self._begin(call, steps, step, position.timesteps)
-        if not position.tells:
-            return self._counted(call)
-        if step is None or step == now.step:
-            return now, self._another(call, now, self.branches or UNDECLARED)
-        _refuse_past_end(step, steps)
-        if step < now.step:
-            return self._begin(call, steps, step, position.timesteps)
-        return self._next(call, now, step)
-
-    def _announced(self, call: Call, steps: int, step: int) -> tuple[Generation, Branch]:
-        """Placed by what the pipeline says at each call."""
-        now = self.generation
-        _refuse_past_end(step, steps)
-        if now is None or now.steps != steps or step < now.step:
-            return self._begin(call, steps, step)
-        if step > now.step:
-            return self._next(call, now, step)
-        if self._is_called(call, now) and len(self._known(call)) >= (self.branches or 1):
-            return self._begin(call, steps, step)
-        return now, self._another(call, now, self.branches or 1)
-
-    def _timed(self, call: Call) -> tuple[Generation, Branch]:
-        """Placed by the timestep alone."""
-        now, timestep = self.generation, read_timestep(call.timestep)
-        if now is None or now.clock is None:
-            return self._begin_timed(call, timestep)
-        if timestep == now.clock.last:
-            if not self._is_called(call, now):
-                return now, self._another(call, now, 1)
-            if not (now.finished or self._is_repeated(call, now)):
-                known, limit = len(self._known(call)), self.branches or 1
-                if self._free(call, now) or known < limit:
-                    return now, self._another(call, now, limit)
-                if self.branches is None:
-                    raise self._second_branch(call, now)
-        clock = now.clock.advance(timestep)
-        if clock is None:
-            return self._begin_timed(call, timestep)
-        return self._next(call, now, clock.step, clock)
-
-    def _counted(self, call: Call) -> tuple[Generation, Branch]:
-        """Placed by counting; where a scheduler drives, a timestep is read when the branch is in doubt."""
-        now = self.generation
-        if now is None:
-            return self._begin(call, self.steps, self.start_step)
-        if not self._is_called(call, now):
-            return now, self._another(call, now, 1)
-        if not self._is_repeated(call, now):
-            free = self._free(call, now)
-            if free and self._likeness(free, call)[1]:
-                return now, free
-            if now.timesteps is not None and read_timestep(now.latest) == read_timestep(call.timestep):
-                return now, self._another(call, now, self.branches or UNDECLARED)
-        if now.step + 1 == now.steps:
-            if now.timesteps is not None:
-                _refuse_past_end(now.steps, now.steps)
-            return self._begin(call, self.steps, self.start_step)
-        return self._next(call, now, now.step + 1)
-
-    def _begin(
-        self, call: Call, steps: int, step: int, timesteps: torch.Tensor | None = None
-    ) -> tuple[Generation, Branch]:
-        return Generation(steps, step, call.timestep, timesteps), (call.name, 0)
-
-    def _begin_timed(self, call: Call, timestep: float) -> tuple[Generation, Branch]:
-        clock = Clock.begin(self.steps, timestep, self.start_step)
-        return Generation(self.steps, self.start_step, call.timestep, clock=clock), (call.name, 0)
-
-    def _next(
-        self, call: Call, now: Generation, step: int, clock: Clock | None = None
-    ) -> tuple[Generation, Branch]:
-        """A later evaluation of the generation."""
-        later = now.at(step, call, clock)
-        branch = self._free(call, later) or (call.name, 0)
-        if now.timesteps is not None and branch in self.states and self._is_stranger(call, branch):
-            _refuse_foreign(now.timesteps, now.step, step, now.latest, call.timestep)
-        return later, branch
-
-    def _another(self, call: Call, now: Generation, limit: int) -> Branch:
-        """The branch of a further call at the present evaluation."""
-        branch = self._free(call, now)
-        if branch is not None:
-            return branch
-        known = len(self._known(call))
-        if known >= limit:
-            raise self._second_branch(call, now)
-        return call.name, known
-
-    def _known(self, call: Call) -> list[Branch]:
-        return [branch for branch in self.states if branch[0] == call.name]
-
-    def _is_called(self, call: Call, now: Generation) -> bool:
-        return any(branch[0] == call.name for branch in now.called)
-
-    def _free(self, call: Call, now: Generation) -> Branch | None:
-        """The branch that the evaluation has not seen yet and that is most like the call."""
-        free = sorted(branch for branch in self._known(call) if branch not in now.called)
-        return max(free, key=lambda branch: self._likeness(branch, call), default=None)
-
-    def _likeness(self, branch: Branch, call: Call) -> tuple[bool, int]:
-        """Whether a branch was called with the same signature, and how many inputs are the same objects."""
-        state = self.states[branch]
-        if state.key != call.key:
-            return False, 0
-        return True, sum(map(_is, state.constants, call.constants))
-
-    def _is_repeated(self, call: Call, now: Generation) -> bool:
-        """Whether one of the step's calls had just these inputs: then this is another evaluation."""
-        every = (True, len(call.constants))
-        called = (branch for branch in now.called if branch in self.states and branch[0] == call.name)
-        return any(self._likeness(branch, call) == every for branch in called)
-
-    def _is_stranger(self, call: Call, branch: Branch) -> bool:
-        """Whether none of the inputs is what the branch was called with."""
-        return bool(call.constants) and not self._likeness(branch, call)[1]
-
-    def _second_branch(self, call: Call, now: Generation) -> StateError:
-        where = f"branch '{call.name}'" if call.name else "this model"
-        calls = sum(branch[0] == call.name for branch in now.called) + 1
-        return StateError(
-            f"step {now.step}: {where} was called {calls} times at one timestep. If these are "
-            "guidance branches, wrap each call in model.cache_context('cond') or "
-            f"model.cache_context('uncond'), or say transform(..., branches={calls}), so that each keeps its "
-            "own cache; if a generation was given up, call model.reset() before the next one; if another "
-            "loop than the pipeline's calls the model, give it model.session()"
-        )
-
-
-def _is(one: object, other: object) -> bool:
-    return one is other
-
 
 def _runner() -> Any:
     """The asyncio task or the thread that this runs in."""
@@ -318,25 +150,3 @@ def _occupied(what: str) -> StateError:
         f"another thread or task {what}; give each its own cache with `with model.session():`, or call "
         "model.reset() if that generation was given up"
     )
-
-
-def _refuse_past_end(step: int, steps: int) -> None:
-    if not 0 <= step < steps:
-        raise StateError(
-            f"the scheduler has {steps} steps and stands at step {step}, behind its last: another loop than "
-            "the pipeline's calls the model; give it `with model.session():`, or "
-            "`with model.session(scheduler=...):` for the scheduler that drives it"
-        )
-
-
-def _refuse_foreign(
-    timesteps: torch.Tensor, before: int, step: int, last: torch.Tensor, timestep: torch.Tensor
-) -> None:
-    """All inputs changed: make sure that it is the scheduler that drives this call."""
-    values: list[float] = timesteps.tolist()
-    if belongs(values, before, read_timestep(last)) and not belongs(values, step, read_timestep(timestep)):
-        raise StateError(
-            f"step {step}: the pipeline's scheduler stands at timestep {values[step]:g}, but the model was "
-            f"called for {read_timestep(timestep):g}, with other inputs than before: another loop calls it; "
-            "give that `with model.session(scheduler=...):`"
-        )

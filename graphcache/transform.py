@@ -223,8 +223,12 @@ class _Forward:
         return types.MethodType(self.function, model) if outer is None else _checked(model._graphcache, outer)
 
     def __set__(self, model: Any, value: Any) -> None:
-        is_own = getattr(value, "__func__", None) is self.function
-        model._graphcache.outer = None if is_own else value
+        if getattr(value, "__func__", None) not in (self.function, self.function.__wrapped__):
+            model._graphcache.outer = value
+            return
+        # a hook is removed: one that stood around the original is in the attributes shared with it
+        model.__dict__.pop("forward", None)
+        model._graphcache.outer = None
 
     def __delete__(self, model: Any) -> None:
         model._graphcache.outer = None
@@ -251,7 +255,7 @@ def _checked(engine: Engine, outer: Any) -> Any:
         if engine.calls == before:
             raise GraphCacheError(
                 "the forward that was set on the transformed model does not call the one it replaced, so no "
-                "plan is applied; `del model.forward`, or call graphcache.restore"
+                "plan is applied; `del model.forward` gives the plan's back"
             )
         return result
 

@@ -33,6 +33,7 @@ class Watch:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._states = [module.__dict__ for module in modules]
+        self._copies = [state.copy() for state in self._states]
         self._attributes = [*_values(self._states)]
         self._tables = [
             state[name] for state in self._states for name in ("_parameters", "_buffers", "_modules")
@@ -56,18 +57,18 @@ class Watch:
         )
 
     def _equal_attributes(self) -> bool:
-        """Whether all that became another object is a plain value that equals the old one."""
-        if sum(map(len, self._states)) != len(self._attributes):
+        """Whether all that became another object is a plain value that equals the old one, or hooks' own."""
+        if not all(map(_same_attributes, self._states, self._copies)):
             return False
-        now = [*_values(self._states)]
-        if not all(map(_is_same_value, now, self._attributes)):
-            return False
-        self._attributes = now
+        self._copies = [state.copy() for state in self._states]
+        self._attributes = [*_values(self._states)]
         return True
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_INTERNAL = frozenset(vars(nn.Module()))
+_BOOKKEEPING = frozenset(("_diffusers_hook", "_hf_hook", "_old_forward"))
+"""What hooks of diffusers and accelerate leave on a module; they act through its forward, which is watched."""
+_SKIPPED = _BOOKKEEPING | vars(nn.Module()).keys()
 
 
 def refuse_uncapturable(model: nn.Module) -> None:
@@ -111,6 +112,14 @@ def _same(tables: list[dict[str, Any]], expected: list[Any]) -> bool:
     return sum(map(len, tables)) == len(expected) and all(map(operator.is_, _values(tables), expected))
 
 
+def _same_attributes(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    names = now.keys() | before.keys()
+    return all(
+        name in now and name in before and _is_same_value(now[name], before[name])
+        for name in names - _BOOKKEEPING
+    )
+
+
 def _is_same_value(new: Any, old: Any) -> bool:
     return new is old or (type(new) is type(old) and isinstance(new, _PLAIN) and new == old)
 
@@ -125,7 +134,7 @@ def _equal(live: Any, copy: Any) -> bool:
 def _contents(states: list[dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
     """Every container among the modules' attributes, and the attributes of every object, with a copy."""
     seen: set[int] = set()
-    todo = [(value, 0) for state in states for name, value in state.items() if name not in _INTERNAL]
+    todo = [(value, 0) for state in states for name, value in state.items() if name not in _SKIPPED]
     while todo:
         value, depth = todo.pop()
         if id(value) in seen or isinstance(value, _NOT_FOLLOWED):

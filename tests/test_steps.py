@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import graphcache
-from graphcache import GraphCacheError, Plan, PlanError, StateError, presets, schedulers, session
+from graphcache import GraphCacheError, Plan, PlanError, StateError, placement, presets, schedulers
 from pipelines import PIPELINES
 from reference import assert_same, subject
 from reference_pipeline import reference, untouched
@@ -37,7 +37,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return seen[-1]
 
     monkeypatch.setattr(schedulers, "read_timestep", reading)
-    monkeypatch.setattr(session, "read_timestep", reading)
+    monkeypatch.setattr(placement, "read_timestep", reading)
     return seen
 
 

@@ -256,6 +256,19 @@ def test_offloading_enabled_on_the_original_is_refused() -> None:
         graphcache.transform(model, presets.compute(1))(**arguments())
 
 
+def test_offloading_may_be_removed_from_the_result_though_enabled_on_the_original() -> None:
+    from accelerate import cpu_offload_with_hook
+    from accelerate.hooks import remove_hook_from_module
+
+    model = tiny()
+    cpu_offload_with_hook(model, execution_device="cpu")
+    cached = graphcache.transform(model, presets.compute(1))
+    with pytest.raises(CaptureError, match="forward of its own"):
+        cached(**arguments())
+    remove_hook_from_module(cached)
+    assert_same(cached(**arguments()), tiny()(**arguments()))
+
+
 def test_offloading_of_parts_is_refused() -> None:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
