@@ -67,7 +67,7 @@ class Watch:
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _BOOKKEEPING = frozenset(("_diffusers_hook", "_hf_hook", "_old_forward"))
-"""What hooks of diffusers and accelerate leave on a module; they act through its forward, which is watched."""
+"""What hooks of diffusers and accelerate leave on a module; they act through its forward, which counts."""
 _SKIPPED = _BOOKKEEPING | vars(nn.Module()).keys()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from peft import LoraConfig
 from torch import nn
@@ -176,6 +177,16 @@ def test_an_attention_backend_that_chooses_kernels_is_refused() -> None:
         assert_same(cached(**kwargs), model(**kwargs))
     finally:
         cached.reset_attention_backend()
+
+
+def test_a_backend_that_diffusers_dispatches_to_is_part_of_the_signature() -> None:
+    model = CASES["flux"].make()
+    cached = graphcache.transform(model, presets.compute(1))
+    kwargs = CASES["flux"].kwargs(t=1.0)
+    cached(**kwargs)
+    with attention_backend("_native_math"), pytest.raises(CaptureError, match="sdpa_kernel"):
+        cached(**kwargs)
+    assert_same(cached(**kwargs), model(**kwargs))
 
 
 def test_kernels_chosen_around_a_generation_hold_inside() -> None:
