@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graphcache.ir.errors import PlanError
 from graphcache.ir.plan import COMPUTE, REUSE, Letter, Plan, Row, check_steps
-from graphcache.ir.plantext import MAX_BYTES
+from graphcache.ir.plantext import read_bytes
 from graphcache.ir.selector import Selector
 
 _ATTENTION = ("@self", "@joint")
@@ -143,13 +143,7 @@ def magcache(
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, list[int]]:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise PlanError(f"cannot be read: {error.strerror}") from error
-    if len(data) > MAX_BYTES:
-        raise PlanError(f"larger than {MAX_BYTES >> 20} MiB; this is no schedule")
+    data = read_bytes(path)
     try:
         return msgspec.json.decode(data, type=dict[str, list[int]])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 import graphcache
 from graphcache import Plan, PlanError, importers
 from graphcache.cli import app
+from graphcache.ir import plantext
 from pipelines import PIPELINES
 from reference import Subject, subject
 
@@ -202,9 +203,9 @@ def test_files_that_are_no_schedule(tmp_path: Path, content: bytes, message: str
 def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PlanError, match=r"absent\.json: cannot be read: No such file"):
         importers.smoothcache(tmp_path / "absent.json")
-    monkeypatch.setattr(importers, "MAX_BYTES", 3)
+    monkeypatch.setattr(plantext, "MAX_BYTES", 3)
     (tmp_path / "large.json").write_text('{"attn": [1]}')
-    with pytest.raises(PlanError, match="this is no schedule"):
+    with pytest.raises(PlanError, match="this is no plan"):
         importers.smoothcache(tmp_path / "large.json")
 
 

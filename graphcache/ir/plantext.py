@@ -215,8 +215,8 @@ def write_json(document: Document) -> bytes:
     return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
 
 
-def load(path: str | os.PathLike[str]) -> Document:
-    """A file's document; JSON when the suffix is `.json` or the content starts with a brace."""
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """A file's content, of a size that a plan can have."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -224,6 +224,12 @@ def load(path: str | os.PathLike[str]) -> Document:
         raise PlanError(f"cannot be read: {error.strerror}") from error
     if len(data) > MAX_BYTES:
         raise PlanError(f"larger than {MAX_BYTES >> 20} MiB; this is no plan")
+    return data
+
+
+def load(path: str | os.PathLike[str]) -> Document:
+    """A file's document; JSON when the suffix is `.json` or the content starts with a brace."""
+    data = read_bytes(path)
     if Path(path).suffix == ".json" or data.lstrip().startswith(b"{"):
         return read_json(data)
     try:
