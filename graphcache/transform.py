@@ -78,6 +78,7 @@ class Transformed:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy with weights of its own, under the same plan and with an empty cache."""
         engine = self._graphcache
+        _drop_empty_registry(engine.model)
         model = copy.deepcopy(engine.model, memo)
         return _wrap(model, engine.options, memo.get(id(engine.driver.pipe)))
 
@@ -189,7 +190,15 @@ def _restored(model: nn.Module) -> nn.Module:
         raise GraphCacheError(
             "the transformed model's forward was replaced since (accelerate's hooks do that); undo that first"
         )
+    _drop_empty_registry(engine.model)
     return engine.given
+
+
+def _drop_empty_registry(model: nn.Module) -> None:
+    """Forget a registry of diffusers' hooks that a pipeline made for the result and never filled."""
+    registry = model.__dict__.get("_diffusers_hook")
+    if registry is not None and not registry.hooks:
+        del model.__dict__["_diffusers_hook"]
 
 
 def _untraced(function: Any) -> Any:
@@ -270,11 +279,13 @@ def _wrap(model: nn.Module, options: Options, pipe: Any = None) -> nn.Module:
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "forward": _Forward(kind),
+        # the class may be asked for further models, as from_pretrained does: those have no plan
+        "__new__": lambda cls, *args, **kwargs: kind(*args, **kwargs),
         # not Module.__call__, which would run what original.compile() left in the shared attributes
         "__call__": nn.Module._call_impl,
     }
     wrapper: Any = type(kind.__name__, (Transformed, kind), names)
-    made: nn.Module = wrapper.__new__(wrapper)
+    made: nn.Module = object.__new__(wrapper)
     made.__dict__ = model.__dict__
     object.__setattr__(made, "_graphcache", Engine(model, options, pipe))
     return made

@@ -92,7 +92,7 @@ def _lost(where: str, what: str) -> CaptureError:
     return CaptureError(
         f"{where} has {what}, which would run once during the capture and never again; remove it before "
         "transforming (diffusers' caches: model.disable_cache(); offloading: enable it on the whole model, "
-        "after transform; torch.compile: compile the model, not its forward)"
+        "after transform, not by layers; torch.compile: compile the model, not its forward)"
     )
 
 

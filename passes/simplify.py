@@ -19,6 +19,7 @@ _REPEATING = (ops.COPIES | ops.VIEWS | {aten.slice.Tensor}) - _MOVING - {aten.de
 class Simplify:
     """Remove asserts, inference-time dropout, and copies, casts and slices that change nothing.
 
+    What functionalisation leaves of an in-place write, `copy`, becomes its source: it has no derivative.
     A value that the graph returns keeps its own copy, so that no result aliases an input.
     """
 
@@ -51,12 +52,14 @@ def _renamed(step: StepGraph, names: dict[str, str]) -> tuple[Branch, ...]:
 
 def _identical(node: fx.Node) -> fx.Node | None:
     """The operand that the node merely repeats, if it does."""
-    source = node.args[0] if node.args else None
+    source = node.args[node.target is aten.copy.default] if node.args else None
     if not isinstance(source, fx.Node) or not is_tensor(source) or not is_tensor(node):
         return None
     if not _repeats(node):
         return None
     before, after = value_of(source), value_of(node)
+    if node.target is aten.copy.default:
+        return source if (before.dtype, before.shape) == (after.dtype, after.shape) else None
     same = (
         before.dtype == after.dtype
         and before.device == after.device
@@ -68,7 +71,7 @@ def _identical(node: fx.Node) -> fx.Node | None:
 
 def _repeats(node: fx.Node) -> bool:
     target = node.target
-    if target in _REPEATING:
+    if target in _REPEATING or target is aten.copy.default:
         return True
     if target in (aten.div.Tensor, aten.mul.Tensor):
         return isinstance(node.args[1], (int, float)) and node.args[1] == 1
