@@ -39,6 +39,7 @@ bench: .venv/.with-bench
 	  --plan taylorseer
 	$(launch)
 	$(launch) --beside $(models):first_block_cache --beside $(models):dbcache
+	$(BIN)/python -m examples.benchmark_overhead
 
 # A stamp per extra; one that includes others stamps them too.
 covers_test := examples bench

@@ -92,11 +92,18 @@ class Pipeline(RuleBasedStateMachine):
         self.pipe = self.tiny.make()
         for part, model in parts(untouched(self.tiny)).items():
             setattr(self.pipe, part, model)
-        self.original = dict(parts(self.pipe))
+        self.weights = [
+            (parameter, parameter.detach().clone())
+            for model in parts(self.pipe).values()
+            for parameter in model.parameters()
+        ]
         graphcache.transform(self.pipe, plan(6))
 
     def teardown(self) -> None:
+        """Other tests share the untouched pipeline."""
         untouched(self.tiny).scheduler = self.given
+        for parameter, values in self.weights:
+            parameter.data.copy_(values)
 
     def expected(self, call: dict[str, Any]) -> Any:
         return reference(self.tiny, self.plan, **call)
@@ -126,9 +133,8 @@ class Pipeline(RuleBasedStateMachine):
     def other_weights(self) -> None:
         """In place, as merging an adapter does; the untouched pipeline shares them."""
         self.counts["weights"] += 1
-        for model in self.original.values():
-            for parameter in list(model.parameters())[::7]:
-                parameter.data.mul_(1.01)
+        for parameter, _ in self.weights[::7]:
+            parameter.data.mul_(1.01)
 
     @rule(call=CALLS)
     def disabled(self, call: dict[str, Any]) -> None:
