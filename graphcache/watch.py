@@ -62,6 +62,7 @@ class Watch:
             return False
         self._copies = [state.copy() for state in self._states]
         self._attributes = [*_values(self._states)]
+        self._contents = [*_contents(self._states)]
         return True
 
 
@@ -121,7 +122,9 @@ def _same_attributes(now: dict[str, Any], before: dict[str, Any]) -> bool:
 
 
 def _is_same_value(new: Any, old: Any) -> bool:
-    return new is old or (type(new) is type(old) and isinstance(new, _PLAIN) and new == old)
+    """Whether nothing changed; torch.export leaves equal copies of the containers that it finds."""
+    comparable = type(new) is type(old) and isinstance(new, (*_PLAIN, *_CONTAINERS))
+    return new is old or (comparable and _equal(new, old))
 
 
 def _equal(live: Any, copy: Any) -> bool:

@@ -151,6 +151,17 @@ def test_weights_changed_in_place_are_right_from_the_next_generation_on() -> Non
     assert list(cached._graphcache.programs.values()) == programs
 
 
+def test_another_capture_of_the_same_model_is_no_change() -> None:
+    """torch.export replaces tuples, lists and dicts among the modules' attributes by equal ones."""
+    model, kwargs = CASES["dit"].make(), CASES["dit"].kwargs(t=1.0)
+    cached = graphcache.transform(model, presets.compute(1))
+    cached(**kwargs)
+    program = next(iter(cached._graphcache.programs.values()))
+    graphcache.transform(model, presets.compute(1), example_inputs=kwargs)
+    cached(**kwargs)
+    assert next(iter(cached._graphcache.programs.values())) is program
+
+
 def test_a_scale_given_with_the_call_is_part_of_the_signature() -> None:
     case = CASES["flux"]
     model: Any = case.make()
