@@ -1,14 +1,26 @@
 """From a plan's rows to phases: what each step loads, stores and drops."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from graphcache.analysis.bases import coefficients
+from graphcache.analysis.frequency import factors
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Branch
 from graphcache.ir.plan import Letter, Plan, Row
-from graphcache.ir.schedule import Action, Phase, Schedule, Step
+from graphcache.ir.schedule import (
+    GUIDANCE,
+    PREDICTION,
+    Action,
+    Guided,
+    Phase,
+    Role,
+    Schedule,
+    Step,
+    site_of,
+    unconditional,
+)
 from graphcache.ir.selector import Resolution, resolve
 
 
@@ -25,17 +37,20 @@ class _Track:
     last_read: dict[int, int] = field(default_factory=dict)
 
     def keep(self, step: int) -> int:
-        """Entries still to be read after `step`."""
+        """Entries still to be read after `step`, or by another branch's call at it."""
+        if self.name == PREDICTION:
+            return 1
         return sum(1 for c, read in self.last_read.items() if c <= step < read)
 
 
-def lower(plan: Plan, branches: Sequence[Branch], start: int = 0) -> Schedule:
+def lower(plan: Plan, branches: Sequence[Branch], start: int = 0, role: Role = "only") -> Schedule:
     """Turn a plan into phases.
 
     Args:
         plan: the grid of actions.
         branches: the model's residual branches, in execution order.
         start: first step that will run; earlier ones are skipped, and what lacks history computes.
+        role: which calls of guidance the schedule is for; without any, the row `guidance` means nothing.
 
     Raises:
         PlanError: rows that match nothing, actions without the history they need, overlapping ranges.
@@ -43,13 +58,79 @@ def lower(plan: Plan, branches: Sequence[Branch], start: int = 0) -> Schedule:
     blocks = len({branch.block for branch in branches})
     resolution = resolve(plan, branches, blocks)
     _refuse_split_values(resolution, branches)
-    tracks = _tracks(resolution, branches, blocks)
     letters = {letter.symbol: letter for letter in plan.letters}
-    for step in range(start, plan.steps):
+    steps = range(start, plan.steps)
+    guidance = None if role == "only" else _guidance(resolution.guidance, letters, steps)
+    if guidance is None:
+        tracks = _tracks(resolution, branches, blocks)
+        _simulate(tracks, steps, steps, letters, plan.steps)
+        return _assemble(tracks, steps)
+    both = [step for step in steps if guidance.actions[step - start].kind == "compute"]
+    tracks = []
+    if role != "uncond":
+        tracks += _simulate(_tracks(resolution, branches, blocks), steps, steps, letters, plan.steps)
+    if role != "cond":
+        others = _tracks(resolution, branches, blocks)
+        _simulate(others, steps, both, letters, plan.steps)
+        for track in others:
+            track.name = unconditional(track.name) if role == "doubled" else track.name
+        tracks += others
+    tracks.append(_prediction(guidance, steps) if role == "cond" else guidance)
+    return _assemble(tracks, steps, _guided(plan, letters, resolution, role))
+
+
+def _simulate(
+    tracks: list[_Track], steps: range, runs: Collection[int], letters: dict[str, Letter], count: int
+) -> list[_Track]:
+    """Walk the steps; at those that the branch does not run nothing is computed and nothing ages."""
+    for step in steps:
+        if step not in runs:
+            for track in tracks:
+                _record(track, Action("hold"), ())
+            continue
         held = _held_by(tracks, step, letters)
         for track in tracks:
-            _advance(track, step, letters, plan.steps, held.get(track.name))
-    return _assemble(tracks, range(start, plan.steps))
+            _advance(track, step, letters, count, held.get(track.name))
+    return tracks
+
+
+def _guidance(row: Row | None, letters: dict[str, Letter], steps: range) -> _Track | None:
+    """The branches' difference: measured at a step with both branches, read at those with one."""
+    if row is None or set(row.actions) == {"#"}:
+        return None
+    split = any(symbol in letters for symbol in row.actions)
+    track = _Track(GUIDANCE, row, range(0))
+    since: list[int] = []
+    for step in steps:
+        letter = letters.get(row.actions[step])
+        if row.actions[step] == "#" or not track.computed:
+            _record(track, Action("compute"), ())
+            track.computed.insert(0, step)
+            since = []
+            continue
+        _read(track, step, 1)
+        weights = (1.0, 1.0) if split else (1.0,)
+        if letter is not None:
+            since.append(step)
+            weights = factors(letter, step, since)
+        _record(track, Action("forecast", 1), weights)
+    return track
+
+
+def _prediction(guidance: _Track, steps: range) -> _Track:
+    """The conditional branch's result, which the other call of the same step reads."""
+    track = _Track(PREDICTION, guidance.row, range(0))
+    for step in steps:
+        _record(track, Action("compute"), ())
+        track.last_read[step] = step
+    return track
+
+
+def _guided(plan: Plan, letters: dict[str, Letter], resolution: Resolution, role: Role) -> Guided:
+    row = resolution.guidance
+    used = (letters[symbol] for symbol in (row.actions if row else "") if symbol in letters)
+    divisor = next((int(letter.option("divisor")) for letter in used), None)
+    return Guided(plan.conditional if role == "doubled" else None, divisor, plan.grid)
 
 
 def _refuse_split_values(resolution: Resolution, branches: Sequence[Branch]) -> None:
@@ -68,8 +149,6 @@ def _refuse_split_values(resolution: Resolution, branches: Sequence[Branch]) -> 
 
 def _tracks(resolution: Resolution, branches: Sequence[Branch], blocks: int) -> list[_Track]:
     """Sites that a row ever takes from the cache, outermost first."""
-    if resolution.guidance is not None and set(resolution.guidance.actions) != {"#"}:
-        raise PlanError("row guidance: one-branch steps are not available in this version; remove the row")
     tracks = []
     if resolution.output is not None:
         tracks.append(_Track("output", resolution.output, range(blocks)))
@@ -160,7 +239,7 @@ def _record(track: _Track, action: Action, weights: tuple[float, ...]) -> None:
     track.weights.append(weights)
 
 
-def _assemble(tracks: Sequence[_Track], steps: range) -> Schedule:
+def _assemble(tracks: Sequence[_Track], steps: range, guided: Guided | None = None) -> Schedule:
     """Merge equal columns; a phase stores what any of its steps needs stored."""
     columns = [tuple(track.actions[i] for track in tracks) for i in range(len(steps))]
     order = {column: i for i, column in enumerate(dict.fromkeys(columns))}
@@ -170,15 +249,21 @@ def _assemble(tracks: Sequence[_Track], steps: range) -> Schedule:
     phases, weights = [], {}
     for column, index in order.items():
         phase, groups = _phase(tracks, column, members[index], steps)
-        phases.append(phase)
+        one_branch = any(
+            t.name == GUIDANCE and a.kind == "forecast" for t, a in zip(tracks, column, strict=True)
+        )
+        phases.append(
+            replace(phase, half=one_branch and guided is not None and guided.conditional is not None)
+        )
         for i in members[index]:
             weights[i] = tuple(tracks[t].weights[i] for t in groups)
     result = tuple(
         Step(order[columns[i]], weights[i], {t.name: t.keep(step) for t in tracks})
         for i, step in enumerate(steps)
     )
-    ranges = tuple((t.name, t.blocks.start, t.blocks.stop - 1) for t in tracks if t.name.startswith("range("))
-    return Schedule(tuple(phases), result, ranges)
+    ranges = {site_of(t.name): t.blocks for t in tracks if t.name.startswith("range(")}
+    bounds = tuple((name, blocks.start, blocks.stop - 1) for name, blocks in ranges.items())
+    return Schedule(tuple(phases), result, bounds, guided)
 
 
 def _phase(

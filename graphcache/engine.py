@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,13 +18,15 @@ from torch._subclasses import FakeTensor
 from graphcache import presets
 from graphcache.capture import forward_parameters
 from graphcache.compile import COMPILING, Backend, prior_compilation
+from graphcache.halves import is_doubled
 from graphcache.ir.call import Binder, CallSpec
-from graphcache.ir.errors import CaptureError, StateError
+from graphcache.ir.errors import CaptureError, PlanError, StateError
 from graphcache.ir.plan import Plan
+from graphcache.ir.schedule import Role
 from graphcache.passes.base import Observer
 from graphcache.placement import Call, place
 from graphcache.program import Captured, Program
-from graphcache.runner import BranchState, Key, changed_inputs, halved, run_step
+from graphcache.runner import BranchState, Key, begun, changed_inputs, halved, hand_over, run_step
 from graphcache.schedulers import Driver
 from graphcache.session import Branch, Generation, Session
 from graphcache.watch import Watch, refuse_uncapturable
@@ -80,6 +82,7 @@ class Engine:
         self.given = model
         self.outer: Any = None
         self.calls = 0
+        self.unguided = False
         self._specs: dict[Key, CallSpec] = {}
         self._watch: Watch | None = None
         self._lock = threading.RLock()
@@ -101,6 +104,8 @@ class Engine:
             call = Call(around.name, around.fields, key, spec.constants(tensors), tensors[spec.timestep])
             generation, branch = place(session, call)
             state = self._state(session, generation, branch, call, bound, tensors)
+            if state.role == "uncond":
+                hand_over(session.states.get(("cond", branch[1])), state)
             session.enter(generation, branch, state)
             try:
                 return run_step(state, tensors)
@@ -156,7 +161,11 @@ class Engine:
             bound = self.binder.bind(example_inputs, {})
         key, tensors = self.binder.signature(bound)
         program = self._program(key + _ambient(), bound, tensors, begins=True)
-        program.check(self.options.plan)
+        plan, name = self.options.plan, self.surroundings.name
+        role = self._role(plan, name, tensors[program.captured.call.latent])
+        if role == "doubled":
+            self._halve(program, tensors)
+        program.check(plan, role)
         return program
 
     def compile(self, backend: Backend) -> None:
@@ -185,20 +194,62 @@ class Engine:
     ) -> BranchState:
         """The branch's state at this step; one that did not run the step before begins empty."""
         begins = generation.begins and not generation.called
+        plan = self.plan_for(generation.steps)
         state = None if begins else session.states.get(branch)
         if state is None or state.step + 1 != generation.step:
-            program = self._program(call.key, bound, tensors, begins)
-            schedule = program.schedule(self.plan_for(generation.steps), generation.step)
-            state = BranchState(call.key, program, schedule, generation.step, generation.step)
+            state = self._begun(plan, generation.step, call, bound, tensors, begins)
         elif state.key != call.key:
             _refuse_conversion(state.key, call.key)
-            plan = self.plan_for(generation.steps)
             program = self._program(call.key, bound, tensors, begins)
-            state = halved(state, call.key, program, plan, generation.step)
+            state = halved(state, call.key, program, plan, generation.step) or self._begun(
+                plan, generation.step, call, bound, tensors, begins
+            )
         elif changed := changed_inputs(state, tensors):
-            self._leave_prologue(state, changed)
+            self._leave_prologue(state, changed, tensors)
         state.step, state.constants = generation.step, call.constants
         return state
+
+    def _begun(
+        self,
+        plan: Plan,
+        step: int,
+        call: Call,
+        bound: Mapping[str, Any],
+        tensors: Sequence[torch.Tensor],
+        begins: bool,
+    ) -> BranchState:
+        """A state whose history begins with this call."""
+        program = self._program(call.key, bound, tensors, begins)
+        role = self._role(plan, call.name, tensors[program.captured.call.latent])
+        if role == "doubled":
+            self._halve(program, tensors)
+        return begun(call.key, program, plan, step, role)
+
+    def _role(self, plan: Plan, name: str, latents: torch.Tensor) -> Role:
+        """Which calls of guidance these are, by the cache context and by the latents."""
+        if not plan.is_guided:
+            return "only"
+        if name in ("cond", "uncond"):
+            return cast(Role, name)
+        if not is_doubled(latents):
+            if not self.unguided:
+                self.unguided = True
+                log.warning(
+                    "the halves of the batch are not the same latents: row guidance has no effect here"
+                )
+            return "only"
+        if plan.conditional is None:
+            raise PlanError(
+                "row guidance: say which half of the doubled batch is the conditional branch's, with "
+                "conditional=last (or first) in the plan's header, or make two calls a step, in "
+                "model.cache_context('cond') and ('uncond')"
+            )
+        return "doubled"
+
+    def _halve(self, program: Program, tensors: Sequence[torch.Tensor]) -> None:
+        with self._lock:
+            if program.half is None:
+                program.halve(self.model, tensors, self.options.plan.conditional or "last")
 
     def _program(
         self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor], begins: bool
@@ -231,9 +282,11 @@ class Engine:
             self._watch = Watch(self.model)
         return captured
 
-    def _leave_prologue(self, state: BranchState, changed: set[int]) -> None:
+    def _leave_prologue(self, state: BranchState, changed: set[int], tensors: Sequence[torch.Tensor]) -> None:
         """An input seen changing within a generation is computed with at every step, from now on."""
         program = _prepared(state.program.without(changed))
+        if state.role == "doubled":
+            self._halve(program, tensors)
         with self._lock:
             if self.programs.get(state.key) is state.program:
                 self.programs[state.key] = program

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 
+from graphcache.fastercache import generic_schedule, published_schedule
 from graphcache.ir.errors import PlanError
 from graphcache.ir.plan import Letter, Plan, Preset, Row, Value, check_steps
 from graphcache.ir.selector import Selector
@@ -95,6 +96,49 @@ def delta_dit(steps: int, interval: int = 2, gate: float = 0.5, blocks: float = 
     return Plan(steps, rows=(rear, front), preset=Preset("delta_dit", arguments))
 
 
+def fastercache(
+    model: str | int = "generic",
+    steps: int | None = None,
+    *,
+    start: float = 1 / 3,
+    interval: int = 5,
+    guidance: bool = True,
+    shallowest: float = 0.0,
+    deepest: float = 1.0,
+    conditional: str | None = None,
+    grid: tuple[int, int, int] | None = None,
+) -> Plan:
+    """FasterCache (arXiv 2410.19355): attention is extrapolated, and the unconditional branch made from the other.
+
+    Args:
+        model: a model of the released code, with its constants: `published_models()`; "generic" takes the paper's
+            defaults. A number stands for `steps` and the generic plan.
+        steps: of the generation, by default those that the model's constants were published for. Its steps scale
+            with others, rounded half up; periods stay.
+        start: generic only, the fraction of the steps before anything is reused.
+        interval: generic only, the steps from one evaluation of both branches to the next.
+        guidance: False leaves both branches of every step alone, for guidance-distilled models.
+        shallowest, deepest: the depths, 0 the first block and 1 the last, between which attention is reused.
+        conditional: the conditional branch's half of a doubled batch, where it is not the published model's.
+        grid: frames, height and width of the tokens, for models that return packed tokens.
+    """
+    if isinstance(model, int):
+        steps, model = model, "generic"
+    arguments: dict[str, Value]
+    if model == "generic":
+        if steps is None:
+            raise PlanError("fastercache(steps): say how many steps the generation has")
+        schedule = generic_schedule(steps, _fraction("start", start), interval)
+        arguments = {"start": start, "interval": interval}
+    else:
+        schedule = published_schedule(model, steps)
+        steps, arguments = schedule.steps, {"model": model}
+    arguments |= {"guidance": guidance, "shallowest": shallowest, "deepest": deepest}
+    made = schedule.plan(guidance, (shallowest, deepest))
+    half = conditional or schedule.conditional
+    return replace(made, preset=Preset("fastercache", tuple(arguments.items())), conditional=half, grid=grid)
+
+
 _PRESETS: dict[str, Callable[..., Plan]] = {
     "compute": compute,
     "fora": fora,
@@ -102,6 +146,7 @@ _PRESETS: dict[str, Callable[..., Plan]] = {
     "hicache": hicache,
     "pab": pab,
     "delta_dit": delta_dit,
+    "fastercache": fastercache,
 }
 
 
@@ -116,12 +161,12 @@ def evaluate(preset: Preset, steps: int) -> Plan:
     if function is None:
         raise PlanError(f"unknown preset {preset.name!r}; presets are {', '.join(_PRESETS)}")
     arguments: dict[str, Value] = dict(preset.arguments)
-    accepted = list(inspect.signature(function).parameters)[1:]
+    accepted = [name for name in inspect.signature(function).parameters if name != "steps"]
     for name in arguments:
         if name not in accepted:
             takes = ", ".join(accepted) or "no arguments"
             raise PlanError(f"preset {preset.name} takes {takes}, not {name!r}")
-    return function(steps, **arguments)
+    return function(steps=steps, **arguments)
 
 
 def resample(plan: Plan, steps: int) -> Plan:
@@ -133,12 +178,17 @@ def resample(plan: Plan, steps: int) -> Plan:
         return plan
     if plan.preset is None or plan.preset.name not in _PRESETS:
         return plan.resample(steps)
-    if replace(evaluate(plan.preset, plan.steps), remaining=plan.remaining) != plan:
+    if _under_header(plan, evaluate(plan.preset, plan.steps)) != plan:
         raise PlanError(
             f"the rows are not those of preset {plan.preset.name} at {plan.steps} steps and would be lost; "
             f"write preset=none to resample them"
         )
-    return replace(evaluate(plan.preset, steps), remaining=plan.remaining)
+    return _under_header(plan, evaluate(plan.preset, steps))
+
+
+def _under_header(given: Plan, plan: Plan) -> Plan:
+    """A plan with what another's header says of the model's calls."""
+    return replace(plan, conditional=given.conditional, grid=given.grid)
 
 
 def _periodic(steps: int, interval: int, between: str = ".", warmup: int = 1) -> str:

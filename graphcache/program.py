@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from graphcache.analysis.cost import graph_flops
+from graphcache.analysis.frequency import basis, disc
 from graphcache.analysis.invariant import invariant_values
 from graphcache.analysis.liveness import lower
 from graphcache.capture import capture
 from graphcache.compile import COMPILING, Backend, Compiled, build
+from graphcache.halves import Half, capture_half
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import (
@@ -19,15 +21,17 @@ from graphcache.ir.graph import (
     Coefficients,
     Input,
     StepGraph,
+    Table,
     storage_bytes,
     value_of,
 )
 from graphcache.ir.plan import Plan
-from graphcache.ir.schedule import Phase, Schedule
-from graphcache.passes.base import Observer, run
+from graphcache.ir.schedule import Guided, Phase, Role, Schedule
+from graphcache.passes.base import Observer, Pass, run
+from graphcache.passes.guidance import Guide
 from graphcache.passes.hoist import Hoist, Prologue
 from graphcache.passes.simplify import Simplify
-from graphcache.passes.specialize import Specialize, entry_values
+from graphcache.passes.specialize import Specialize
 from graphcache.passes.tag import Tag
 
 
@@ -71,13 +75,42 @@ def _dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride() == dense else tensor.contiguous()
 
 
+def laid(strides: Sequence[tuple[int, ...]], tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The inputs in the layout that was captured; compiled code does not look at strides again."""
+    if all(t.stride() == stride for t, stride in zip(tensors, strides, strict=True)):
+        return tensors
+    return [_lay(tensor, stride) for tensor, stride in zip(tensors, strides, strict=True)]
+
+
+def _lay(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    if tensor.stride() == stride:
+        return tensor
+    made = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return made.copy_(tensor)
+
+
+PhaseKey = tuple[Phase, tuple[tuple[str, int, int], ...], Guided | None]
+
+
 @dataclass(frozen=True)
 class Runnable:
     """A callable graph and where its inputs come from."""
 
     step: StepGraph
     call: Compiled
+    half: Half | None = None
     _coefficients: dict[tuple[int, tuple[float, ...]], torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def tables(self) -> dict[Table, torch.Tensor]:
+        """The constants that the graph reads."""
+        made = {}
+        for port, node in self.step.ports():
+            if isinstance(port, Table):
+                value = value_of(node)
+                table = basis(port.size, port.radius) if port.kind == "basis" else disc(port.radius)
+                made[port] = table.to(value.device, value.dtype)
+        return made
 
     @cached_property
     def stored(self) -> tuple[tuple[str, int], ...]:
@@ -112,12 +145,28 @@ class Program:
     backend: Backend
     varying: frozenset[int] = frozenset()
     observers: Sequence[Observer] = ()
-    phases: dict[tuple[Phase, tuple[tuple[str, int, int], ...]], Runnable] = field(default_factory=dict)
-    _schedules: dict[tuple[Plan, int], Schedule] = field(default_factory=dict)
+    half: Half | None = None
+    phases: dict[PhaseKey, Runnable] = field(default_factory=dict)
+    _schedules: dict[tuple[Plan, int, Role], Schedule] = field(default_factory=dict)
 
     def without(self, changed: set[int]) -> "Program":
         """The same, with these inputs taken to change at every step."""
         return Program(self.captured, self.backend, self.varying | changed, self.observers)
+
+    def halve(self, model: nn.Module, tensors: Sequence[torch.Tensor], conditional: str) -> None:
+        """Capture the step for the conditional half of these inputs as well.
+
+        Raises:
+            CaptureError: one half of the batch cannot run alone.
+        """
+
+        def capture(rows: Sequence[torch.Tensor]) -> Captured:
+            return Captured.of(model, self.captured.call, rows, self.observers)
+
+        call, step = self.captured.call, self.captured.step
+        self.half = capture_half(
+            step, self._held, call, laid(self.captured.strides, tensors), conditional, capture
+        )
 
     @cached_property
     def _held(self) -> tuple[str, ...]:
@@ -142,20 +191,30 @@ class Program:
     def step(self) -> StepGraph:
         return run((Hoist(self._held),), self.captured.step, self.observers)
 
-    def schedule(self, plan: Plan, start: int = 0) -> Schedule:
-        """The plan from a step on, lowered for this model."""
-        key = (plan, start)
+    @cached_property
+    def half_step(self) -> StepGraph:
+        assert self.half is not None
+        names = tuple(name for name in self._held if name in self.half.hoisted)
+        return run((Hoist(names),), self.half.step, self.observers)
+
+    def schedule(self, plan: Plan, start: int = 0, role: Role = "only") -> Schedule:
+        """The plan from a step on, lowered for this model and for calls of this role."""
+        key = (plan, start, role)
         if key not in self._schedules:
-            self._schedules[key] = lower(plan, self.captured.step.branches, start)
+            self._schedules[key] = lower(plan, self.captured.step.branches, start, role)
         return self._schedules[key]
 
     def phase(self, schedule: Schedule, index: int) -> Runnable:
         """The specialised graph of a phase."""
-        key = (schedule.phases[index], schedule.ranges)
+        key = phase, ranges, guided = schedule.phases[index], schedule.ranges, schedule.guided
         with COMPILING:
             if key not in self.phases:
-                step = run((Specialize(*key),), self.step, self.observers)
-                self.phases[key] = Runnable(step, build(step, self.backend))
+                passes: list[Pass] = [Specialize(phase, ranges, guided.conditional if guided else None)]
+                if guided is not None:
+                    passes.append(Guide(phase, guided))
+                step = run(passes, self.half_step if phase.half else self.step, self.observers)
+                half = self.half if phase.half else None
+                self.phases[key] = Runnable(step, build(step, self.backend), half)
             return self.phases[key]
 
     def ideal_speedup(self, schedule: Schedule) -> float:
@@ -179,21 +238,26 @@ class Program:
         return int(value_of(latents).shape[0])
 
     def entries(self, schedule: Schedule) -> Mapping[str, Sequence[torch.Tensor]]:
-        """One history entry of every site that the schedule caches, as fake tensors."""
-        names = {name for phase in schedule.phases for name, _ in phase.actions}
-        return entry_values(self.captured.step, names, schedule.ranges)
+        """One entry of every history that the schedule stores, as fake tensors."""
+        found: dict[str, dict[int, torch.Tensor]] = {}
+        for index in range(len(schedule.phases)):
+            step = self.phase(schedule, index).step
+            for port, node in zip(step.outputs, step.results(), strict=True):
+                if isinstance(port, CacheWrite):
+                    found.setdefault(port.site, {})[port.part] = value_of(node)
+        return {name: [parts[i] for i in sorted(parts)] for name, parts in found.items()}
 
     def entry_bytes(self, schedule: Schedule) -> dict[str, int]:
-        """Bytes of one history entry of every site that the schedule caches."""
+        """Bytes of one entry of every history that the schedule stores."""
         return {name: sum(map(storage_bytes, values)) for name, values in self.entries(schedule).items()}
 
-    def check(self, plan: Plan) -> None:
+    def check(self, plan: Plan, role: Role = "only") -> None:
         """Lower a plan and specialise every phase, so that whatever is wrong is said now.
 
         Raises:
             PlanError: the plan does not fit the model.
         """
-        schedule = self.schedule(plan)
+        schedule = self.schedule(plan, role=role)
         if not self.captured.step.branches and plan.rows:
             raise PlanError("the model has no residual branches that a plan could speak of")
         for index in range(len(schedule.phases)):

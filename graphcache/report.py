@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from graphcache.ir.schedule import Schedule
+from graphcache.ir.schedule import GUIDANCE, PREDICTION, Schedule, is_unconditional
 from graphcache.program import Program
 from graphcache.session import Branch, Session
 
@@ -13,6 +13,7 @@ class StepSummary:
     """One step: how many sites it obtained in which way, and the cache bytes held after it.
 
     Branches, ranges of the plan and `output` count; `skipped` are those inside what is taken from the cache.
+    `branches` are those of guidance that the call evaluated: of a doubled batch both or one.
     """
 
     step: int
@@ -23,6 +24,7 @@ class StepSummary:
     forecast: int
     skipped: int
     held_bytes: int
+    branches: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class BranchSummary:
             f"{self.graphs} graphs built, {self.ideal_speedup:.2f} times fewer FLOPs",
             f"cache: {_size(self.held_bytes)} held now, {_size(self.peak_bytes)} at most, of which "
             f"{_size(self.hoisted_bytes)} are values hoisted out of the steps",
-            "step phase computed corrected reused forecast skipped      held",
+            "step phase branches computed corrected reused forecast skipped      held",
         ]
         lines += [
-            f"{s.step:4} {s.phase:5} {s.computed:8} {s.corrected:9} {s.reused:6} {s.forecast:8} "
+            f"{s.step:4} {s.phase:5} {s.branches:8} {s.computed:8} {s.corrected:9} {s.reused:6} {s.forecast:8} "
             f"{s.skipped:7} {_size(s.held_bytes):>9}"
             for s in self.steps
         ]
@@ -109,11 +111,17 @@ def _label(branch: Branch) -> str:
 def _step(program: Program, schedule: Schedule, index: int, start: int, size: dict[str, int]) -> StepSummary:
     step = schedule.steps[index]
     phase = schedule.phases[step.phase]
-    actions = {name: action.kind for name, action in phase.actions}
+    pseudo = (GUIDANCE, PREDICTION)
+    actions = {
+        name: action.kind
+        for name, action in phase.actions
+        if name not in pseudo and not is_unconditional(name)
+    }
     kinds = Counter(actions.values())
     for branch in program.captured.step.branches:
         if branch.name not in actions:
-            kinds["hold" if schedule.is_skipped(phase, branch.block) else "compute"] += 1
+            skipped = not schedule.branches(index) or schedule.is_skipped(phase, branch.block)
+            kinds["hold" if skipped else "compute"] += 1
     return StepSummary(
         step=start + index,
         phase=step.phase,
@@ -123,6 +131,7 @@ def _step(program: Program, schedule: Schedule, index: int, start: int, size: di
         forecast=kinds["forecast"],
         skipped=kinds["hold"],
         held_bytes=schedule.held(index, size),
+        branches=schedule.branches(index),
     )
 
 

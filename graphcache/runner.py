@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from graphcache.ir.graph import CacheRead, Hoisted, Input
+from graphcache.ir.errors import StateError
+from graphcache.ir.graph import CacheRead, Hoisted, Input, Table
 from graphcache.ir.plan import Plan
-from graphcache.ir.schedule import Schedule, Step
+from graphcache.ir.schedule import GUIDANCE, PREDICTION, Role, Schedule, Step, is_unconditional
 from graphcache.ir.state import CacheState, Entry
-from graphcache.program import Program, Runnable, distinct
+from graphcache.program import Program, Runnable, distinct, laid
 
 Key = tuple[Hashable, ...]
 """A signature, and what tracing and compiled code depend on besides it; gradient mode comes last."""
@@ -21,7 +22,8 @@ class BranchState:
     """One branch's place in its generation, and what it keeps.
 
     `step` is the plan's step of the latest call; the schedule begins at `start`. `watched` are the prologue's
-    inputs with their versions: the hoisted values are right for these. `constants` are the latest call's
+    inputs with their versions: the hoisted values are right for these. `role` says which calls of guidance
+    these are. `constants` are the latest call's
     other inputs, by which branches are told apart.
     """
 
@@ -30,6 +32,7 @@ class BranchState:
     schedule: Schedule
     start: int
     step: int
+    role: Role = "only"
     cache: CacheState = field(default_factory=CacheState)
     watched: tuple[tuple[torch.Tensor, int], ...] | None = None
     constants: tuple[torch.Tensor, ...] = ()
@@ -48,20 +51,20 @@ class BranchState:
 def run_step(state: BranchState, tensors: Sequence[torch.Tensor]) -> Any:
     """One evaluation: the phase of the state's current step, on flat inputs in signature order."""
     program, cache, step = state.program, state.cache, state.now
-    laid = _laid(program, tensors)
+    inputs = laid(program.captured.strides, tensors)
     if state.watched is None:
-        _run_prologue(state, tensors, laid)
+        _run_prologue(state, tensors, inputs)
     runnable = state.ready.get(step.phase)
     if runnable is None:
         runnable = state.ready[step.phase] = program.phase(state.schedule, step.phase)
-    results = runnable.call(*_feed(cache, runnable, laid, step))
+    results = runnable.call(*_feed(cache, runnable, inputs, step))
     count = position = program.captured.output.count
     for site, parts in runnable.stored:
         cache.store(site, tuple(results[position : position + parts]))
         position += parts
     cache.trim(step.keep)
     if state.finished:
-        cache.hoisted = {}
+        cache.hoisted, cache.half_hoisted = {}, None
         state.watched = None
     return program.captured.output.build(results[:count])
 
@@ -77,21 +80,49 @@ def changed_inputs(state: BranchState, tensors: Sequence[torch.Tensor]) -> set[i
     }
 
 
-def halved(state: BranchState, key: Key, program: Program, plan: Plan, step: int) -> BranchState:
-    """The state for another signature: empty, or the half of every history that the plan says remains."""
-    entries = _remaining(state, program, plan) if plan.remaining else None
+def begun(key: Key, program: Program, plan: Plan, step: int, role: Role) -> BranchState:
+    """The state of a branch that begins with this step."""
+    return BranchState(key, program, program.schedule(plan, step, role), step, step, role)
+
+
+def halved(state: BranchState, key: Key, program: Program, plan: Plan, step: int) -> BranchState | None:
+    """The state for half the batch, where guidance ended: what the plan's conditional half had cached.
+
+    None where the plan does not say which half that is, or where it would not be what the new signature caches.
+    """
+    if plan.conditional is None or state.program.batch != 2 * program.batch:
+        return None
+    entries = _own_rows(state) if state.role == "doubled" else _conditional_rows(state, program, plan)
     if entries is None:
-        return BranchState(key, program, program.schedule(plan, step), step, step)
+        return None
     kept = BranchState(key, program, program.schedule(plan, state.start), state.start, step)
     kept.cache.entries = entries
     return kept
 
 
-def _remaining(state: BranchState, program: Program, plan: Plan) -> dict[str, list[Entry]] | None:
-    """One half of the batch of every entry; None where that would not be what the new signature caches."""
-    if state.program.batch != 2 * program.batch:
-        return None
-    half = slice(program.batch) if plan.remaining == "first" else slice(program.batch, None)
+def hand_over(conditional: BranchState | None, state: BranchState) -> None:
+    """Give the unconditional branch the conditional one's result of the same step.
+
+    Raises:
+        StateError: there is none, because the calls come in another order.
+    """
+    if conditional is None or conditional.step != state.step or PREDICTION not in conditional.cache.entries:
+        raise StateError(
+            f"step {state.step}: row guidance needs the conditional branch's result before the unconditional one's; "
+            "call model.cache_context('cond') first at every step, then ('uncond')"
+        )
+    state.cache.entries[PREDICTION] = conditional.cache.entries.pop(PREDICTION)
+
+
+def _own_rows(state: BranchState) -> dict[str, list[Entry]]:
+    """The histories of a doubled batch's conditional half."""
+    entries = state.cache.entries.items()
+    return {site: kept for site, kept in entries if site != GUIDANCE and not is_unconditional(site)}
+
+
+def _conditional_rows(state: BranchState, program: Program, plan: Plan) -> dict[str, list[Entry]] | None:
+    """One half of the batch of every entry, where the batch is not folded into another dimension."""
+    half = slice(program.batch) if plan.conditional == "first" else slice(program.batch, None)
     expected = program.entries(state.schedule)
     halves: dict[str, list[Entry]] = {}
     for site, history in state.cache.entries.items():
@@ -107,7 +138,7 @@ def _remaining(state: BranchState, program: Program, plan: Plan) -> dict[str, li
 def _run_prologue(state: BranchState, tensors: Sequence[torch.Tensor], laid: Sequence[torch.Tensor]) -> None:
     program = state.program
     prologue = program.prologue
-    state.watched, state.cache.hoisted = (), {}
+    state.watched, state.cache.hoisted, state.cache.half_hoisted = (), {}, None
     if prologue is not None:
         inputs = [laid[port.index] for port in prologue.step.inputs if isinstance(port, Input)]
         values = prologue.call(*distinct(inputs))
@@ -118,10 +149,15 @@ def _run_prologue(state: BranchState, tensors: Sequence[torch.Tensor], laid: Seq
 
 
 def _feed(
-    cache: CacheState, runnable: Runnable, laid: Sequence[torch.Tensor], step: Step
+    cache: CacheState, runnable: Runnable, inputs: Sequence[torch.Tensor], step: Step
 ) -> list[torch.Tensor]:
     """One tensor per input port; on the path of every step, hence no look-up twice."""
     entries, hoisted = cache.entries, cache.hoisted
+    if runnable.half is not None:
+        inputs = laid(runnable.half.strides, runnable.half.rows.inputs(inputs))
+        if cache.half_hoisted is None:
+            cache.half_hoisted = runnable.half.hoisted_rows(hoisted)
+        hoisted = cache.half_hoisted
     feed: list[torch.Tensor] = []
     for port in runnable.step.inputs:
         if isinstance(port, CacheRead):
@@ -132,25 +168,12 @@ def _feed(
         elif isinstance(port, Hoisted):
             feed.append(hoisted[port.name])
         elif isinstance(port, Input):
-            feed.append(laid[port.index])
+            feed.append(inputs[port.index])
+        elif isinstance(port, Table):
+            feed.append(runnable.tables[port])
         else:
             feed.append(runnable.coefficients(port.group, step.coefficients[port.group]))
     return feed if len(set(map(id, feed))) == len(feed) else distinct(feed)
-
-
-def _laid(program: Program, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """The inputs in the layout that was captured; compiled code does not look at strides again."""
-    strides = program.captured.strides
-    if all(t.stride() == stride for t, stride in zip(tensors, strides, strict=True)):
-        return tensors
-    return [_lay(tensor, stride) for tensor, stride in zip(tensors, strides, strict=True)]
-
-
-def _lay(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    if tensor.stride() == stride:
-        return tensor
-    laid = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
-    return laid.copy_(tensor)
 
 
 def _version(tensor: torch.Tensor) -> int:

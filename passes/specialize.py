@@ -1,52 +1,66 @@
 """One phase of a plan, written into the graph: sites become inputs and further outputs."""
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
 from graphcache.analysis import ops
 from graphcache.analysis.ranges import Bypass, RangeCut, cut_range
-from graphcache.ir.graph import (
-    CacheRead,
-    CacheWrite,
-    Coefficients,
-    InPort,
-    OutPort,
-    Output,
-    StepGraph,
-    fake_mode,
-    value_of,
-)
-from graphcache.ir.schedule import Action, Phase
+from graphcache.ir.graph import CacheRead, CacheWrite, Output, StepGraph, fake_mode, value_of
+from graphcache.ir.schedule import GUIDANCE, PREDICTION, Action, Phase, is_unconditional, unconditional
 from graphcache.passes.prune import Prune
+from graphcache.passes.rewrite import Rewriter
 
 aten = ops.aten
+
+
+@dataclass(frozen=True)
+class _History:
+    """Where the rows of a part come from and go to."""
+
+    name: str
+    action: Action
 
 
 @dataclass(frozen=True)
 class Specialize:
     """Obtain every site as the phase says, and remove what is then needed no more.
 
-    `ranges` are the (name, first block, last block) of the range sites that the phase speaks of.
+    `ranges` are the (name, first block, last block) of the range sites that the phase speaks of. `conditional`
+    is the half of a doubled batch, "first" or "last", whose histories are apart from the other half's.
     """
 
     phase: Phase
     ranges: tuple[tuple[str, int, int], ...] = ()
+    conditional: str | None = None
 
     def __call__(self, step: StepGraph) -> StepGraph:
         cuts = {name: cut_range(step, name, first, last) for name, first, last in self.ranges}
-        rewriter = _Rewriter(step)
-        actions = [(name, action) for name, action in self.phase.actions if action.kind != "hold"]
-        parts = {name: rewriter.parts(name, cuts.get(name)) for name, _ in actions if name != "output"}
+        rewriter = _Sites(step, is_half=self.phase.half)
+        actions = dict(self.phase.actions)
+        sites = [name for name in actions if self._is_rewritten(name, actions)]
+        parts = {name: rewriter.parts(name, cuts.get(name)) for name in sites if name != "output"}
         # innermost first: what lies around a site takes its value as the site hands it on
-        for name, action in reversed(actions):
+        for name in reversed(sites):
             places = rewriter.output_parts() if name == "output" else parts[name]
             for number, part in enumerate(places):
-                rewriter.apply(name, number, action, part)
+                rewriter.apply(self._histories(name, actions), number, part)
         return Prune()(rewriter.finished())
+
+    def _is_rewritten(self, name: str, actions: Mapping[str, Action]) -> bool:
+        is_site = name not in (GUIDANCE, PREDICTION) and not is_unconditional(name)
+        return is_site and actions[name].kind != "hold"
+
+    def _histories(self, site: str, actions: Mapping[str, Action]) -> list[_History]:
+        """Of the whole batch, or of its halves in their order."""
+        own = _History(site, actions[site])
+        other = unconditional(site)
+        if other not in actions or self.phase.half:
+            return [own]
+        both = [own, _History(other, actions[other])]
+        return both if self.conditional == "first" else both[::-1]
 
 
 @dataclass(frozen=True)
@@ -64,26 +78,12 @@ class _Part:
 
 
 @dataclass
-class _Rewriter:
-    """A copy of the step under change; ports are added as sites are turned into them."""
+class _Sites(Rewriter):
+    """A copy of the step whose sites are turned into ports."""
 
-    step: StepGraph
-    graph: fx.Graph = field(init=False)
-    nodes: dict[str, fx.Node] = field(init=False)
-    inputs: list[InPort] = field(init=False)
-    outputs: list[OutPort] = field(init=False)
-    results: list[fx.Node] = field(init=False)
-    loaded: dict[InPort, fx.Node] = field(default_factory=dict)
+    is_half: bool = False
     streams: dict[fx.Node, fx.Node] = field(default_factory=dict)
     deltas: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.graph, env = self.step.copy()
-        self.nodes = {node.name: node for node in self.graph.nodes}
-        self.inputs = list(self.step.inputs)
-        self.outputs = list(self.step.outputs)
-        self.results = [env[node] for node in self.step.results()]
-        self.first = next(node for node in self.graph.nodes if node.op != "placeholder")
 
     def parts(self, name: str, cut: RangeCut | None) -> list[_Part]:
         if cut is not None:
@@ -110,36 +110,59 @@ class _Rewriter:
         value after the inner ones, whose deltas keep reading what they were made of.
         """
         before = bypass(merge)
-        delta = self._emit(merge, aten.sub.Tensor, merge, before)
+        delta = self.emit(merge, aten.sub.Tensor, merge, before)
         deltas = self.deltas.setdefault(merge, [])
         deltas.append(delta)
 
         def substitute(new: fx.Node, keep: set[fx.Node]) -> None:
             after = new if new.op == "call_function" else delta
-            whole = self._emit(after, aten.add.Tensor, before, new)
+            whole = self.emit(after, aten.add.Tensor, before, new)
             unchanged = {whole, *deltas[deltas.index(delta) :]}
             self._replace(self.streams.get(merge, merge), whole, unchanged)
             self.streams[merge] = whole
 
         return _Part(delta, substitute, fresh=False)
 
-    def apply(self, name: str, number: int, action: Action, part: _Part) -> None:
+    def apply(self, histories: Sequence[_History], number: int, part: _Part) -> None:
+        """Obtain one part of a site from its history, or from those of a doubled batch's halves."""
         raw, keep = part.raw, set[fx.Node]()
-        if action.stores:
-            kept = self._copy(raw, raw) if part.fresh else raw
-            keep.add(kept)
-            self.outputs.append(CacheWrite(name, number))
-            self.results.append(kept)
-        if action.kind == "compute":
+        if len(histories) == 1:
+            # both graphs of a doubled batch hand on contiguous rows
+            part = replace(part, fresh=part.fresh or (self.is_half and not value_of(raw).is_contiguous()))
+            new = self._obtained(histories[0], number, part, raw, keep)
+            if new is not None:
+                part.substitute(new, keep)
             return
-        entries = [self._load(CacheRead(name, number, i), part) for i in range(action.reads)]
+        halves = []
+        for half, history in enumerate(histories):
+            if history.action.kind == "compute" and not history.action.stores:
+                continue
+            rows = self.rows(raw, raw, half)
+            keep.add(rows)
+            taken = self._obtained(history, number, replace(part, fresh=True), rows, keep)
+            if taken is not None:
+                halves.append(taken)
+        if halves:
+            last = max([raw, *(half for half in halves if half.op != "placeholder")])
+            part.substitute(self.emit(last, aten.cat.default, halves), keep)
+
+    def _obtained(
+        self, history: _History, number: int, part: _Part, raw: fx.Node, keep: set[fx.Node]
+    ) -> fx.Node | None:
+        """What stands for `raw`, None when it computes; hands out what is stored."""
+        action = history.action
+        if action.stores:
+            kept = self.copied(raw, raw) if part.fresh else raw
+            keep.add(kept)
+            self.write(CacheWrite(history.name, number), kept)
+        if action.kind == "compute":
+            return None
+        entries = [self._load(CacheRead(history.name, number, i), raw, part) for i in range(action.reads)]
         if action.kind == "correct":
             entries.insert(0, raw)
         if action.group >= 0:
-            new = self._combine(raw, entries, action.group, keep)
-        else:
-            new = self._copy(raw, entries[0]) if part.result else entries[0]
-        part.substitute(new, keep)
+            return self.combine(raw, entries, action.group, keep)
+        return self.copied(raw, entries[0]) if part.result else entries[0]
 
     def _replace(self, old: fx.Node, new: fx.Node, keep: set[fx.Node]) -> None:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in keep)
@@ -147,89 +170,8 @@ class _Rewriter:
             if isinstance(port, Output) and self.results[i] is old:
                 self.results[i] = new
 
-    def _load(self, port: InPort, part: _Part) -> fx.Node:
-        value = value_of(part.raw)
+    def _load(self, port: CacheRead, raw: fx.Node, part: _Part) -> fx.Node:
+        value = value_of(raw)
         with fake_mode(value):
             layout = torch.contiguous_format if part.fresh else torch.preserve_format
-            return self._placeholder(port, torch.empty_like(value, memory_format=layout))
-
-    def _placeholder(self, port: InPort, value: torch.Tensor) -> fx.Node:
-        if port not in self.loaded:
-            with self.graph.inserting_before(self.first):
-                node = self.graph.placeholder(_name(port))
-            node.meta["val"] = value
-            self.inputs.append(port)
-            self.loaded[port] = node
-        return self.loaded[port]
-
-    def _combine(self, raw: fx.Node, entries: Sequence[fx.Node], group: int, made: set[fx.Node]) -> fx.Node:
-        """The weighted sum of the entries, newest first, in fp32 at least."""
-        dtype, device = value_of(raw).dtype, value_of(raw).device
-        wide = torch.promote_types(dtype, torch.float32)
-        with fake_mode(value_of(raw)):
-            weights = self._placeholder(
-                Coefficients(group), torch.empty(len(entries), dtype=wide, device=device)
-            )
-        last = raw
-
-        def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-            nonlocal last
-            last = self._emit(last, target, *args, **kwargs)
-            made.add(last)
-            return last
-
-        total: fx.Node | None = None
-        for i, entry in enumerate(entries):
-            weight = emit(aten.select.int, weights, 0, i)
-            term = emit(aten.mul.Tensor, entry if dtype == wide else _widen(emit, entry, wide), weight)
-            total = term if total is None else emit(aten.add.Tensor, total, term)
-        return last if dtype == wide else _widen(emit, last, dtype)
-
-    def _copy(self, after: fx.Node, node: fx.Node) -> fx.Node:
-        return self._emit(after, aten.clone.default, node, memory_format=torch.contiguous_format)
-
-    def _emit(self, after: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        with self.graph.inserting_after(after):
-            node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = _fake(target, args, kwargs)
-        return node
-
-    def finished(self) -> StepGraph:
-        """The graph, with results of their own: a caller may change them in place."""
-        bases = [ops.behind(node, ops.VIEWS | ops.SLICES) for node in self.results]
-        kept = {base for port, base in zip(self.outputs, bases, strict=True) if isinstance(port, CacheWrite)}
-        for i, (port, base) in enumerate(zip(self.outputs, bases, strict=True)):
-            if isinstance(port, Output) and (base in kept or base.op in ("placeholder", "get_attr")):
-                self.results[i] = self._copy(max((self.results[i], self.first)), self.results[i])
-        self.graph.erase_node(self.graph.output_node())
-        self.graph.output(tuple(self.results))
-        return self.step.rebuilt(self.graph, inputs=tuple(self.inputs), outputs=tuple(self.outputs))
-
-
-def _widen(emit: Callable[..., fx.Node], node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    return emit(aten._to_copy.default, node, dtype=dtype)
-
-
-def _fake(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
-    values = [item.meta["val"] if isinstance(item, fx.Node) else item for item in args]
-    with fake_mode(next(v for v in values if isinstance(v, torch.Tensor))):
-        result: torch.Tensor = target(*values, **kwargs)
-    return result
-
-
-def _name(port: InPort) -> str:
-    if isinstance(port, CacheRead):
-        site = "".join(c if c.isalnum() else "_" for c in port.site)
-        return f"cache_{site}_{port.part}_{port.entry}"
-    return f"coefficients_{port.group}" if isinstance(port, Coefficients) else str(port).replace(" ", "_")
-
-
-def entry_values(
-    step: StepGraph, sites: Iterable[str], ranges: Sequence[tuple[str, int, int]]
-) -> dict[str, list[torch.Tensor]]:
-    """Fake tensors like one history entry of each site, one per part."""
-    nodes = step.nodes()
-    values = {branch.name: [branch.value] for branch in step.branches}
-    values |= {name: list(cut_range(step, name, first, last).leaving) for name, first, last in ranges}
-    values["output"] = [node.name for node in step.results()]
-    return {site: [value_of(nodes[name]) for name in values[site]] for site in sites}
+            return self.placeholder(port, torch.empty_like(value, memory_format=layout))

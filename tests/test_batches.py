@@ -11,7 +11,7 @@ from graphcache import Plan, PlanError, presets
 from reference import Reference, Subject, assert_same, runner_tensors, subject
 
 TEXT = """
-    plan steps=6 {remaining}preset=none
+    plan steps=6 {conditional}preset=none
     t = taylorseer order=1
     *  ##t#t.
 """
@@ -52,11 +52,11 @@ def guidance_that_ends(name: str, model: Any, reference: Any, ends: Any) -> tupl
 
 
 @pytest.mark.parametrize("name", ["pixart", "flux", "wan", "mochi"])
-@pytest.mark.parametrize("remaining", ["first", "last"])
-def test_the_half_that_the_plan_names_remains(name: str, remaining: str) -> None:
-    plan = Plan.parse(TEXT.format(remaining=f"remaining={remaining} "))
+@pytest.mark.parametrize("conditional", ["first", "last"])
+def test_the_half_that_the_plan_names_remains(name: str, conditional: str) -> None:
+    plan = Plan.parse(TEXT.format(conditional=f"conditional={conditional} "))
     model = subject(name, batch=4).transform(plan)
-    half = slice(0, 2) if remaining == "first" else slice(2, 4)
+    half = slice(0, 2) if conditional == "first" else slice(2, 4)
     results, expected = guidance_that_ends(
         name,
         model,
@@ -71,7 +71,7 @@ def test_the_half_that_the_plan_names_remains(name: str, remaining: str) -> None
 
 @pytest.mark.parametrize("name", ["pixart", "flux"])
 def test_without_a_word_in_the_plan_the_history_starts_empty(name: str) -> None:
-    plan = Plan.parse(TEXT.format(remaining=""))
+    plan = Plan.parse(TEXT.format(conditional=""))
     model = subject(name, batch=4).transform(plan)
     results, expected = guidance_that_ends(
         name,
@@ -84,7 +84,7 @@ def test_without_a_word_in_the_plan_the_history_starts_empty(name: str) -> None:
 
 def test_values_whose_batch_is_folded_into_another_axis_start_empty() -> None:
     """Factorised video attention has batch times frames in front: which rows remain cannot be told."""
-    plan = Plan.parse(TEXT.format(remaining="remaining=last "))
+    plan = Plan.parse(TEXT.format(conditional="conditional=last "))
     model = subject("latte", batch=4).transform(plan)
     results, expected = guidance_that_ends(
         "latte",
@@ -96,7 +96,7 @@ def test_values_whose_batch_is_folded_into_another_axis_start_empty() -> None:
 
 
 def test_a_batch_that_changes_otherwise_starts_empty() -> None:
-    plan = Plan.parse(TEXT.format(remaining="remaining=last "))
+    plan = Plan.parse(TEXT.format(conditional="conditional=last "))
     whole, other = subject("chunked_dit", batch=3), subject("chunked_dit", batch=2)
     model, reference = whole.transform(plan), Reference(other.captured, plan, start=2)
     for step, on in enumerate((whole, whole, other, other)):
@@ -107,18 +107,18 @@ def test_a_batch_that_changes_otherwise_starts_empty() -> None:
 
 
 def test_a_plan_says_which_half_remains() -> None:
-    plan = Plan.parse(TEXT.format(remaining="remaining=last "))
+    plan = Plan.parse(TEXT.format(conditional="conditional=last "))
     assert Plan.parse(str(plan)) == plan
-    assert str(plan).startswith("plan steps=6 remaining=last preset=none")
-    assert plan.resample(12).remaining == "last"
-    with pytest.raises(PlanError, match=r"remaining=middle: the half .* is first or last"):
-        Plan.parse("plan steps=2 remaining=middle")
+    assert str(plan).startswith("plan steps=6 conditional=last preset=none")
+    assert plan.resample(12).conditional == "last"
+    with pytest.raises(PlanError, match=r"conditional=middle: the half .* is first or last"):
+        Plan.parse("plan steps=2 conditional=middle")
 
 
 def test_a_preset_keeps_which_half_remains() -> None:
-    plan = Plan.parse(str(presets.fora(6)).replace("steps=6", "steps=6 remaining=first"))
+    plan = Plan.parse(str(presets.fora(6)).replace("steps=6", "steps=6 conditional=first"))
     again = presets.resample(plan, 9)
-    assert (again.remaining, again.rows) == ("first", presets.fora(9).rows)
+    assert (again.conditional, again.rows) == ("first", presets.fora(9).rows)
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart", "flux", "latte", "cogvideox"])

@@ -244,7 +244,7 @@ class TestFiles:
             "version": 1,
             "steps": 2,
             "preset": None,
-            "remaining": None,
+            "conditional": None,
             "letters": [],
             "rows": [],
         }

@@ -106,12 +106,16 @@ def redraw(canvases: Tensor, augmentation: Augmentation, generator: torch.Genera
     Returns:
         images (N, 1, IMAGE_SIZE, IMAGE_SIZE) in [-1, 1], ink at +1.
     """
+    return F.avg_pool2d(strokes(canvases, augmentation, generator), SUPERSAMPLING) * 2 - 1
+
+
+def strokes(canvases: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
+    """Warp and threshold ink densities (N, 1, CANVAS_SIZE, CANVAS_SIZE); the same shape, in 0 to 1."""
     count = canvases.shape[0]
     grid = F.affine_grid(_affine(count, augmentation, generator), list(canvases.shape), align_corners=False)
     warped = F.grid_sample(canvases, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     threshold = STROKE_THRESHOLD + _uniform(count, augmentation.thickness, generator).view(-1, 1, 1, 1)
-    strokes = torch.sigmoid((warped - threshold) / STROKE_SOFTNESS)
-    return F.avg_pool2d(strokes, SUPERSAMPLING) * 2 - 1
+    return torch.sigmoid((warped - threshold) / STROKE_SOFTNESS)
 
 
 def _enlarge(ink: Tensor) -> Tensor:

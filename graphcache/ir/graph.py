@@ -82,7 +82,23 @@ class Output:
         return f"output {self.index}"
 
 
-InPort = Input | Hoisted | CacheRead | Coefficients
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A constant of the split in frequency: a real Fourier basis or the disc of the low band.
+
+    `basis`: the 2·radius + 1 lowest frequencies of `size` samples, shape (2·radius + 1, size).
+    `disc`: 1 where a pair of frequencies is in the low band, shape (2·radius + 1, 2·radius + 1).
+    """
+
+    kind: Literal["basis", "disc"]
+    size: int
+    radius: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.size} radius {self.radius}"
+
+
+InPort = Input | Hoisted | CacheRead | Coefficients | Table
 OutPort = Output | CacheWrite | Hoisted
 
 

@@ -30,6 +30,14 @@ _OPTIONS: dict[str, dict[str, object]] = {
     "fitted compute": {},
     "tuned compute": {},
     "tokens": {"count": _REQUIRED, "by": _REQUIRED},
+    "frequency": {
+        "low": 1.0,
+        "low_until": 0,
+        "high": 1.0,
+        "high_from": 0,
+        "weighting": "paper",
+        "divisor": 5,
+    },
 }
 _RAMP: dict[str, object] = {"begin": _REQUIRED, "over": _REQUIRED, "gain": 1.0, "floor": 0.0}
 _FORECASTS = ("newton", "taylorseer", "hermite", "linear", "fitted", "tuned")
@@ -48,6 +56,18 @@ def _is_positive(value: object) -> bool:
     return is_number(value) and value > 0
 
 
+def _is_step(value: object) -> bool:
+    return is_number(value) and isinstance(value, int) and 0 <= value <= MAX_STEPS
+
+
+def _is_divisor(value: object) -> bool:
+    return is_number(value) and isinstance(value, int) and value > 2
+
+
+def _is_weighting(value: object) -> bool:
+    return value in ("paper", "released")
+
+
 def _is_weight(value: object) -> bool:
     return is_number(value) or value in ("exact", "paper", "ramp")
 
@@ -62,7 +82,14 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "floor": (is_number, "a finite number"),
     "count": (_is_budget, "a number of tokens or a fraction of them below 1"),
     "by": (is_word, "the name of a score"),
+    "low": (is_number, "a finite number"),
+    "low_until": (_is_step, "a whole number of steps"),
+    "high": (is_number, "a finite number"),
+    "high_from": (_is_step, "a whole number of steps"),
+    "weighting": (_is_weighting, "paper or released"),
+    "divisor": (_is_divisor, "a whole number above 2"),
 }
+_WHOLE = ("order", "count", "low_until", "high_from", "divisor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +97,10 @@ class Letter:
     """An action that a plan's header defines; options that have a default are filled in.
 
     Of `linear weight=ramp` the weight is max(floor, (c − begin) / over · gain) at the 1-based step c.
+    `frequency` is for the row `guidance`: at the 1-based step c the low band of the branches' difference is
+    multiplied by `low` while c <= low_until, and its high band by `high` once c >= high_from. With
+    `weighting=released` the factors of all such steps since the difference was measured multiply. The low
+    band is a disc of radius min(H, W) // divisor.
     """
 
     symbol: str
@@ -105,7 +136,7 @@ class Letter:
         if not check(value):
             raise PlanError(f"letter {self.symbol!r}: {name}={value} is not {expected}")
         assert isinstance(value, (int, float, str))
-        if name in ("order", "count") or isinstance(value, str):
+        if name in _WHOLE or isinstance(value, str):
             return value
         return float(value)
 
@@ -131,6 +162,10 @@ class Letter:
     @property
     def is_tokens(self) -> bool:
         return self.kind == "tokens"
+
+    @property
+    def is_frequency(self) -> bool:
+        return self.kind == "frequency"
 
     @property
     def is_listed(self) -> bool:
@@ -169,7 +204,7 @@ class Preset:
         if self.name == "none" or not is_word(self.name):
             raise PlanError(f"{self.name!r} cannot name a preset")
         for name, value in self.arguments:
-            if not name.isidentifier() or name in ("steps", "preset", "remaining"):
+            if not name.isidentifier() or name in ("steps", "preset", "conditional", "grid"):
                 raise PlanError(f"preset {self.name}: {name!r} cannot name an argument")
             again = plantext.parse_value(plantext.print_value(value))
             if (
@@ -186,24 +221,26 @@ class Preset:
 class Plan:
     """Sites × steps grid of actions. Every Plan that exists is legal; PlanError says why one is not.
 
-    `remaining`, "first" or "last", says which half of a batch goes on when guidance ends within a generation
-    and the batch halves; without it the histories start empty there. Diffusers' pipelines put the
-    unconditional half first, so that the last one remains.
+    `conditional`, "first" or "last", says which half of a doubled batch is the conditional branch's; diffusers'
+    pipelines put it last. It is what goes on when guidance ends within a generation and the batch halves;
+    without it the histories start empty there. `grid` holds the frames, height and width of the tokens, for
+    models that return predictions as packed tokens.
     """
 
     steps: int
     letters: tuple[Letter, ...] = ()
     rows: tuple[Row, ...] = ()
     preset: Preset | None = None
-    remaining: str | None = None
+    conditional: str | None = None
+    grid: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "letters", tuple(self.letters))
         object.__setattr__(self, "rows", tuple(self.rows))
         check_steps(self.steps)
-        if self.remaining not in (None, "first", "last"):
+        if self.conditional not in (None, "first", "last"):
             raise PlanError(
-                f"remaining={self.remaining}: the half of the batch that remains is first or last"
+                f"conditional={self.conditional}: the half of the batch that remains is first or last"
             )
         symbols = [letter.symbol for letter in self.letters]
         for symbol in symbols:
@@ -211,6 +248,7 @@ class Plan:
                 raise PlanError(f"letter {symbol!r} is defined twice")
         for row in self.rows:
             _check_row(row, self)
+        _check_guidance(self)
 
     @classmethod
     def parse(cls, text: str) -> "Plan":
@@ -236,6 +274,12 @@ class Plan:
         """The definition of a letter; None of the built-in `#` and `.`."""
         return next((letter for letter in self.letters if letter.symbol == symbol), None)
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether the plan has steps at which only the conditional branch of guidance runs."""
+        rows = [row for row in self.rows if row.selector.is_guidance]
+        return bool(rows) and set(rows[-1].actions) != {COMPUTE}
+
     def resample(self, steps: int) -> "Plan":
         """The grid for another number of steps: periods kept, thresholds scaled, legal again.
 
@@ -253,7 +297,7 @@ class Plan:
                 )
         rows = tuple(Row(row.selector, _resampled(row.actions, steps)) for row in self.rows)
         letters = tuple(_scaled(letter, steps / self.steps) for letter in self.letters)
-        return Plan(steps, letters, rows, remaining=self.remaining)
+        return Plan(steps, letters, rows, conditional=self.conditional, grid=self.grid)
 
     @classmethod
     def _of(cls, document: plantext.Document) -> "Plan":
@@ -264,7 +308,8 @@ class Plan:
             rows.append(Row(Selector.parse(item.site), item.actions, listed))
         preset = document.preset
         call = None if preset is None else Preset(preset.name, tuple(preset.arguments.items()))
-        return cls(document.steps, tuple(letters), tuple(rows), call, document.remaining)
+        grid = None if document.grid is None else _checked_grid(document.grid)
+        return cls(document.steps, tuple(letters), tuple(rows), call, document.conditional, grid)
 
     def _document(self) -> plantext.Document:
         letters = [plantext.LetterLine(item.symbol, item.kind, dict(item.options)) for item in self.letters]
@@ -274,13 +319,35 @@ class Plan:
             rows.append(plantext.RowLine(str(row.selector), row.actions, listed))
         call = self.preset
         preset = None if call is None else plantext.PresetLine(call.name, dict(call.arguments))
-        return plantext.Document(plantext.VERSION, self.steps, preset, self.remaining, letters, rows)
+        grid = None if self.grid is None else list(self.grid)
+        return plantext.Document(plantext.VERSION, self.steps, preset, self.conditional, grid, letters, rows)
 
 
 def check_steps(steps: int) -> None:
     """Raises PlanError unless a plan can have this many steps."""
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
         raise PlanError(f"steps={steps}: a plan has 1 to {MAX_STEPS} steps")
+
+
+def _checked_grid(grid: object) -> tuple[int, int, int]:
+    sizes = tuple(grid) if isinstance(grid, (tuple, list)) else ()
+    if len(sizes) != 3 or not all(isinstance(n, int) and n is not True and 0 < n < 10**6 for n in sizes):
+        raise PlanError(f"grid={grid}: write frames, height and width of the tokens, as in grid=1x64x64")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _check_guidance(plan: Plan) -> None:
+    rows = [row for row in plan.rows if row.selector.is_guidance]
+    if not rows:
+        return
+    if any(row.selector.is_output for row in plan.rows):
+        raise PlanError(
+            "rows guidance and output exclude each other: reusing the output reuses both branches"
+        )
+    used = set("".join(row.actions for row in rows))
+    divisors = {letter.option("divisor") for letter in plan.letters if letter.symbol in used}
+    if len(divisors) > 1:
+        raise PlanError("row guidance: its letters split the difference alike; give them one divisor")
 
 
 def _check_row(row: Row, plan: Plan) -> None:
@@ -297,8 +364,11 @@ def _check_row(row: Row, plan: Plan) -> None:
         if letter is None and action not in (COMPUTE, REUSE):
             known = ", ".join([COMPUTE, REUSE, *letters])
             raise PlanError(f"{where}: unknown letter {action!r}; letters of this plan: {known}")
-        if letter is not None and row.selector.is_guidance and not letter.is_forecast:
-            raise PlanError(f"{where}: guidance is computed, reused or forecast; {action!r} is {letter.kind}")
+        if letter is not None and row.selector.is_guidance is not letter.is_frequency:
+            raise PlanError(
+                f"{where}: guidance is computed, reused or forecast by its frequencies, and it alone; "
+                f"{action!r} is {letter.kind}"
+            )
         if action != COMPUTE and computed == 0:
             raise PlanError(f"{where}: {action!r} comes before any compute; put '#' there or earlier")
         computed += action == COMPUTE or (letter is not None and letter.is_compute)
@@ -325,11 +395,15 @@ def _check_listed(where: str, letter: Letter | None, values: tuple[float, ...] |
 
 
 def _scaled(letter: Letter, ratio: float) -> Letter:
-    """A ramp stretched with the steps, so that its end points stay."""
-    scaled = (
-        (name, float(value) * ratio if name in ("begin", "over") else value) for name, value in letter.options
-    )
-    return replace(letter, options=tuple(scaled))
+    """A ramp stretched with the steps, so that its end points stay; turning points rounded half up."""
+    options = []
+    for name, value in letter.options:
+        if name in ("begin", "over"):
+            value = float(value) * ratio
+        elif name in ("low_until", "high_from"):
+            value = min(int(int(value) * ratio + 0.5), MAX_STEPS)
+        options.append((name, value))
+    return replace(letter, options=tuple(options))
 
 
 def _resampled(actions: str, steps: int) -> str:

@@ -57,7 +57,8 @@ class Document(msgspec.Struct, forbid_unknown_fields=True):
     version: int
     steps: int
     preset: PresetLine | None = None
-    remaining: str | None = None
+    conditional: str | None = None
+    grid: list[int] | None = None
     letters: list[LetterLine] = []
     rows: list[RowLine] = []
 
@@ -114,7 +115,7 @@ def _read_header(line: str, document: Document) -> None:
         raise PlanError(f"expected 'plan steps=… preset=…', found {line[:60]!r}")
     fields = _fields(rest)
     steps, name = fields.pop("steps", None), fields.pop("preset", "none")
-    remaining = fields.pop("remaining", None)
+    conditional, grid = fields.pop("conditional", None), fields.pop("grid", None)
     if not isinstance(steps, int) or isinstance(steps, bool):
         raise PlanError("the header needs steps= with a whole number")
     if not is_word(name):
@@ -122,8 +123,16 @@ def _read_header(line: str, document: Document) -> None:
     if name == "none" and fields:
         raise PlanError(f"preset=none takes no arguments, found {', '.join(fields)}")
     document.steps = steps
-    document.remaining = None if remaining is None else print_value(remaining)
+    document.conditional = None if conditional is None else print_value(conditional)
+    document.grid = None if grid is None else _read_grid(grid)
     document.preset = None if name == "none" else PresetLine(name, fields)
+
+
+def _read_grid(value: object) -> list[int]:
+    sizes = str(value).split("x")
+    if not all(map(_INTEGER.fullmatch, sizes)):
+        raise PlanError(f"grid={value}: write frames, height and width of the tokens, as in grid=1x64x64")
+    return [int(size) for size in sizes]
 
 
 def _read_line(line: str, document: Document) -> None:
@@ -178,8 +187,10 @@ def write_text(document: Document) -> str:
     """The canonical text: aligned, nothing left out, no newline at the end."""
     preset = document.preset or PresetLine("none")
     header = [f"plan steps={document.steps}", f"preset={preset.name}", *_words(preset.arguments)]
-    if document.remaining is not None:
-        header.insert(1, f"remaining={document.remaining}")
+    if document.conditional is not None:
+        header.insert(1, f"conditional={document.conditional}")
+    if document.grid is not None:
+        header.insert(1, f"grid={'x'.join(map(str, document.grid))}")
     lines = [" ".join(header)]
     lines += [_letter_text(letter) for letter in document.letters]
     width = max((len(row.site) for row in document.rows), default=0)

@@ -7,6 +7,30 @@ from typing import Literal
 
 Kind = Literal["compute", "correct", "reuse", "forecast", "hold"]
 
+Role = Literal["only", "doubled", "cond", "uncond"]
+"""What calls the schedule is for: those of a branch without guidance, or of a batch that holds both branches, or
+of one of two branches that are called one after the other."""
+
+GUIDANCE = "guidance"
+"""The history of the branches' difference."""
+PREDICTION = "prediction"
+"""The conditional branch's result, kept for the unconditional branch's call at the same step."""
+
+
+def unconditional(site: str) -> str:
+    """The name of the history that the unconditional half of a doubled batch has of a site."""
+    return f"{site}|uncond"
+
+
+def is_unconditional(history: str) -> bool:
+    """Whether a history is of the unconditional half of a doubled batch."""
+    return history.endswith(unconditional(""))
+
+
+def site_of(history: str) -> str:
+    """The site that a history is of."""
+    return history.removesuffix(unconditional(""))
+
 
 @dataclass(frozen=True, slots=True)
 class Action:
@@ -32,9 +56,27 @@ class Action:
 
 @dataclass(frozen=True)
 class Phase:
-    """A distinct column of the lowered plan: one specialised graph."""
+    """A distinct column of the lowered plan: one specialised graph.
+
+    `half` phases run the graph that was captured at half the batch, on its conditional half.
+    """
 
     actions: tuple[tuple[str, Action], ...]
+    half: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Guided:
+    """How the branches of guidance meet in the graphs.
+
+    `conditional` is the half of a doubled batch, "first" or "last"; None where the branches are called one by
+    one. `divisor` gives the radius of the low band, None when the difference is not split; `grid` are frames,
+    height and width of packed tokens.
+    """
+
+    conditional: str | None
+    divisor: int | None
+    grid: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,11 +95,19 @@ class Schedule:
     phases: tuple[Phase, ...]
     steps: tuple[Step, ...]
     ranges: tuple[tuple[str, int, int], ...]
+    guided: Guided | None = None
 
     @cached_property
     def stores(self) -> tuple[frozenset[str], ...]:
         """Sites that each phase stores."""
         return tuple(frozenset(name for name, act in phase.actions if act.stores) for phase in self.phases)
+
+    def branches(self, step: int) -> int:
+        """Branches of guidance that a step evaluates: of a doubled batch one or both, of others one or none."""
+        phase = self.phases[self.steps[step].phase]
+        one = any(name == GUIDANCE and action.kind == "forecast" for name, action in phase.actions)
+        doubled = self.guided is not None and self.guided.conditional is not None
+        return 1 + doubled - one
 
     def is_skipped(self, phase: Phase, block: int) -> bool:
         """Whether a block lies within a range, or the output, that the phase takes from the cache."""
@@ -67,7 +117,7 @@ class Schedule:
 
     def held(self, step: int, size: Mapping[str, int]) -> int:
         """Bytes that the state holds after a step, given the bytes of one entry of each site."""
-        return sum(size[name] * count for name, count in self.steps[step].keep.items())
+        return sum(size[name] * count for name, count in self.steps[step].keep.items() if count)
 
     def peak(self, size: Mapping[str, int]) -> int:
         """The most bytes held at any time: what a step found, and beside it what it stored."""
@@ -82,6 +132,7 @@ class Schedule:
         lines = []
         for index, phase in enumerate(self.phases):
             steps = [str(i) for i, step in enumerate(self.steps) if step.phase == index]
-            lines.append(f"phase {index}: steps {' '.join(steps)}")
+            half = " at half the batch" if phase.half else ""
+            lines.append(f"phase {index}{half}: steps {' '.join(steps)}")
             lines += [f"  {name}: {action}" for name, action in phase.actions]
         return "\n".join(lines)

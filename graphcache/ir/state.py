@@ -16,6 +16,7 @@ class CacheState:
     def __init__(self) -> None:
         self.entries: dict[str, list[Entry]] = {}
         self.hoisted: Mapping[str, torch.Tensor] = {}
+        self.half_hoisted: Mapping[str, torch.Tensor] | None = None
 
     def store(self, site: str, entry: Entry) -> None:
         self.entries.setdefault(site, []).insert(0, entry)

@@ -1,0 +1,206 @@
+"""The conditional half of a doubled batch: the inputs that carry the batch, and a capture for half of it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphcache.ir.call import CallSpec
+from graphcache.ir.errors import CaptureError
+from graphcache.ir.graph import StepGraph
+
+_SAMPLED = 1024
+"""Elements of each row that are compared."""
+_TOLERANCE = 0.1
+"""Relative. What kernels round differently for another batch is far below, another sample's values far above."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Half of a batch: the first or the last rows of those inputs that carry it."""
+
+    carriers: frozenset[int]
+    first: bool
+
+    def of(self, value: torch.Tensor) -> torch.Tensor:
+        """The half's rows of a value that holds the samples outermost, as a view."""
+        count = value.shape[0] // 2
+        return value[:count] if self.first else value[count:]
+
+    def inputs(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The half's inputs, leaf by leaf."""
+        return [self.of(tensor) if i in self.carriers else tensor for i, tensor in enumerate(tensors)]
+
+    def shuffled(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The inputs, but the other half has this one's values in another order, sample by sample."""
+        generator = torch.Generator().manual_seed(0)
+        result = []
+        for index, tensor in enumerate(tensors):
+            if index in self.carriers:
+                own = self.of(tensor)
+                flat = own.reshape(own.shape[0], -1)
+                order = torch.randperm(flat.shape[1], generator=generator).to(tensor.device)
+                other = flat[:, order].view(own.shape)
+                tensor = torch.cat([own, other] if self.first else [other, own])
+            result.append(tensor)
+        return result
+
+
+@dataclass(frozen=True)
+class Half:
+    """A step captured for half a batch, beside the one of the whole batch.
+
+    `shared` are the hoisted values, by name, that hold no samples; of the others the half has its rows.
+    """
+
+    step: StepGraph
+    strides: tuple[tuple[int, ...], ...]
+    rows: Rows
+    hoisted: frozenset[str]
+    shared: frozenset[str]
+
+    def hoisted_rows(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The half's hoisted values: views of the whole batch's."""
+        return {
+            name: values[name] if name in self.shared else self.rows.of(values[name]) for name in self.hoisted
+        }
+
+
+Capture = Callable[[Sequence[torch.Tensor]], Any]
+"""Captures the model's step for other inputs of the same structure."""
+
+
+def is_doubled(latents: torch.Tensor) -> bool:
+    """Whether both halves of a batch are the same latents, as guidance makes them; waits for the device."""
+    if not latents.dim() or latents.shape[0] % 2:
+        return False
+    first, second = latents.chunk(2)
+    return torch.equal(first, second)
+
+
+def capture_half(
+    whole: StepGraph,
+    held: Sequence[str],
+    call: CallSpec,
+    tensors: Sequence[torch.Tensor],
+    conditional: str,
+    capture: Capture,
+) -> Half:
+    """The step for the conditional half of a batch.
+
+    An input carries the batch if its outermost dimension has the batch's size, or a multiple of it. Which of
+    those do is tried, the likely ones first: with the right ones the model can be captured, and both graphs
+    compute the same for the half's samples, whatever the other half holds.
+
+    Args:
+        whole: the step of the whole batch.
+        held: names of its values that are computed once per generation.
+        call: how the leaves make up a call.
+        tensors: the whole batch's inputs.
+        conditional: which half, "first" or "last".
+        capture: captures the model for the half's inputs.
+
+    Raises:
+        CaptureError: the half cannot run alone.
+    """
+    batch = tensors[call.latent].shape[0]
+    reason = None
+    for carriers in _hypotheses(batch, call.latent, tensors):
+        rows = Rows(frozenset(carriers), conditional == "first")
+        try:
+            captured = capture([tensor.contiguous() for tensor in rows.inputs(tensors)])
+            return _compared(whole, held, captured, rows, tensors)
+        except CaptureError as error:
+            reason = reason or error
+    raise CaptureError(
+        f"row guidance: the conditional half of a batch of {batch} cannot run alone ({reason}); compute guidance "
+        "at every step, or call the branches one by one, each in its model.cache_context('cond') or ('uncond')"
+    ) from reason
+
+
+def _hypotheses(batch: int, latent: int, tensors: Sequence[torch.Tensor]) -> Iterator[set[int]]:
+    """All inputs of the batch's size carry it; but for one or two of them; one or two larger ones as well."""
+    outer = {i: tensor.shape[0] for i, tensor in enumerate(tensors) if tensor.dim() and i != latent}
+    likely = {i for i, size in outer.items() if size == batch}
+    folded = {i for i, size in outer.items() if size % batch == 0} - likely
+    yield likely | {latent}
+    for count in (1, 2):
+        for chosen in combinations(sorted(likely), count):
+            yield (likely | {latent}) - set(chosen)
+        for chosen in combinations(sorted(folded), count):
+            yield likely | {latent, *chosen}
+
+
+def _compared(
+    whole: StepGraph, held: Sequence[str], captured: Any, rows: Rows, tensors: Sequence[torch.Tensor]
+) -> Half:
+    """Evaluate both graphs, hold the half's values against its rows of the whole batch's."""
+    half: StepGraph = captured.step
+    hoisted = [name for name in held if name in half.nodes()]
+    pairs = [*_values(whole, half), *((name, name) for name in hoisted)]
+    inputs = rows.shuffled(tensors)
+    found = _samples(whole, {name for name, _ in pairs}, inputs, rows)
+    expected = _samples(half, {name for _, name in pairs}, rows.inputs(inputs), None)
+    for ours, theirs in pairs:
+        if not _is_close(found[ours].half, expected[theirs].whole) and not (
+            ours in hoisted and _is_close(found[ours].whole, expected[theirs].whole)
+        ):
+            raise CaptureError(f"{ours} does not hold the samples of both branches one half after the other")
+    shared = (name for name in hoisted if found[name].shape == expected[name].shape)
+    return Half(half, captured.strides, rows, frozenset(hoisted), frozenset(shared))
+
+
+def _values(whole: StepGraph, half: StepGraph) -> list[tuple[str, str]]:
+    """Names, in both graphs, of all that may be cached and of the results."""
+    if [branch.name for branch in whole.branches] != [branch.name for branch in half.branches]:
+        raise CaptureError("the model has other sites when half the batch runs")
+    pairs = list(zip((n.name for n in whole.results()), (n.name for n in half.results()), strict=True))
+    for ours, theirs in zip(whole.branches, half.branches, strict=True):
+        pairs += [(ours.value, theirs.value), (ours.merge, theirs.merge)]
+    return pairs
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Some elements of a value, of all its rows and of one half of them."""
+
+    shape: torch.Size
+    whole: torch.Tensor
+    half: torch.Tensor
+
+
+def _samples(
+    step: StepGraph, names: set[str], tensors: Sequence[torch.Tensor], rows: Rows | None
+) -> dict[str, _Sample]:
+    """Evaluate a graph and keep a few elements of the named values."""
+    kept: dict[str, _Sample] = {}
+
+    class Sampler(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.name in names:
+                half = rows.of(value) if rows and value.dim() else value
+                kept[n.name] = _Sample(value.shape, _sample(value), _sample(half))
+            return value
+
+    with torch.no_grad():
+        Sampler(step.module).run(*tensors)
+    return kept
+
+
+def _sample(value: torch.Tensor) -> torch.Tensor:
+    """A few elements of each row, the same ones for values of the same shape."""
+    value = torch.view_as_real(value) if value.is_complex() else value
+    flat = value.reshape(value.shape[0] if value.dim() else 1, -1)
+    return flat[:, :: max(1, flat.shape[1] // _SAMPLED)].double().clone()
+
+
+def _is_close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    if ours.shape != theirs.shape:
+        return False
+    ours, theirs = (torch.nan_to_num(value, nan=0.0, posinf=1e3, neginf=-1e3) for value in (ours, theirs))
+    scale = ours.norm() + theirs.norm()
+    return bool((ours - theirs).norm() <= _TOLERANCE * scale)
