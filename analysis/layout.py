@@ -1,6 +1,7 @@
 """Which of the latents' axes a dimension runs over: tells spatial from temporal attention."""
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,9 @@ def axes(dimension: Dimension) -> frozenset[int]:
 
 
 def _layout(node: fx.Node, found: dict[fx.Node, Layout]) -> Layout | None:
-    known = [item for item in node.all_input_nodes if item in found]
+    pieces = node.target is operator.getitem
+    operands = node.all_input_nodes[0].all_input_nodes if pieces else node.all_input_nodes
+    known = [item for item in operands if item in found]
     if not known:
         return None
     shape = tuple(value_of(node).shape)
@@ -56,6 +59,7 @@ def _layout(node: fx.Node, found: dict[fx.Node, Layout]) -> Layout | None:
         aten.reshape.default,
         aten._unsafe_view.default,
         aten.flatten.using_ints,
+        aten.unflatten.int,
     ):
         return _regroup(given, shape)
     if node.target in (aten.permute.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.dim):

@@ -61,6 +61,8 @@ def lower(plan: Plan, branches: Sequence[Branch], start: int = 0, role: Role = "
     letters = {letter.symbol: letter for letter in plan.letters}
     steps = range(start, plan.steps)
     guidance = None if role == "only" else _guidance(resolution.guidance, letters, steps)
+    if guidance is not None and resolution.output is not None:
+        raise PlanError("rows guidance and output exclude each other: the output is that of both branches")
     if guidance is None:
         tracks = _tracks(resolution, branches, blocks)
         _simulate(tracks, steps, steps, letters, plan.steps)

@@ -1,6 +1,9 @@
 """The conditional half of a doubled batch: the inputs that carry the batch, and a capture for half of it."""
 
+import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -10,7 +13,7 @@ from torch import fx
 
 from graphcache.ir.call import CallSpec
 from graphcache.ir.errors import CaptureError
-from graphcache.ir.graph import StepGraph
+from graphcache.ir.graph import Input, StepGraph, has_static_shape
 
 _SAMPLED = 1024
 """Elements of each row that are compared."""
@@ -35,7 +38,7 @@ class Rows:
         return [self.of(tensor) if i in self.carriers else tensor for i, tensor in enumerate(tensors)]
 
     def shuffled(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The inputs, but the other half has this one's values in another order, sample by sample."""
+        """The inputs, but the other half has this one's values in another order, and its masks at random."""
         generator = torch.Generator().manual_seed(0)
         result = []
         for index, tensor in enumerate(tensors):
@@ -44,6 +47,8 @@ class Rows:
                 flat = own.reshape(own.shape[0], -1)
                 order = torch.randperm(flat.shape[1], generator=generator).to(tensor.device)
                 other = flat[:, order].view(own.shape)
+                if _is_mask(own):
+                    other = torch.randint(0, 2, own.shape, generator=generator).to(own)
                 tensor = torch.cat([own, other] if self.first else [other, own])
             result.append(tensor)
         return result
@@ -53,7 +58,8 @@ class Rows:
 class Half:
     """A step captured for half a batch, beside the one of the whole batch.
 
-    `shared` are the hoisted values, by name, that hold no samples; of the others the half has its rows.
+    `shared` are the hoisted values, by name, that hold no samples; of the others the half has its rows. `mixed`
+    are values of the whole batch in which the samples of the halves do not lie one half after the other.
     """
 
     step: StepGraph
@@ -61,6 +67,7 @@ class Half:
     rows: Rows
     hoisted: frozenset[str]
     shared: frozenset[str]
+    mixed: frozenset[str]
 
     def hoisted_rows(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The half's hoisted values: views of the whole batch's."""
@@ -108,10 +115,11 @@ def capture_half(
     """
     batch = tensors[call.latent].shape[0]
     reason = None
-    for carriers in _hypotheses(batch, call.latent, tensors):
+    for carriers in _hypotheses(call, tensors):
         rows = Rows(frozenset(carriers), conditional == "first")
         try:
-            captured = capture([tensor.contiguous() for tensor in rows.inputs(tensors)])
+            with _quiet():
+                captured = capture([tensor.contiguous() for tensor in rows.inputs(tensors)])
             return _compared(whole, held, captured, rows, tensors)
         except CaptureError as error:
             reason = reason or error
@@ -121,17 +129,37 @@ def capture_half(
     ) from reason
 
 
-def _hypotheses(batch: int, latent: int, tensors: Sequence[torch.Tensor]) -> Iterator[set[int]]:
-    """All inputs of the batch's size carry it; but for one or two of them; one or two larger ones as well."""
-    outer = {i: tensor.shape[0] for i, tensor in enumerate(tensors) if tensor.dim() and i != latent}
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Shapes that do not fit are an answer here: PyTorch's log of them stays empty."""
+    tracer = logging.getLogger("torch._subclasses.fake_tensor")
+    before, tracer.disabled = tracer.disabled, True
+    try:
+        yield
+    finally:
+        tracer.disabled = before
+
+
+def _hypotheses(call: CallSpec, tensors: Sequence[torch.Tensor]) -> Iterator[set[int]]:
+    """All inputs of the batch's size carry it; all but those of one or two arguments; larger ones as well."""
+    batch = tensors[call.latent].shape[0]
+    outer = {i: tensor.shape[0] for i, tensor in enumerate(tensors) if tensor.dim() and i != call.latent}
     likely = {i for i, size in outer.items() if size == batch}
     folded = {i for i, size in outer.items() if size % batch == 0} - likely
-    yield likely | {latent}
+    yield likely | {call.latent}
     for count in (1, 2):
-        for chosen in combinations(sorted(likely), count):
-            yield (likely | {latent}) - set(chosen)
-        for chosen in combinations(sorted(folded), count):
-            yield likely | {latent, *chosen}
+        for chosen in combinations(_by_argument(call, likely), count):
+            yield (likely | {call.latent}).difference(*chosen)
+        for chosen in combinations(_by_argument(call, folded), count):
+            yield (likely | {call.latent}).union(*chosen)
+
+
+def _by_argument(call: CallSpec, leaves: set[int]) -> list[set[int]]:
+    """Leaves of one argument carry the batch together or not at all."""
+    groups: dict[str, set[int]] = {}
+    for leaf in sorted(leaves):
+        groups.setdefault(re.split(r"[.\[]", call.leaf_names[leaf])[0], set()).add(leaf)
+    return list(groups.values())
 
 
 def _compared(
@@ -139,18 +167,28 @@ def _compared(
 ) -> Half:
     """Evaluate both graphs, hold the half's values against its rows of the whole batch's."""
     half: StepGraph = captured.step
-    hoisted = [name for name in held if name in half.nodes()]
-    pairs = [*_values(whole, half), *((name, name) for name in hoisted)]
+    ours, theirs = whole.nodes(), half.nodes()
+    common = [name for name in held if name in theirs and has_static_shape(theirs[name])]
+    pairs = [*_values(whole, half), *((name, name) for name in common)]
     inputs = rows.shuffled(tensors)
     found = _samples(whole, {name for name, _ in pairs}, inputs, rows)
     expected = _samples(half, {name for _, name in pairs}, rows.inputs(inputs), None)
-    for ours, theirs in pairs:
-        if not _is_close(found[ours].half, expected[theirs].whole) and not (
-            ours in hoisted and _is_close(found[ours].whole, expected[theirs].whole)
-        ):
-            raise CaptureError(f"{ours} does not hold the samples of both branches one half after the other")
-    shared = (name for name in hoisted if found[name].shape == expected[name].shape)
-    return Half(half, captured.strides, rows, frozenset(hoisted), frozenset(shared))
+    differing = {name for name, other in pairs if not _is_close(found[name].half, expected[other].whole)}
+    if not differing.isdisjoint(node.name for node in whole.results()):
+        raise CaptureError("its result does not hold the samples of both branches one half after the other")
+    sampled = _depend(whole, rows.carriers)
+    shared = {name for name in common if ours[name] not in sampled and found[name].is_close(expected[name])}
+    hoisted = frozenset(set(common) - differing | shared)
+    return Half(half, captured.strides, rows, hoisted, frozenset(shared), frozenset(differing - set(common)))
+
+
+def _depend(step: StepGraph, leaves: frozenset[int]) -> set[fx.Node]:
+    """The nodes that are computed from one of these inputs."""
+    found = {node for port, node in step.ports() if isinstance(port, Input) and port.index in leaves}
+    for node in step.graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _values(whole: StepGraph, half: StepGraph) -> list[tuple[str, str]]:
@@ -171,6 +209,9 @@ class _Sample:
     whole: torch.Tensor
     half: torch.Tensor
 
+    def is_close(self, other: "_Sample") -> bool:
+        return self.shape == other.shape and _is_close(self.whole, other.whole)
+
 
 def _samples(
     step: StepGraph, names: set[str], tensors: Sequence[torch.Tensor], rows: Rows | None
@@ -186,9 +227,16 @@ def _samples(
                 kept[n.name] = _Sample(value.shape, _sample(value), _sample(half))
             return value
 
-    with torch.no_grad():
-        Sampler(step.module).run(*tensors)
+    try:
+        with torch.no_grad():
+            Sampler(step.module).run(*tensors)
+    except Exception as error:
+        raise CaptureError(f"the graph of half the batch fails: {error}") from error
     return kept
+
+
+def _is_mask(value: torch.Tensor) -> bool:
+    return not value.is_floating_point() and bool(((value == 0) | (value == 1)).all())
 
 
 def _sample(value: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from graphcache.analysis.cost import graph_flops
 from graphcache.analysis.frequency import basis, disc
 from graphcache.analysis.invariant import invariant_values
 from graphcache.analysis.liveness import lower
+from graphcache.analysis.ranges import cut_range
 from graphcache.capture import capture
 from graphcache.compile import COMPILING, Backend, Compiled, build
 from graphcache.halves import Half, capture_half
@@ -26,7 +27,7 @@ from graphcache.ir.graph import (
     value_of,
 )
 from graphcache.ir.plan import Plan
-from graphcache.ir.schedule import Guided, Phase, Role, Schedule
+from graphcache.ir.schedule import Guided, Phase, Role, Schedule, site_of
 from graphcache.passes.base import Observer, Pass, run
 from graphcache.passes.guidance import Guide
 from graphcache.passes.hoist import Hoist, Prologue
@@ -201,8 +202,25 @@ class Program:
         """The plan from a step on, lowered for this model and for calls of this role."""
         key = (plan, start, role)
         if key not in self._schedules:
-            self._schedules[key] = lower(plan, self.captured.step.branches, start, role)
+            schedule = lower(plan, self.captured.step.branches, start, role)
+            if role == "doubled":
+                self._refuse_mixed(schedule)
+            self._schedules[key] = schedule
         return self._schedules[key]
+
+    def _refuse_mixed(self, schedule: Schedule) -> None:
+        """Only what holds the branches one half after the other can be cached for each of them."""
+        assert self.half is not None
+        step = self.captured.step
+        values = {branch.name: {branch.value} for branch in step.branches}
+        values |= {name: set(cut_range(step, name, first, last).leaving) for name, first, last in schedule.ranges}
+        for name in {site_of(name) for phase in schedule.phases for name, _ in phase.actions}:
+            if not self.half.mixed.isdisjoint(values.get(name, ())):
+                raise PlanError(
+                    f"row guidance: {name} mixes the samples of both branches within one dimension, so neither can "
+                    "have a cache of its own; let the site compute, or call the branches one by one, each in its "
+                    "model.cache_context('cond') or ('uncond')"
+                )
 
     def phase(self, schedule: Schedule, index: int) -> Runnable:
         """The specialised graph of a phase."""

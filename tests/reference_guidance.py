@@ -61,7 +61,7 @@ class GuidedReference:
 
     @property
     def actions(self) -> str:
-        return next(row.actions for row in self.plan.rows if row.selector.is_guidance)
+        return [row.actions for row in self.plan.rows if row.selector.is_guidance][-1]
 
     def __call__(self, conditional: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The results of both branches at this step."""

@@ -27,6 +27,10 @@ def letters(draw: st.DrawFn, tokens: bool = False) -> tuple[Letter, ...]:
         Letter("c", "tuned compute"),
         Letter("C", "fitted compute"),
     ]
+    factor, turn = st.sampled_from([0.5, 1.0, 1.1]), st.integers(0, 8)
+    bands = {"low": draw(factor), "low_until": draw(turn), "high": draw(factor), "high_from": draw(turn)}
+    weighting = ("weighting", draw(st.sampled_from(["paper", "released"])))
+    known.append(Letter("g", "frequency", (*bands.items(), weighting)))
     if tokens:
         budget = draw(st.integers(1, 64) | st.sampled_from([0.25, 0.5]))
         known.append(Letter("a", "tokens", (("count", budget), ("by", "random"))))
@@ -43,7 +47,7 @@ def rows(
 ) -> Row:
     """A legal row: it computes first, and lists no more coefficients than values computed by then."""
     site = Selector.parse(selector)
-    usable = {item.symbol: item for item in defined if item.is_forecast or not site.is_guidance}
+    usable = {item.symbol: item for item in defined if item.is_frequency is site.is_guidance}
     actions, listed, computed = "#", [], 1
     for step in range(1, steps):
         action = draw(st.sampled_from(["#", ".", *usable]))

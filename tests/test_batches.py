@@ -111,7 +111,7 @@ def test_a_plan_says_which_half_remains() -> None:
     assert Plan.parse(str(plan)) == plan
     assert str(plan).startswith("plan steps=6 conditional=last preset=none")
     assert plan.resample(12).conditional == "last"
-    with pytest.raises(PlanError, match=r"conditional=middle: the half .* is first or last"):
+    with pytest.raises(PlanError, match=r"conditional=middle: the conditional half .* is first or last"):
         Plan.parse("plan steps=2 conditional=middle")
 
 

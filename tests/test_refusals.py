@@ -256,13 +256,6 @@ def test_rows_that_match_nothing_are_refused_at_transform_or_at_the_first_call(
             cached(**arguments())
 
 
-def test_guidance_rows_are_not_lowered_yet() -> None:
-    with refused(
-        PlanError, "row guidance: one-branch steps are not available in this version; remove the row"
-    ):
-        attempt(tiny(), "guidance ##.")
-
-
 def test_a_guidance_row_that_computes_is_harmless() -> None:
     cached = attempt(tiny(), "guidance ###\n@mlp ##.")
     assert torch.equal(cached(**arguments()), tiny()(**arguments()))

@@ -240,7 +240,7 @@ class Plan:
         check_steps(self.steps)
         if self.conditional not in (None, "first", "last"):
             raise PlanError(
-                f"conditional={self.conditional}: the half of the batch that remains is first or last"
+                f"conditional={self.conditional}: the conditional half of a doubled batch is first or last"
             )
         symbols = [letter.symbol for letter in self.letters]
         for symbol in symbols:
@@ -337,14 +337,7 @@ def _checked_grid(grid: object) -> tuple[int, int, int]:
 
 
 def _check_guidance(plan: Plan) -> None:
-    rows = [row for row in plan.rows if row.selector.is_guidance]
-    if not rows:
-        return
-    if any(row.selector.is_output for row in plan.rows):
-        raise PlanError(
-            "rows guidance and output exclude each other: reusing the output reuses both branches"
-        )
-    used = set("".join(row.actions for row in rows))
+    used = set("".join(row.actions for row in plan.rows if row.selector.is_guidance))
     divisors = {letter.option("divisor") for letter in plan.letters if letter.symbol in used}
     if len(divisors) > 1:
         raise PlanError("row guidance: its letters split the difference alike; give them one divisor")

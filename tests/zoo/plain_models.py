@@ -304,7 +304,7 @@ class FactorisedDiT(nn.Module):
         x = self.patch(x).flatten(3).permute(0, 2, 3, 1)
         x = x + self.spatial_position + self.temporal_position[:, None]
         x = x.reshape(B, -1, self.hidden_size)
-        emb = self.time(sinusoid(t, 32)) + self.fps(sinusoid(fps, 32))
+        emb = self.time(sinusoid(t, 32).to(y)) + self.fps(sinusoid(fps, 32).to(y))
         t6, y = self.t_block(emb), self.caption(y)
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
             x = spatial(x, y, t6, ~mask, T)
@@ -313,6 +313,67 @@ class FactorisedDiT(nn.Module):
         x = self.final(self.norm_final(x) * (1 + scale) + shift)
         x = x.view(B, T, H // 2, W // 2, 2, 2, 8).permute(0, 6, 1, 2, 4, 3, 5)
         return x.reshape(B, 8, T, H, W)
+
+
+class PerFrameBlock(nn.Module):
+    """Frame by frame joint attention with the text, then attention over the frames, then an MLP a stream."""
+
+    def __init__(self, dim: int, heads: int, last: bool) -> None:
+        super().__init__()
+        self.heads, self.last = heads, last
+        self.modulation = nn.Linear(dim, 5 * dim)
+        self.image_qkv, self.text_qkv = nn.Linear(dim, 3 * dim), nn.Linear(dim, 3 * dim)
+        self.image_out, self.text_out = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.frame_qkv, self.frame_out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.image_mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
+        self.text_mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.SiLU(), nn.Linear(2 * dim, dim))
+
+    def heads_of(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        return tuple(to_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+        shift, scale, gate_a, gate_t, gate_m = self.modulation(vec)[:, None].chunk(5, dim=-1)
+        normed = F.layer_norm(img, img.shape[-1:]) * (1 + scale) + shift
+        parts = zip(
+            self.heads_of(self.text_qkv(F.layer_norm(txt, txt.shape[-1:]))),
+            self.heads_of(self.image_qkv(normed)),
+            strict=True,
+        )
+        joint = F.scaled_dot_product_attention(*(torch.cat(pair, dim=2) for pair in parts))
+        joint = joint.transpose(1, 2).flatten(2)
+        length, (folded, places, dim) = txt.shape[1], img.shape
+        txt = txt + self.text_out(joint[:, :length])
+        img = img + gate_a * self.image_out(joint[:, length:])
+        across = F.layer_norm(img, (dim,)).view(-1, frames, places, dim).transpose(1, 2)
+        q, k, v = self.heads_of(self.frame_qkv(across.reshape(-1, frames, dim)))
+        mixed = self.frame_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        mixed = mixed.view(-1, places, frames, dim).transpose(1, 2).reshape(folded, places, dim)
+        img = img + gate_t * mixed
+        img = img + gate_m * self.image_mlp(F.layer_norm(img, (dim,)))
+        return img, txt if self.last else txt + self.text_mlp(F.layer_norm(txt, (dim,)))
+
+
+class PerFrameMMDiT(nn.Module):
+    """A video MM-DiT with the frames folded into the batch, as in Vchitect-2.0."""
+
+    def __init__(self, dim: int = 32, heads: int = 2, depth: int = 2, text_dim: int = 24) -> None:
+        super().__init__()
+        self.img_in = nn.Conv2d(4, dim, kernel_size=2, stride=2)
+        self.txt_in = nn.Linear(text_dim, dim)
+        self.time_in = nn.Linear(32, dim)
+        self.blocks = nn.ModuleList(PerFrameBlock(dim, heads, i == depth - 1) for i in range(depth))
+        self.out = nn.Linear(dim, 16)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        batch, _, frames, height, width = x.shape
+        img = self.img_in(x.transpose(1, 2).flatten(0, 1)).flatten(2).transpose(1, 2)
+        txt = self.txt_in(y).repeat_interleave(frames, dim=0)
+        vec = F.silu(self.time_in(sinusoid(t, 32).to(y))).repeat_interleave(frames, dim=0)
+        for block in self.blocks:
+            img, txt = block(img, txt, vec, frames)
+        out = self.out(F.layer_norm(img, img.shape[-1:]))
+        out = out.view(batch, frames, height // 2, width // 2, 4, 2, 2).permute(0, 4, 1, 2, 5, 3, 6)
+        return out.reshape(batch, 4, frames, height, width)
 
 
 def _maker(cls: Callable[[], nn.Module], seed: int) -> Callable[[], nn.Module]:
@@ -380,4 +441,23 @@ FACTORISED = Case(
     blocks=4,
 )
 
-CASES = (CHUNKED, FUNCTIONAL, FACTORISED)
+
+def _per_frame_static(batch: int) -> dict[str, Any]:
+    return {"y": noise(batch, 6, 24)}
+
+
+# Two blocks of four adds, text and image joined, frames, image MLP; a text MLP in all but the last, whose text
+# reaches nothing.
+PER_FRAME = Case(
+    name="per_frame_mmdit",
+    make=_maker(PerFrameMMDiT, seed=24),
+    static=_per_frame_static,
+    latent="x",
+    shape=(4, 3, 8, 8),
+    timestep="t",
+    clock=thousand,
+    roles={"joint": 2, "joint.context": 1, "self.temporal": 2, "mlp": 2, "mlp.context": 1},
+    blocks=2,
+)
+
+CASES = (CHUNKED, FUNCTIONAL, FACTORISED, PER_FRAME)
