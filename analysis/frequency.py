@@ -1,7 +1,7 @@
-"""The split of the guidance difference in two bands of spatial frequency: FasterCache's CFG-Cache (arXiv 2410.19355).
+"""Two bands of spatial frequency of the guidance difference: FasterCache's CFG-Cache (arXiv 2410.19355).
 
-The published method takes a 2-D Fourier transform of each frame and channel, keeps a disc around the mean, and
-transforms back. The disc is symmetric, so the same band comes from real matrices of the few frequencies kept.
+The published method takes a 2-D Fourier transform of each frame and channel, keeps a disc around the mean,
+and transforms back. The disc is symmetric: the same band comes from real matrices of the frequencies kept.
 """
 
 import math
@@ -18,9 +18,9 @@ def radius(height: int, width: int, divisor: int) -> int:
 
 
 def basis(size: int, radius: int) -> torch.Tensor:
-    """Orthonormal cosines and sines of 0 to `radius` cycles over `size` samples, float64 (2·radius + 1, size).
+    """Orthonormal cosines and sines of 0 to `radius` cycles over `size` samples.
 
-    Rows: the mean, then cosine and sine of each frequency. Needs 2·radius < size.
+    Float64 (2·radius + 1, size): the mean, then cosine and sine of each frequency. Needs 2·radius < size.
     """
     rows = [torch.full((size,), size**-0.5, dtype=torch.float64)]
     samples = torch.arange(size)
@@ -39,8 +39,8 @@ def disc(radius: int) -> torch.Tensor:
 def factors(letter: Letter, step: int, since: Sequence[int]) -> tuple[float, float]:
     """What the low and the high band are multiplied by at a one-branch step.
 
-    `since` are the steps, this one included, that used the letter since the difference was measured. The paper
-    (section 3.3) weighs each step by itself; the released code multiplies the stored bands again and again.
+    `since` are the steps, this one included, that weighed the bands since the difference was measured. The
+    paper (section 3.3) weighs each step by itself; the released code multiplies the stored bands each time.
     """
     steps = since if letter.option("weighting") == "released" else (step,)
     low, high = float(letter.option("low")), float(letter.option("high"))

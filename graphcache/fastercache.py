@@ -1,4 +1,4 @@
-"""FasterCache's schedules (arXiv 2410.19355): the constants of its released code, and the paper's own rule."""
+"""FasterCache's schedules (arXiv 2410.19355): the released code's constants, and the paper's own rule."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -87,8 +87,8 @@ class Schedule:
 def generic_schedule(steps: int, start: Fraction, interval: int) -> Schedule:
     """The paper's rule: every second attention and all but every `interval`-th unconditional branch.
 
-    Reuse begins after the fraction `start` of the steps. The paper does not say when the weight of the low band
-    goes over to the high one; here that is half of the steps.
+    Reuse begins after the fraction `start` of the steps. The paper does not say at which step the
+    weight goes over from the low to the high band; here that is half of the steps.
     """
     check_steps(steps)
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 2:
@@ -124,7 +124,7 @@ def published_schedule(model: str, steps: int | None) -> Schedule:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Step constants for another number of steps: in proportion, rounded half up; the last step stays the last."""
+    """Step constants for other steps: in proportion, rounded half up; the last step stays the last."""
 
     published: Schedule
     steps: int

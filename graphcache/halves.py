@@ -18,7 +18,7 @@ from graphcache.ir.graph import Input, StepGraph, has_static_shape
 _SAMPLED = 1024
 """Elements of each row that are compared."""
 _TOLERANCE = 0.1
-"""Relative. What kernels round differently for another batch is far below, another sample's values far above."""
+"""Relative: far above what kernels round differently for another batch, far below another sample's."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Rows:
 class Half:
     """A step captured for half a batch, beside the one of the whole batch.
 
-    `shared` are the hoisted values, by name, that hold no samples; of the others the half has its rows. `mixed`
-    are values of the whole batch in which the samples of the halves do not lie one half after the other.
+    `shared` are the hoisted values, by name, that hold no samples; of the others the half has its rows.
+    `mixed` are values of the whole batch in which the samples do not lie one half after the other.
     """
 
     step: StepGraph
@@ -124,8 +124,9 @@ def capture_half(
         except CaptureError as error:
             reason = reason or error
     raise CaptureError(
-        f"row guidance: the conditional half of a batch of {batch} cannot run alone ({reason}); compute guidance "
-        "at every step, or call the branches one by one, each in its model.cache_context('cond') or ('uncond')"
+        f"row guidance: the conditional half of a batch of {batch} cannot run alone ({reason}); compute "
+        "guidance at every step, or call the branches one by one, each in its model.cache_context('cond') or "
+        "('uncond')"
     ) from reason
 
 

@@ -108,12 +108,13 @@ def fastercache(
     conditional: str | None = None,
     grid: tuple[int, int, int] | None = None,
 ) -> Plan:
-    """FasterCache (arXiv 2410.19355): attention is extrapolated, and the unconditional branch made from the other.
+    """FasterCache (arXiv 2410.19355): attention is extrapolated, one branch of guidance made from the other.
 
     Args:
-        model: a model of the released code, with its constants: `published_models()`; "generic" takes the paper's
-            defaults. A number stands for `steps` and the generic plan.
-        steps: of the generation, by default those that the model's constants were published for. Its steps scale
+        model: whose constants of the released code to take: "open-sora-1.2", "latte", "open-sora-plan-1.1",
+            "cogvideox", "vchitect-2.0" or "mochi"; "generic" takes the paper's defaults. A number stands for
+            `steps` and the generic plan.
+        steps: of the generation, by default those that the constants were published for. Step constants scale
             with others, rounded half up; periods stay.
         start: generic only, the fraction of the steps before anything is reused.
         interval: generic only, the steps from one evaluation of both branches to the next.

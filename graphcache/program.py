@@ -213,13 +213,15 @@ class Program:
         assert self.half is not None
         step = self.captured.step
         values = {branch.name: {branch.value} for branch in step.branches}
-        values |= {name: set(cut_range(step, name, first, last).leaving) for name, first, last in schedule.ranges}
+        values |= {
+            name: set(cut_range(step, name, first, last).leaving) for name, first, last in schedule.ranges
+        }
         for name in {site_of(name) for phase in schedule.phases for name, _ in phase.actions}:
             if not self.half.mixed.isdisjoint(values.get(name, ())):
                 raise PlanError(
-                    f"row guidance: {name} mixes the samples of both branches within one dimension, so neither can "
-                    "have a cache of its own; let the site compute, or call the branches one by one, each in its "
-                    "model.cache_context('cond') or ('uncond')"
+                    f"row guidance: {name} mixes the samples of both branches within one dimension, so "
+                    "neither can have a cache of its own; let the site compute, or call the branches one by "
+                    "one, each in its model.cache_context('cond') or ('uncond')"
                 )
 
     def phase(self, schedule: Schedule, index: int) -> Runnable:

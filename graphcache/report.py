@@ -54,11 +54,9 @@ class BranchSummary:
             f"{_size(self.hoisted_bytes)} are values hoisted out of the steps",
             "step phase branches computed corrected reused forecast skipped      held",
         ]
-        lines += [
-            f"{s.step:4} {s.phase:5} {s.branches:8} {s.computed:8} {s.corrected:9} {s.reused:6} {s.forecast:8} "
-            f"{s.skipped:7} {_size(s.held_bytes):>9}"
-            for s in self.steps
-        ]
+        for s in self.steps:
+            ways = f"{s.computed:8} {s.corrected:9} {s.reused:6} {s.forecast:8} {s.skipped:7}"
+            lines.append(f"{s.step:4} {s.phase:5} {s.branches:8} {ways} {_size(s.held_bytes):>9}")
         return "\n".join(lines)
 
 

@@ -88,7 +88,7 @@ def begun(key: Key, program: Program, plan: Plan, step: int, role: Role) -> Bran
 def halved(state: BranchState, key: Key, program: Program, plan: Plan, step: int) -> BranchState | None:
     """The state for half the batch, where guidance ended: what the plan's conditional half had cached.
 
-    None where the plan does not say which half that is, or where it would not be what the new signature caches.
+    None where the plan does not say which half that is, or where that is not what the new signature caches.
     """
     if plan.conditional is None or state.program.batch != 2 * program.batch:
         return None
@@ -108,7 +108,7 @@ def hand_over(conditional: BranchState | None, state: BranchState) -> None:
     """
     if conditional is None or conditional.step != state.step or PREDICTION not in conditional.cache.entries:
         raise StateError(
-            f"step {state.step}: row guidance needs the conditional branch's result before the unconditional one's; "
+            f"step {state.step}: row guidance needs the conditional branch's result before the other's; "
             "call model.cache_context('cond') first at every step, then ('uncond')"
         )
     state.cache.entries[PREDICTION] = conditional.cache.entries.pop(PREDICTION)

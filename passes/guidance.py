@@ -15,14 +15,16 @@ from graphcache.passes.rewrite import Rewriter, wider
 
 aten = torch.ops.aten
 
+_APART = Guided(None, None)
+
 
 @dataclass(frozen=True)
 class Guide:
     """FasterCache's CFG-Cache (arXiv 2410.19355, section 3.3), without a Fourier transform.
 
     A step with both branches hands out the bands of u - c; one with the conditional branch alone returns
-    c + a·low + b·high for the other, where c and u are the branches' results. Sums are taken in fp32 at least.
-    The channels of a learned variance, which samplers drop, are the conditional branch's.
+    c + a·low + b·high for the other, where c and u are the branches' results. Sums are taken in fp32 at
+    least. The channels of a learned variance, which samplers drop, are the conditional branch's.
     """
 
     phase: Phase
@@ -44,7 +46,7 @@ class Guide:
 class _Results(Rewriter):
     """A copy of the step whose results are read and replaced; what is added stands at its end."""
 
-    guided: Guided = Guided(None, None)
+    guided: Guided = _APART
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,7 +121,7 @@ class _Results(Rewriter):
         )
 
     def _split(self, difference: fx.Node) -> list[fx.Node]:
-        """The low and the high band, in the shape of the difference; it as it is when the plan splits nothing."""
+        """The low and the high band in the difference's shape; it alone when the plan splits nothing."""
         if self.guided.divisor is None:
             return [difference]
         low = self._low_band(difference)
@@ -178,14 +180,11 @@ class _Results(Rewriter):
 
 
 def _grid_advice(shape: tuple[int, ...], grid: tuple[int, int, int] | None) -> str:
-    given = (
-        "no grid="
-        if grid is None
-        else f"grid={'x'.join(map(str, grid))}, {grid[0] * grid[1] * grid[2]} tokens"
-    )
+    given = "no grid=" if grid is None else f"grid={'x'.join(map(str, grid))}"
     if len(shape) == 3:
         return (
-            f"row guidance: the model returns {shape[1]} packed tokens of {shape[2]} channels and the plan has {given}; "
-            "give frames, height and width of the tokens, as in plan.replace(grid=(1, 64, 64))"
+            f"row guidance: the model returns {shape[1]} packed tokens of {shape[2]} channels and the plan "
+            f"has {given}; name their frames, height and width, as in grid=1x64x64 of the plan's header or "
+            "dataclasses.replace(plan, grid=(1, 64, 64))"
         )
     return f"row guidance: the model returns {tuple(shape)}, no packed tokens, and the plan has {given}"

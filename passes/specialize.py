@@ -28,8 +28,8 @@ class _History:
 class Specialize:
     """Obtain every site as the phase says, and remove what is then needed no more.
 
-    `ranges` are the (name, first block, last block) of the range sites that the phase speaks of. `conditional`
-    is the half of a doubled batch, "first" or "last", whose histories are apart from the other half's.
+    `ranges` are the (name, first block, last block) of the range sites that the phase speaks of.
+    `conditional` is the half of a doubled batch, "first" or "last", that has histories of its own.
     """
 
     phase: Phase

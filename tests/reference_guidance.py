@@ -17,7 +17,7 @@ from reference import Reference
 
 
 def low_band(difference: Tensor, divisor: int) -> Tensor:
-    """FasterCache's low frequencies: a disc around the centre of the shifted spectrum of the last two dimensions."""
+    """FasterCache's low frequencies: a disc around the centre of the frames' shifted spectrum."""
     height, width = difference.shape[-2:]
     spectrum = torch.fft.fftshift(torch.fft.fft2(difference), dim=(-2, -1))
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -56,8 +56,12 @@ class GuidedReference:
 
     @staticmethod
     def of(captured: Captured, plan: Plan, channels: int, **options: Any) -> "GuidedReference":
-        alone = replace(plan, rows=tuple(row for row in plan.rows if not row.selector.is_guidance), preset=None)
-        return GuidedReference(Reference(captured, alone), Reference(captured, alone), plan, channels, **options)
+        alone = replace(
+            plan, rows=tuple(row for row in plan.rows if not row.selector.is_guidance), preset=None
+        )
+        return GuidedReference(
+            Reference(captured, alone), Reference(captured, alone), plan, channels, **options
+        )
 
     @property
     def actions(self) -> str:
@@ -65,18 +69,27 @@ class GuidedReference:
 
     def __call__(self, conditional: Sequence[Tensor], other: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The results of both branches at this step."""
-        step = self.conditional.now
-        ours = _tensor(self.conditional(conditional))
-        if self.actions[step] == "#" or self.difference is None:
+        return self.first(conditional), self.second(other)
+
+    def first(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The conditional branch's result, which begins a step."""
+        self.step = self.conditional.now
+        self.ours = _tensor(self.conditional(inputs))
+        return self.ours
+
+    def second(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The unconditional branch's result at the same step."""
+        if self.actions[self.step] == "#" or self.difference is None:
             self.runs.append(2)
-            theirs = _tensor(self.other(other))
-            self.difference = (theirs - ours).narrow(self.channel_dim, 0, self.channels)
+            theirs = _tensor(self.other(inputs))
+            self.difference = (theirs - self.ours).narrow(self.channel_dim, 0, self.channels)
             self.since = []
-            return ours, theirs
+            return theirs
         self.runs.append(1)
         self.other.now += 1
-        self.since.append(step)
-        return ours, self._answer(ours, step)
+        if self.actions[self.step] != ".":
+            self.since.append(self.step)
+        return self._answer(self.ours, self.step)
 
     def _answer(self, ours: Tensor, step: int) -> Tensor:
         letter = self.plan.letter(self.actions[step])

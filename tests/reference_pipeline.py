@@ -49,11 +49,13 @@ def untouched(tiny: TinyPipeline) -> Any:
     return tiny.make()
 
 
-def reference(tiny: TinyPipeline, plan_for: PlanFor, steps: int, **call: Any) -> Tensor:
+def reference(
+    tiny: TinyPipeline, plan_for: PlanFor, steps: int, stand_in: "type[StandIn] | None" = None, **call: Any
+) -> Tensor:
     """A generation of `steps` steps in which every evaluation of a transformer follows the plan."""
     pipe = untouched(tiny)
     progress = Progress(pipe, tiny.start(steps))
-    with progress.counted(), shared_captures(), _replaced(pipe, plan_for, progress):
+    with progress.counted(), shared_captures(), _replaced(pipe, plan_for, progress, stand_in or StandIn):
         result = tiny.generate(pipe, steps, **call)
     assert progress.step == progress.steps, "the entry's `start` is not where the pipeline begins"
     return result
@@ -106,7 +108,7 @@ class StandIn:
             captured = capture_call(self.model, bound, "timestep")
             run = Reference(captured, self.plan_for(self.progress.steps), now)
             self.branches[branch] = key, run
-        return run([_laid(*pair) for pair in zip(tensors, run.captured.strides, strict=True)])
+        return run([laid(*pair) for pair in zip(tensors, run.captured.strides, strict=True)])
 
     def module(self) -> nn.Module:
         """An instance of a same-named subclass with the model's own attributes, and this as its forward."""
@@ -116,7 +118,7 @@ class StandIn:
         return made
 
 
-def _laid(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+def laid(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     """The tensor in the layout that was captured, whose views another one may not allow."""
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
 
@@ -128,11 +130,11 @@ def parts(pipe: Any) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _replaced(pipe: Any, plan_for: PlanFor, progress: Progress) -> Iterator[None]:
+def _replaced(pipe: Any, plan_for: PlanFor, progress: Progress, stand_in: type[StandIn]) -> Iterator[None]:
     models = parts(pipe)
     try:
         for name, model in models.items():
-            setattr(pipe, name, StandIn(model, plan_for, progress).module())
+            setattr(pipe, name, stand_in(model, plan_for, progress).module())
         yield
     finally:
         for name, model in models.items():

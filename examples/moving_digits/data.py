@@ -1,6 +1,6 @@
-"""Clips of a handwritten digit that moves and bounces, made as Moving-MNIST (arXiv 1502.04681) is from MNIST.
+"""Clips of a handwritten digit that moves and bounces, made as Moving-MNIST (arXiv 1502.04681) is.
 
-Each clip shows one redrawn digit of `examples.digits.data` in a larger frame. It moves in a straight line at a
+Each clip shows one redrawn digit of `examples.digits.data` in a larger frame. It moves straight on at
 constant speed and turns back at the walls; its position is known to a quarter of a pixel.
 """
 
@@ -34,7 +34,8 @@ class Clips:
         """Draw `size` clips.
 
         Returns:
-            clips (size, 1, frames, FRAME_SIZE, FRAME_SIZE) in [-1, 1] with ink at +1, and int64 labels (size,).
+            clips (size, 1, frames, FRAME_SIZE, FRAME_SIZE) in [-1, 1] and int64
+            labels (size,).
         """
         index = torch.randint(len(self.digits), (size,), generator=generator)
         drawn = strokes(self.digits.canvases[index], Augmentation(), generator)
@@ -42,7 +43,7 @@ class Clips:
 
 
 def random_paths(count: int, frames: int, generator: torch.Generator) -> Tensor:
-    """Corners of `count` digits in each frame, in quarters of a pixel: int64 (count, frames, 2), row first."""
+    """Corners of digits in each frame, quarters of a pixel: int64 (count, frames, 2), row first."""
     start = torch.rand(count, 1, 2, generator=generator) * _ROOM
     angle = torch.rand(count, generator=generator) * 2 * math.pi
     speed = SLOWEST + (FASTEST - SLOWEST) * torch.rand(count, generator=generator)

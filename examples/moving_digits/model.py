@@ -1,7 +1,7 @@
 """The video model and its noise schedule.
 
-A diffusers `LatteTransformer3DModel` that predicts the velocity of a rectified flow. Its text input carries the
-digit: one token, the digit's place in a row of ten, all zeros for the unconditional branch of guidance.
+A diffusers `LatteTransformer3DModel` that predicts the velocity of a rectified flow. Its text input carries
+the digit: one token, the digit's place in a row of ten, all zeros for the unconditional branch of guidance.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ SHIFT = 4.0
 def build_model() -> nn.Module:
     """A `LatteTransformer3DModel` with random weights, in eval mode.
 
-    Called with latents (N, 1, 16, 32, 32), `timestep` (N,) in (0, 1000] and `encoder_hidden_states` (N, 1, 10);
-    returns the velocity (noise minus data), of the latents' shape.
+    Called with latents (N, 1, 16, 32, 32), `timestep` (N,) in (0, 1000] and `encoder_hidden_states`
+    (N, 1, 10); returns the velocity (noise minus data), of the latents' shape.
     """
     width = HEADS * HEAD_WIDTH
     model = LatteTransformer3DModel(

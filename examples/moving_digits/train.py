@@ -46,12 +46,9 @@ def velocity_loss(clips: Clips, batch_size: int, frames: int) -> BatchLoss:
 
 def initialise(model: nn.Module) -> None:
     """Start with every attention and feed-forward as the identity and an output of zero."""
+    starts = ("proj_out.", "adaln_single.linear.")
     for name, parameter in model.named_parameters():
-        if (
-            name.endswith("scale_shift_table")
-            or name.startswith(("proj_out.", "adaln_single.linear."))
-            or ".attn2.to_out." in name
-        ):
+        if name.startswith(starts) or name.endswith("scale_shift_table") or ".attn2.to_out." in name:
             nn.init.zeros_(parameter)
 
 

@@ -221,9 +221,9 @@ class Preset:
 class Plan:
     """Sites × steps grid of actions. Every Plan that exists is legal; PlanError says why one is not.
 
-    `conditional`, "first" or "last", says which half of a doubled batch is the conditional branch's; diffusers'
-    pipelines put it last. It is what goes on when guidance ends within a generation and the batch halves;
-    without it the histories start empty there. `grid` holds the frames, height and width of the tokens, for
+    `conditional`, "first" or "last", says which half of a doubled batch is the conditional branch's;
+    diffusers' pipelines put it last. It is what goes on when guidance ends within a generation and the batch
+    halves; without it the histories start empty there. `grid` holds the frames, height and width of the tokens, for
     models that return predictions as packed tokens.
     """
 

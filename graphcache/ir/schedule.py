@@ -8,8 +8,8 @@ from typing import Literal
 Kind = Literal["compute", "correct", "reuse", "forecast", "hold"]
 
 Role = Literal["only", "doubled", "cond", "uncond"]
-"""What calls the schedule is for: those of a branch without guidance, or of a batch that holds both branches, or
-of one of two branches that are called one after the other."""
+"""What calls a schedule is for: without guidance, on a batch that holds both branches, or those of one
+of two branches that are called one after the other."""
 
 GUIDANCE = "guidance"
 """The history of the branches' difference."""
@@ -103,7 +103,7 @@ class Schedule:
         return tuple(frozenset(name for name, act in phase.actions if act.stores) for phase in self.phases)
 
     def branches(self, step: int) -> int:
-        """Branches of guidance that a step evaluates: of a doubled batch one or both, of others one or none."""
+        """Branches of guidance that a step evaluates: one or both of a doubled batch, else one or none."""
         phase = self.phases[self.steps[step].phase]
         one = any(name == GUIDANCE and action.kind == "forecast" for name, action in phase.actions)
         doubled = self.guided is not None and self.guided.conditional is not None

@@ -446,8 +446,8 @@ def _per_frame_static(batch: int) -> dict[str, Any]:
     return {"y": noise(batch, 6, 24)}
 
 
-# Two blocks of four adds, text and image joined, frames, image MLP; a text MLP in all but the last, whose text
-# reaches nothing.
+# Two blocks of four adds, text and image joined, frames, image MLP; a text MLP in all but the last, whose
+# text reaches nothing.
 PER_FRAME = Case(
     name="per_frame_mmdit",
     make=_maker(PerFrameMMDiT, seed=24),
