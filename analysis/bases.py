@@ -36,7 +36,7 @@ def coefficients(
         weights = taylorseer(step, known)
     elif letter.kind == "hermite":
         weights = hermite(step, known, float(letter.option("sigma")))
-    elif letter.kind == "linear":
+    elif letter.is_linear:
         weights = _linear(letter, step, known, steps, first_forecast)
     else:
         raise PlanError(f"letter {letter.symbol!r} is {letter.kind}, which weighs no history")

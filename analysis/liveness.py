@@ -26,11 +26,15 @@ from graphcache.ir.selector import Resolution, resolve
 
 @dataclass
 class _Track:
-    """One site's row while it is simulated: its actions, what they read, what must be kept."""
+    """One site's row while it is simulated: its actions, what they read, what must be kept.
+
+    A `packed` history has entries that hold the difference to the one before, which is read no more then.
+    """
 
     name: str
     row: Row
     blocks: range
+    packed: bool = False
     actions: list[Action] = field(default_factory=list)
     weights: list[tuple[float, ...]] = field(default_factory=list)
     computed: list[int] = field(default_factory=list)
@@ -85,6 +89,7 @@ def _simulate(
     tracks: list[_Track], steps: range, runs: Collection[int], letters: dict[str, Letter], count: int
 ) -> list[_Track]:
     """Walk the steps; at those that the branch does not run nothing is computed and nothing ages."""
+    _pack(tracks, letters)
     for step in steps:
         if step not in runs:
             for track in tracks:
@@ -163,6 +168,13 @@ def _tracks(resolution: Resolution, branches: Sequence[Branch], blocks: int) -> 
     return [track for track in tracks if set(track.row.actions) != {"#"}]
 
 
+def _pack(tracks: Sequence[_Track], letters: dict[str, Letter]) -> None:
+    """Mark the tracks whose row reads packed entries."""
+    symbols = {symbol for symbol, letter in letters.items() if letter.is_packed}
+    for track in tracks:
+        track.packed = not symbols.isdisjoint(track.row.actions)
+
+
 def _held_by(tracks: Sequence[_Track], step: int, letters: dict[str, Letter]) -> dict[str, str]:
     """Sites that neither compute nor age at a step, and the reused site around them."""
     held: dict[str, str] = {}
@@ -226,6 +238,13 @@ def _weighted(track: _Track, step: int, letter: Letter, steps: int) -> None:
         _read(track, step, 1)
         _record(track, Action("correct", 1), weights)
         track.computed.insert(0, step)
+    elif letter.is_packed:
+        _read(track, step, 1)
+        if weights[1]:
+            # the newest entry's difference was taken when it was computed
+            newest, before = track.computed[:2]
+            track.last_read[before] = max(track.last_read.get(before, newest), newest)
+        _record(track, Action("forecast", 1), (-weights[1],))
     else:
         _read(track, step, letter.order + 1)
         _record(track, Action("forecast", len(weights)), weights)
@@ -284,5 +303,8 @@ def _phase(
             action = replace(action, group=groups[rows])
         computes = action.kind in ("compute", "correct")
         stores = computes and any(steps[i] in track.last_read for i in members)
-        actions.append((track.name, replace(action, stores=stores)))
+        action = replace(action, stores=stores, packed=track.packed and action.kind != "hold")
+        if action.packed and stores:
+            action = replace(action, reads=1)
+        actions.append((track.name, action))
     return Phase(tuple(actions)), owners

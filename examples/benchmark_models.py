@@ -7,7 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, PixArtTransformer2DModel
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    LatteTransformer3DModel,
+    PixArtTransformer2DModel,
+)
 from torch import nn
 
 import graphcache
@@ -62,6 +68,62 @@ def compute_bound_pixart(blocks: int = 12) -> Made:
         "encoder_hidden_states": torch.randn(2, 32, 384),
         "timestep": torch.full((2,), 999),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        "return_dict": False,
+    }
+    return model.eval(), inputs
+
+
+def guided_cogvideox(heads: int = 6, head_width: int = 64) -> Made:
+    """CogVideoX of 12 blocks on 288 tokens, both branches of guidance as one batch."""
+    torch.manual_seed(0)
+    model: nn.Module = CogVideoXTransformer3DModel(
+        num_attention_heads=heads,
+        attention_head_dim=head_width,
+        in_channels=4,
+        out_channels=4,
+        num_layers=12,
+        time_embed_dim=64,
+        text_embed_dim=64,
+        sample_width=16,
+        sample_height=16,
+        sample_frames=13,
+        max_text_seq_length=32,
+    )
+    latents = torch.randn(1, 4, 4, 16, 16)
+    inputs = {
+        "hidden_states": torch.cat([latents, latents]),
+        "encoder_hidden_states": torch.randn(2, 32, 64),
+        "timestep": torch.full((2,), 999),
+        "return_dict": False,
+    }
+    return model.eval(), inputs
+
+
+def guided_latte(heads: int = 6, head_width: int = 64) -> Made:
+    """Latte of 12 blocks, spatial and temporal, on 256 tokens; both branches of guidance as one batch."""
+    torch.manual_seed(0)
+    width = heads * head_width
+    model: nn.Module = LatteTransformer3DModel(
+        num_attention_heads=heads,
+        attention_head_dim=head_width,
+        in_channels=4,
+        out_channels=8,
+        num_layers=6,
+        cross_attention_dim=width,
+        attention_bias=True,
+        sample_size=16,
+        patch_size=2,
+        activation_fn="gelu-approximate",
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        caption_channels=64,
+        video_length=4,
+    )
+    latents = torch.randn(1, 4, 4, 16, 16)
+    inputs = {
+        "hidden_states": torch.cat([latents, latents]),
+        "encoder_hidden_states": torch.randn(2, 32, 64),
+        "timestep": torch.full((2,), 999),
         "return_dict": False,
     }
     return model.eval(), inputs

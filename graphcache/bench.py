@@ -36,6 +36,7 @@ class Timing:
     phases: tuple[tuple[str, float], ...] = ()
     graphs: int = 0
     runner_us: float | None = None
+    peak_bytes: int | None = None
 
     @property
     def realised(self) -> float | None:
@@ -131,9 +132,11 @@ def _with_plan(
         times = [times[i] for times in rounds for i in steps]
         if times:
             phases.append((f"{index} ({len(steps)} steps)", 1e3 * statistics.median(times)))
+    (summary,) = model.summary().branches
     return replace(
         timing,
-        ideal=model.summary().branches[0].ideal_speedup,
+        ideal=summary.ideal_speedup,
+        peak_bytes=summary.peak_bytes,
         phases=tuple(phases),
         graphs=program.graphs,
         runner_us=runner_overhead(model, generation),

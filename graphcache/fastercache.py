@@ -46,20 +46,19 @@ class Schedule:
     completes: bool = False
     conditional: str = "last"
 
-    def plan(self, guided: bool, depths: Depths) -> Plan:
+    def plan(self, guided: bool, depths: Depths, compact: bool) -> Plan:
         """The rows of attention, and that of guidance if the model has any."""
         letters, rows = [], []
         attention = "".join(map(self._attention, range(self.steps)))
         for role in ("self", "joint"):
             rows.append(Row(_selector(role, depths), attention))
         if self.weight is not None and "l" in attention:
-            letters.append(Letter("l", "linear", tuple(self.weight.items())))
+            letters.append(Letter("l", "linear8" if compact else "linear", tuple(self.weight.items())))
             if self.plain_context:
                 rows.append(Row(_selector("joint.context", depths), attention.replace("l", ".")))
         if guided:
-            rows.append(
-                Row(Selector.parse("guidance"), "".join("#g"[self._alone(s)] for s in range(self.steps)))
-            )
+            actions = "".join("#g"[self._alone(step)] for step in range(self.steps))
+            rows.append(Row(Selector.parse("guidance"), actions))
             letters.append(self._bands())
         return Plan(self.steps, tuple(letters), tuple(rows), conditional=self.conditional if guided else None)
 

@@ -105,6 +105,7 @@ def fastercache(
     guidance: bool = True,
     shallowest: float = 0.0,
     deepest: float = 1.0,
+    compact: bool = False,
     conditional: str | None = None,
     grid: tuple[int, int, int] | None = None,
 ) -> Plan:
@@ -120,6 +121,7 @@ def fastercache(
         interval: generic only, the steps from one evaluation of both branches to the next.
         guidance: False leaves both branches of every step alone, for guidance-distilled models.
         shallowest, deepest: the depths, 0 the first block and 1 the last, between which attention is reused.
+        compact: keep attention's newest value in bfloat16, its difference to the last in 8 bits.
         conditional: the conditional branch's half of a doubled batch, where it is not the published model's.
         grid: frames, height and width of the tokens, for models that return packed tokens.
     """
@@ -134,8 +136,8 @@ def fastercache(
     else:
         schedule = published_schedule(model, steps)
         steps, arguments = schedule.steps, {"model": model}
-    arguments |= {"guidance": guidance, "shallowest": shallowest, "deepest": deepest}
-    made = schedule.plan(guidance, (shallowest, deepest))
+    arguments |= {"guidance": guidance, "shallowest": shallowest, "deepest": deepest, "compact": compact}
+    made = schedule.plan(guidance, (shallowest, deepest), compact)
     half = conditional or schedule.conditional
     return replace(made, preset=Preset("fastercache", tuple(arguments.items())), conditional=half, grid=grid)
 

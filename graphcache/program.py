@@ -18,6 +18,7 @@ from graphcache.halves import Half, capture_half
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import (
+    CacheRead,
     CacheWrite,
     Coefficients,
     Input,
@@ -112,6 +113,11 @@ class Runnable:
                 table = basis(port.size, port.radius) if port.kind == "basis" else disc(port.radius)
                 made[port] = table.to(value.device, value.dtype)
         return made
+
+    def blank(self, port: CacheRead) -> torch.Tensor:
+        """What is read where nothing was stored yet."""
+        like = next(value_of(node) for known, node in self.step.ports() if known == port)
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
 
     @cached_property
     def stored(self) -> tuple[tuple[str, int], ...]:

@@ -161,7 +161,11 @@ def _feed(
     feed: list[torch.Tensor] = []
     for port in runnable.step.inputs:
         if isinstance(port, CacheRead):
-            history = entries[port.site]
+            history = entries.get(port.site)
+            if not history:
+                # a packed entry that follows none: its difference is weighed by 0
+                feed.append(runnable.blank(port))
+                continue
             # a history that is shorter than the forecast's order is padded with its newest at weight 0
             index = port.entry if port.entry < len(history) else 0
             feed.append(history[index][port.part])

@@ -10,6 +10,7 @@ from graphcache.analysis import ops
 from graphcache.analysis.ranges import Bypass, RangeCut, cut_range
 from graphcache.ir.graph import CacheRead, CacheWrite, Output, StepGraph, fake_mode, value_of
 from graphcache.ir.schedule import GUIDANCE, PREDICTION, Action, Phase, is_unconditional, unconditional
+from graphcache.passes.pack import Packed
 from graphcache.passes.prune import Prune
 from graphcache.passes.rewrite import Rewriter
 
@@ -151,6 +152,8 @@ class _Sites(Rewriter):
     ) -> fx.Node | None:
         """What stands for `raw`, None when it computes; hands out what is stored."""
         action = history.action
+        if action.packed:
+            return self._packed(history, number, raw, keep)
         if action.stores:
             kept = self.copied(raw, raw) if part.fresh else raw
             keep.add(kept)
@@ -163,6 +166,17 @@ class _Sites(Rewriter):
         if action.group >= 0:
             return self.combine(raw, entries, action.group, keep)
         return self.copied(raw, entries[0]) if part.result else entries[0]
+
+    def _packed(self, history: _History, number: int, raw: fx.Node, keep: set[fx.Node]) -> fx.Node | None:
+        """The same from a value in bfloat16 and its difference to the one before in 8 bits."""
+        action, cache = history.action, Packed(self, raw, keep)
+        ports = [CacheRead(history.name, 3 * number + part, 0) for part in range(3)]
+        if action.stores:
+            for part, node in enumerate(cache.pack(ports[0])):
+                self.write(CacheWrite(history.name, 3 * number + part), node)
+        if action.kind == "compute":
+            return None
+        return cache.unpack(ports, action.group)
 
     def _replace(self, old: fx.Node, new: fx.Node, keep: set[fx.Node]) -> None:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in keep)

@@ -160,6 +160,9 @@ class Reference:
         if site.symbol == "#":
             return raw
         values = [parts[part] for _, parts in site.history]
+        if any(item.is_packed and item.symbol in site.row.actions for item in self.letters.values()):
+            weight = -self._weights(site.row, letter, [s for s, _ in site.history])[1] if letter else 0.0
+            return unpacked(values, weight)
         if letter is None:
             return values[0]
         steps = [step for step, _ in site.history]
@@ -189,6 +192,18 @@ def weighted(history: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         total = term if total is None else total + term
     assert total is not None
     return total.to(dtype)
+
+
+def unpacked(history: Sequence[Tensor], weight: float) -> Tensor:
+    """The newest value in bfloat16, moved along its difference to the one before in 127 levels a token."""
+    newest = history[0]
+    wide = torch.promote_types(newest.dtype, torch.float32)
+    value = newest.bfloat16().to(wide)
+    if weight and len(history) > 1:
+        difference = newest.to(wide) - history[1].bfloat16().to(wide)
+        scale = difference.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+        value = value + (difference / scale).round() * scale * weight
+    return value.to(newest.dtype)
 
 
 class _Step(fx.Interpreter):

@@ -209,6 +209,10 @@ class TestAgainstTheReference:
         self.check("latte", plan, lambda pair, made: pair.one_call(made, first))
         self.check("latte", plan, lambda pair, made: pair.two_calls(made))
 
+    def test_packed_features_of_both_branches(self) -> None:
+        plan = fastercache("open-sora-1.2", 15, compact=True, conditional="last")
+        self.check("latte", plan, lambda pair, made: pair.one_call(made))
+
     @pytest.mark.parametrize("start", [3, 5, 6, 9])
     def test_a_start_in_mid_schedule_reuses_nothing_that_is_not_there(self, start: int) -> None:
         plan = fastercache("open-sora-1.2", 12, conditional="last")

@@ -5,52 +5,55 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from examples.demo.methods import Method, Progress
-from examples.digits.evaluate import accuracy, reference_images
-from examples.digits.model import Classifier
-from graphcache.metrics import frechet_distance, psnr, ssim
+from examples.demo.methods import Method
+from examples.demo.progress import Progress
+from examples.digits.evaluate import SampleQuality
+from graphcache.metrics import psnr, ssim
+
+Judge = Callable[[Tensor], SampleQuality]
+"""Judges the samples of all rounds."""
 
 
 @dataclass
 class Runs:
-    """One method's generations: seconds of each, and images by round."""
+    """One method's generations: seconds of each, and samples by round."""
 
     seconds: list[float] = field(default_factory=list)
-    images: list[Tensor] = field(default_factory=list)
+    samples: list[Tensor] = field(default_factory=list)
     peak_cache_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One line of the table. A sample is an image or a clip.
 
     Attributes:
         model_calls: of one generation.
-        ms_per_image: median over rounds, in milliseconds.
+        ms_per_sample: median over rounds, in milliseconds.
         speedup: the uncached median divided by this one.
         ideal_speedup: the same ratio in FLOPs.
-        psnr_db: to the uncached images of the same noise, mean; None for those themselves.
+        psnr_db: to the uncached frames of the same noise, mean; None for those themselves.
         ssim: likewise.
-        frechet_distance: to held-out digits, in the classifier's embedding.
-        accuracy: fraction that the classifier reads as the label asked for.
+        frechet_distance: to held-out digits, in the classifier's embedding; None of clips.
+        accuracy: fraction that the classifier reads as the label asked for; None of clips.
         peak_cache_mib: None without a cache.
     """
 
     method: str
     model_calls: int
-    ms_per_image: float
+    ms_per_sample: float
     speedup: float
     ideal_speedup: float
     psnr_db: float | None
     ssim: float | None
-    frechet_distance: float
-    accuracy: float
+    frechet_distance: float | None
+    accuracy: float | None
     peak_cache_mib: float | None
 
 
@@ -62,47 +65,47 @@ def run_rounds(
     for turn in range(rounds):
         for method in random.Random(seed + turn).sample(list(methods), len(methods)):
             start = time.perf_counter()
-            images = method.generate(labels, seed + turn, progress)
+            samples = method.generate(labels, seed + turn, progress)
             runs[method.name].seconds.append(time.perf_counter() - start)
-            runs[method.name].images.append(images)
+            runs[method.name].samples.append(samples)
             runs[method.name].peak_cache_bytes = method.peak_cache_bytes
     return runs
 
 
 @torch.no_grad()
 def table_rows(
-    methods: Sequence[Method],
-    runs: dict[str, Runs],
-    labels: Tensor,
-    classifier: Classifier,
-    progress: Progress,
+    methods: Sequence[Method], runs: dict[str, Runs], judge: Judge | None, progress: Progress
 ) -> list[Row]:
     """Rows in the order of the methods, compared with the first."""
-    reference = classifier.embed(reference_images()[0])
     baseline = runs[methods[0].name]
     rows = []
     for method in methods:
-        rows.append(_row(method, runs[method.name], baseline, labels, classifier, reference))
+        rows.append(_row(method, runs[method.name], baseline, judge))
         progress()
     return rows
 
 
-def _row(
-    method: Method, runs: Runs, baseline: Runs, labels: Tensor, classifier: Classifier, reference: Tensor
-) -> Row:
-    images, uncached = torch.cat(runs.images), torch.cat(baseline.images)
+def _row(method: Method, runs: Runs, baseline: Runs, judge: Judge | None) -> Row:
+    samples = torch.cat(runs.samples)
+    frames, uncached = _frames(samples), _frames(torch.cat(baseline.samples))
     seconds = statistics.median(runs.seconds)
     compared = runs is not baseline
+    quality = judge(samples) if judge else None
     peak = runs.peak_cache_bytes
     return Row(
         method=method.name,
         model_calls=method.steps,
-        ms_per_image=1e3 * seconds / len(labels),
+        ms_per_sample=1e3 * seconds / len(runs.samples[0]),
         speedup=statistics.median(baseline.seconds) / seconds,
         ideal_speedup=method.ideal,
-        psnr_db=float(psnr(images, uncached).mean()) if compared else None,
-        ssim=float(ssim(images, uncached).mean()) if compared else None,
-        frechet_distance=frechet_distance(classifier.embed(images), reference),
-        accuracy=accuracy(classifier, images, labels.repeat(len(runs.images))),
+        psnr_db=float(psnr(frames, uncached).mean()) if compared else None,
+        ssim=float(ssim(frames, uncached).mean()) if compared else None,
+        frechet_distance=quality.frechet_distance if quality else None,
+        accuracy=quality.accuracy if quality else None,
         peak_cache_mib=None if peak is None else peak / 2**20,
     )
+
+
+def _frames(samples: Tensor) -> Tensor:
+    """Images (N, 1, H, W), or clips (N, 1, T, H, W) frame by frame: (N·T, 1, H, W)."""
+    return samples.reshape(-1, 1, *samples.shape[-2:])

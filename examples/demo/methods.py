@@ -1,25 +1,17 @@
-"""What the demo compares: the plain model, plans, and fewer steps at a plan's cost."""
+"""Ways to sample: the plain model, the same model under a plan, and fewer steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from examples.digits.model import ddim_scheduler, dpm_solver_scheduler
-from examples.digits.sample import sample
-from graphcache import Plan, presets, transform
-
-STEPS = 50
-INTERVAL = 3
-WARM_UP_STEPS = 5
-"""Enough for every phase of the plans below to be compiled."""
-
-Progress = Callable[[], None]
+from examples.demo.progress import Progress
+from graphcache import Plan, transform
 
 
 @dataclass(frozen=True)
@@ -27,21 +19,23 @@ class Method:
     """A way to sample: a model, a scheduler and a number of steps.
 
     Attributes:
+        model: plain, compiled or transformed.
+        sample: as `examples.digits.sample.sample`.
         ideal: FLOPs of the uncached generation divided by this one's.
-        model: a transformed or compiled model.
         plan: what the model runs under, None for the plain one.
     """
 
     name: str
     model: Any
+    sample: Callable[..., Tensor]
     scheduler: Callable[[], Any]
     steps: int
-    ideal: float
+    ideal: float = 1.0
     plan: Plan | None = None
 
     def generate(self, labels: Tensor, seed: int, progress: Progress) -> Tensor:
-        """Images (N, 1, 16, 16) in [-1, 1] for labels (N,)."""
-        return sample(
+        """One sample per label (N,), in [-1, 1]."""
+        return self.sample(
             self.model,
             self.scheduler(),
             labels,
@@ -50,6 +44,25 @@ class Method:
             progress=lambda done, total: progress(),
         )
 
+    def compiled(self, labels: Tensor, warm_up_steps: int) -> Method:
+        """The plain method, compiled and warm."""
+        model = torch.compile(self.model, dynamic=False)
+        self.sample(model, self.scheduler(), labels, steps=warm_up_steps)
+        return replace(self, model=model)
+
+    def cached(self, name: str, plan: Plan, labels: Tensor, warm_up_steps: int) -> Method:
+        """The plain method under a plan, compiled and warm."""
+        model = transform(self.model, plan, backend="inductor")
+        self.sample(model, self.scheduler(), labels, steps=warm_up_steps)
+        ideal = model.summary().branches[0].ideal_speedup
+        model.reset()
+        return replace(self, name=name, model=model, ideal=ideal, plan=plan)
+
+    def shortened(self, name: str, scheduler: Callable[[], Any], ideal: float) -> Method:
+        """The same model with as few steps as cost no less than those of a method with this `ideal`."""
+        steps = math.ceil(self.steps / ideal)
+        return replace(self, name=name, scheduler=scheduler, steps=steps, ideal=self.steps / steps)
+
     @property
     def peak_cache_bytes(self) -> int | None:
         """The most bytes that the plan's caches held in the latest generation."""
@@ -57,42 +70,3 @@ class Method:
             return None
         peaks: list[int] = [branch.peak_bytes for branch in self.model.summary().branches]
         return sum(peaks)
-
-
-def plans() -> dict[str, Plan]:
-    """The plans shown, by the name they have in the table."""
-    return {
-        "FORA": presets.fora(STEPS, interval=INTERVAL),
-        "TaylorSeer": presets.taylorseer(STEPS, interval=INTERVAL, order=2),
-        "TaylorSeer lite": presets.taylorseer(STEPS, interval=INTERVAL, order=2, lite=True),
-    }
-
-
-def compiled_methods(model: nn.Module, labels: Tensor, progress: Progress) -> list[Method]:
-    """Every method, compiled and warm; the plain model first. Progress counts models (`model_count`)."""
-    plain = torch.compile(model, dynamic=False)
-    _warm_up(plain, labels)
-    progress()
-    methods = [Method("uncached", plain, ddim_scheduler, STEPS, 1.0)]
-    for name, plan in plans().items():
-        cached: Any = transform(model, plan, backend="inductor")
-        _warm_up(cached, labels)
-        ideal = cached.summary().branches[0].ideal_speedup
-        methods.append(Method(name, cached, ddim_scheduler, STEPS, ideal, plan))
-        cached.reset()
-        progress()
-    fewer = math.ceil(STEPS / methods[1].ideal)
-    return [
-        *methods,
-        Method("fewer DDIM steps", plain, ddim_scheduler, fewer, STEPS / fewer),
-        Method("DPM-Solver++", plain, dpm_solver_scheduler, fewer, STEPS / fewer),
-    ]
-
-
-def model_count() -> int:
-    """Models to compile."""
-    return 1 + len(plans())
-
-
-def _warm_up(model: Any, labels: Tensor) -> None:
-    sample(model, ddim_scheduler(), labels, steps=WARM_UP_STEPS)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from examples.demo.measure import Row
+from examples.demo.results import Setting
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -23,7 +24,7 @@ GAP = 1
 DPI = 120
 
 
-def draw(path: Path, rows: Sequence[Row], images: Mapping[str, Tensor], caption: str) -> None:
+def draw(path: Path, rows: Sequence[Row], images: Mapping[str, Tensor], setting: Setting) -> None:
     """Write one grid of digits (N, 1, H, W) in [-1, 1] per row of the table, titled with its numbers."""
     lines = math.ceil(len(rows) / COLUMNS)
     figure, axes = pyplot.subplots(
@@ -35,19 +36,26 @@ def draw(path: Path, rows: Sequence[Row], images: Mapping[str, Tensor], caption:
         axis.imshow(grid(images[row.method]), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
         axis.text(0.5, 1.105, row.method, transform=axis.transAxes, ha="center", fontsize=16, weight="bold")
         axis.text(
-            0.5, 1.03, subtitle(row), transform=axis.transAxes, ha="center", fontsize=12, color="#555555"
+            0.5,
+            1.03,
+            " · ".join(facts(row, setting.sample)),
+            transform=axis.transAxes,
+            ha="center",
+            fontsize=12,
+            color="#555555",
         )
-    figure.text(0.5, 0.012, caption, ha="center", fontsize=10.5, color="#555555")
+    figure.text(0.5, 0.012, setting.footnote, ha="center", fontsize=10.5, color="#555555")
     figure.subplots_adjust(left=0.015, right=0.985, top=0.93, bottom=0.04, wspace=0.06, hspace=0.2)
     figure.savefig(path)
     pyplot.close(figure)
 
 
-def subtitle(row: Row) -> str:
-    """Speed-up and how near the images are to the uncached ones."""
+def facts(row: Row, sample: str) -> list[str]:
+    """Speed-up and how near the samples are to the uncached ones."""
+    steps = f"{row.model_calls} steps"
     if row.psnr_db is None:
-        return f"{row.model_calls} steps · {row.ms_per_image:.0f} ms per image"
-    return f"{row.model_calls} steps · {row.speedup:.2f}× as fast · {row.psnr_db:.1f} dB"
+        return [steps, f"{row.ms_per_sample:.0f} ms per {sample}"]
+    return [steps, f"{row.speedup:.2f}× as fast", f"{row.psnr_db:.1f} dB"]
 
 
 def grid(images: Tensor) -> NDArray[np.float32]:

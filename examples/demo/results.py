@@ -9,6 +9,7 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich import box
@@ -17,25 +18,35 @@ from rich.table import Table
 
 from examples.demo.measure import Row
 
-HEADERS = (
-    "method",
-    "calls",
-    "ms per\nimage",
-    "times\nfaster",
-    "in\nFLOPs",
-    "PSNR\ndB",
-    "SSIM",
-    "Fréchet\ndist.",
-    "class\nacc.",
-    "cache\nMiB",
+
+class Column(NamedTuple):
+    """A column of the table: its header, the row's field, and the format of its cells."""
+
+    header: str
+    field: str
+    form: str
+
+
+COLUMNS = (
+    Column("method", "method", "{}"),
+    Column("calls", "model_calls", "{}"),
+    Column("ms per\n{sample}", "ms_per_sample", "{:.1f}"),
+    Column("times\nfaster", "speedup", "{:.2f}×"),
+    Column("in\nFLOPs", "ideal_speedup", "{:.2f}×"),
+    Column("PSNR\ndB", "psnr_db", "{:.1f}"),
+    Column("SSIM", "ssim", "{:.3f}"),
+    Column("Fréchet\ndist.", "frechet_distance", "{:.2f}"),
+    Column("class\nacc.", "accuracy", "{:.1%}"),
+    Column("cache\nMiB", "peak_cache_mib", "{:.1f}"),
 )
 WIDTH = 80
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What was run, where and when."""
+    """What was run, where and when. A sample is an image or a clip of one digit."""
 
+    sample: str
     digits: int
     rounds: int
     seed: int
@@ -46,28 +57,31 @@ class Setting:
     date: str
 
     @classmethod
-    def here(cls, digits: int, rounds: int, seed: int) -> Setting:
+    def here(cls, sample: str, digits: int, rounds: int, seed: int) -> Setting:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        cores = os.cpu_count() or 1
-        return cls(digits, rounds, seed, cpu_model(), cores, torch.get_num_threads(), torch.__version__, now)
-
-    @property
-    def samples(self) -> int:
-        return self.digits * self.rounds
+        cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+        return cls(sample, digits, rounds, seed, cpu_model(), cores, threads, torch.__version__, now)
 
     @property
     def hardware(self) -> str:
         return f"{self.cpu}, {self.cores} cores, torch {self.torch}, {self.date[:10]}"
 
     @property
-    def caption(self) -> str:
+    def footnote(self) -> str:
+        return f"dB: PSNR to the uncached {self.sample}s of the same noise. {self.hardware}"
+
+    def caption(self, judged: bool) -> str:
+        """What the columns mean; `judged` if the classifier's are among them."""
+        judgement = (
+            "Fréchet distance (to held-out digits, in a classifier's embedding; few samples bias it upwards) "
+            f"and accuracy: of the same {self.sample}s. "
+        )
         return (
             f"Calls: of the model, in one generation of {self.digits} digits. Times: medians of "
             f"{self.rounds} interleaved rounds, after compilation and warm-up. Times faster than uncached: "
-            f"measured, and what the FLOPs alone would give. PSNR and SSIM: {self.samples} images' means, "
-            "against the uncached ones of the same noise. Fréchet distance (to held-out digits, in a "
-            "classifier's embedding; few samples bias it upwards) and accuracy: of the same images. "
-            f"{self.hardware}."
+            f"measured, and what the FLOPs alone would give. PSNR and SSIM: {self.digits * self.rounds} "
+            f"{self.sample}s' means, against the uncached ones of the same noise. "
+            f"{judgement if judged else ''}{self.hardware}."
         )
 
 
@@ -83,47 +97,39 @@ def cpu_model() -> str:
 
 def table(rows: Sequence[Row], setting: Setting) -> Table:
     """The rows as a rich table."""
+    columns = _columns(rows)
     made = Table(
-        caption=setting.caption,
+        caption=setting.caption(judged=any(column.field == "accuracy" for column in columns)),
         caption_justify="left",
         header_style="bold",
         box=box.SIMPLE_HEAD,
         padding=0,
     )
-    for index, header in enumerate(HEADERS):
+    for index, column in enumerate(columns):
+        header = column.header.format(sample=setting.sample)
         made.add_column(header, justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        made.add_row(*_cells(row))
+        made.add_row(*(_cell(row, column) for column in columns))
     return made
 
 
-def write(folder: Path, rows: Sequence[Row], setting: Setting) -> list[Path]:
-    """Write table.txt and demo.json."""
-    text, data = folder / "table.txt", folder / "demo.json"
+def write(text: Path, data: Path, rows: Sequence[Row], setting: Setting) -> None:
+    """Write the table as text and its numbers as JSON."""
     with text.open("w", encoding="utf-8") as file:
         Console(file=file, width=WIDTH).print(table(rows, setting))
+    columns = _columns(rows)
     contents = {
         "setting": dataclasses.asdict(setting),
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "rows": [{column.field: getattr(row, column.field) for column in columns} for row in rows],
     }
     data.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return [text, data]
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        row.method,
-        str(row.model_calls),
-        f"{row.ms_per_image:.1f}",
-        f"{row.speedup:.2f}×",
-        f"{row.ideal_speedup:.2f}×",
-        _or_dash(row.psnr_db, ".1f"),
-        _or_dash(row.ssim, ".3f"),
-        f"{row.frechet_distance:.2f}",
-        f"{row.accuracy:.1%}",
-        _or_dash(row.peak_cache_mib, ".1f"),
-    )
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    """Those for which some row has a value."""
+    return [column for column in COLUMNS if any(getattr(row, column.field) is not None for row in rows)]
 
 
-def _or_dash(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+def _cell(row: Row, column: Column) -> str:
+    value = getattr(row, column.field)
+    return "–" if value is None else column.form.format(value)

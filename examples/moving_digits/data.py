@@ -17,10 +17,14 @@ from examples.digits.data import CANVAS_SIZE, SUPERSAMPLING, Augmentation, Digit
 
 FRAMES = 16
 FRAME_SIZE = 32
-SLOWEST, FASTEST = 0.6, 1.8
+SLOWEST, FASTEST = 0.4, 1.2
 """Speeds in pixels per frame."""
 
-_ROOM = FRAME_SIZE * SUPERSAMPLING - CANVAS_SIZE
+ENLARGED = 1.5
+"""The digits' size here, by their size as still images: 24 pixels."""
+
+_SIDE = round(CANVAS_SIZE * ENLARGED)
+_ROOM = FRAME_SIZE * SUPERSAMPLING - _SIDE
 """Positions of a digit's corner along one axis, in quarters of a pixel."""
 
 
@@ -39,6 +43,7 @@ class Clips:
         """
         index = torch.randint(len(self.digits), (size,), generator=generator)
         drawn = strokes(self.digits.canvases[index], Augmentation(), generator)
+        drawn = F.interpolate(drawn, scale_factor=ENLARGED, mode="bilinear", align_corners=False)
         return render(drawn, random_paths(size, frames, generator)), self.digits.labels[index]
 
 
@@ -56,7 +61,7 @@ def render(drawn: Tensor, paths: Tensor) -> Tensor:
     """Move digits along their paths.
 
     Args:
-        drawn: ink, (N, 1, CANVAS_SIZE, CANVAS_SIZE), in 0 to 1.
+        drawn: ink, (N, 1, side, side) in 0 to 1, a side of 24 pixels.
         paths: of `random_paths`, (N, frames, 2).
 
     Returns:
@@ -67,5 +72,5 @@ def render(drawn: Tensor, paths: Tensor) -> Tensor:
     canvas = torch.zeros(count, frames, side, side)
     for clip in range(count):
         for frame, (row, column) in enumerate(paths[clip].tolist()):
-            canvas[clip, frame, row : row + CANVAS_SIZE, column : column + CANVAS_SIZE] = drawn[clip, 0]
+            canvas[clip, frame, row : row + _SIDE, column : column + _SIDE] = drawn[clip, 0]
     return F.avg_pool2d(canvas, SUPERSAMPLING)[:, None] * 2 - 1

@@ -25,8 +25,8 @@ HEADS = 4
 HEAD_WIDTH = 32
 PATCH_SIZE = 4
 TRAIN_TIMESTEPS = 1000
-SHIFT = 4.0
-"""Towards noise, at which the digit and its way are settled (arXiv 2403.03206, equation 23)."""
+SHIFT = 3.0
+"""Towards noise, at which a clip's digit and its way are settled (arXiv 2403.03206, equation 23)."""
 
 
 def build_model() -> nn.Module:
@@ -74,6 +74,6 @@ def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS, shift=SHIFT)
 
 
-def shifted(position: Tensor) -> Tensor:
+def shifted(position: Tensor, shift: float) -> Tensor:
     """Noise levels in 0 to 1 of positions spread evenly from 0 to 1."""
-    return SHIFT * position / (1 + (SHIFT - 1) * position)
+    return shift * position / (1 + (shift - 1) * position)

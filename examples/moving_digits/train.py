@@ -18,7 +18,7 @@ from examples.digits.data import load_split
 from examples.digits.model import save_weights
 from examples.digits.train import LABEL_DROPOUT, BatchLoss, TrainingPlan, train
 from examples.moving_digits.data import FRAMES, Clips
-from examples.moving_digits.model import TRAIN_TIMESTEPS, WEIGHTS, build_model, captions, shifted
+from examples.moving_digits.model import SHIFT, TRAIN_TIMESTEPS, WEIGHTS, build_model, captions, shifted
 
 
 def velocity_loss(clips: Clips, batch_size: int, frames: int) -> BatchLoss:
@@ -27,7 +27,7 @@ def velocity_loss(clips: Clips, batch_size: int, frames: int) -> BatchLoss:
     def loss(model: nn.Module, generator: torch.Generator) -> Tensor:
         videos, labels = clips.batch(batch_size, generator, frames=frames)
         position = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
-        level = shifted(position)
+        level = shifted(position, SHIFT if frames > 1 else 1.0)
         noise = torch.randn(videos.shape, generator=generator)
         share = level.view(-1, 1, 1, 1, 1)
         dropped = torch.rand(batch_size, generator=generator) < LABEL_DROPOUT
@@ -60,9 +60,9 @@ def main() -> None:
     clips = Clips(load_split("train", arguments.seed))
     model = build_model()
     initialise(model)
-    stills = TrainingPlan(arguments.still_steps, batch_size=256, peak_learning_rate=1e-3, seed=arguments.seed)
+    stills = TrainingPlan(arguments.still_steps, batch_size=96, peak_learning_rate=1e-3, seed=arguments.seed)
     moving = TrainingPlan(
-        arguments.steps, batch_size=16, peak_learning_rate=1e-3, checkpoint_interval=100, seed=arguments.seed
+        arguments.steps, batch_size=8, peak_learning_rate=1e-3, checkpoint_interval=100, seed=arguments.seed
     )
     loss = velocity_loss(clips, stills.batch_size, frames=1)
     state = train(model, loss, stills, arguments.workdir / "stills.pt", "stills")
@@ -78,8 +78,8 @@ def _parse_arguments() -> argparse.Namespace:
         "--workdir", type=Path, default=Path(".cache/moving_digits"), help="checkpoint folder"
     )
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="file of the final weights")
-    parser.add_argument("--still-steps", type=int, default=500, help="training steps on single frames")
-    parser.add_argument("--steps", type=int, default=1700, help="training steps on clips")
+    parser.add_argument("--still-steps", type=int, default=2000, help="training steps on single frames")
+    parser.add_argument("--steps", type=int, default=1300, help="training steps on clips")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

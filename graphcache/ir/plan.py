@@ -25,6 +25,7 @@ _OPTIONS: dict[str, dict[str, object]] = {
     "taylorseer": _ORDER,
     "hermite": {**_ORDER, "sigma": 0.5},
     "linear": {"weight": "exact"},
+    "linear8": {"weight": "exact"},
     "fitted": _ORDER,
     "tuned": _ORDER,
     "fitted compute": {},
@@ -40,7 +41,7 @@ _OPTIONS: dict[str, dict[str, object]] = {
     },
 }
 _RAMP: dict[str, object] = {"begin": _REQUIRED, "over": _REQUIRED, "gain": 1.0, "floor": 0.0}
-_FORECASTS = ("newton", "taylorseer", "hermite", "linear", "fitted", "tuned")
+_FORECASTS = ("newton", "taylorseer", "hermite", "linear", "linear8", "fitted", "tuned")
 _CORRECTED = ("fitted compute", "tuned compute")
 
 
@@ -97,9 +98,11 @@ class Letter:
     """An action that a plan's header defines; options that have a default are filled in.
 
     Of `linear weight=ramp` the weight is max(floor, (c − begin) / over · gain) at the 1-based step c.
-    `frequency` is for the row `guidance`: at the 1-based step c the low band of the branches' difference is
-    multiplied by `low` while c <= low_until, and its high band by `high` once c >= high_from. With
-    `weighting=released` the factors of all such steps since the difference was measured multiply. The low
+    `linear8` is `linear` from a smaller cache: the newest value in bfloat16, and its difference to the one
+    before in 8 bits with a scale for each token. `frequency` is for the row `guidance`: at the 1-based step c
+    the low band of the branches' difference is multiplied by `low` while c <= low_until, and its high band by
+    `high` once c >= high_from. With `weighting=released` the factors of all such steps since the difference
+    was measured multiply. The low
     band is a disc of radius min(H, W) // divisor.
     """
 
@@ -117,7 +120,7 @@ class Letter:
 
     def _complete(self, given: dict[str, Option]) -> tuple[tuple[str, Option], ...]:
         known = _OPTIONS[self.kind]
-        if given.get("weight") == "ramp" and self.kind == "linear":
+        if given.get("weight") == "ramp" and self.is_linear:
             known = {**known, **_RAMP}
         for name in given:
             if name not in known:
@@ -146,9 +149,18 @@ class Letter:
     @property
     def order(self) -> int:
         """One less than the number of history entries that the letter reads."""
-        if self.kind == "linear" or self.is_compute:
+        if self.is_linear or self.is_compute:
             return 1
         return int(dict(self.options).get("order", 0))
+
+    @property
+    def is_linear(self) -> bool:
+        return self.kind in ("linear", "linear8")
+
+    @property
+    def is_packed(self) -> bool:
+        """Reads a cache of the newest value in bfloat16 and of its difference to the one before in 8 bits."""
+        return self.kind == "linear8"
 
     @property
     def is_forecast(self) -> bool:
@@ -223,8 +235,8 @@ class Plan:
 
     `conditional`, "first" or "last", says which half of a doubled batch is the conditional branch's;
     diffusers' pipelines put it last. It is what goes on when guidance ends within a generation and the batch
-    halves; without it the histories start empty there. `grid` holds the frames, height and width of the tokens, for
-    models that return predictions as packed tokens.
+    halves; without it the histories start empty there. `grid` holds the frames, height and width of the
+    tokens, for models that return predictions as packed tokens.
     """
 
     steps: int
@@ -351,6 +363,7 @@ def _check_row(row: Row, plan: Plan) -> None:
     if len(listed) < len(row.coefficients):
         raise PlanError(f"row {row.selector} lists the coefficients of a step twice")
     computed = 0
+    used = [letter for symbol, letter in letters.items() if symbol in row.actions]
     for step, action in enumerate(row.actions):
         where = f"row {row.selector}, step {step}"
         letter = letters.get(action)
@@ -364,10 +377,18 @@ def _check_row(row: Row, plan: Plan) -> None:
             )
         if action != COMPUTE and computed == 0:
             raise PlanError(f"{where}: {action!r} comes before any compute; put '#' there or earlier")
+        _check_packed(where, letter, used)
         computed += action == COMPUTE or (letter is not None and letter.is_compute)
         _check_listed(where, letter, listed.pop(step, None), computed)
     if listed:
         raise PlanError(f"row {row.selector} lists coefficients of step {min(listed)}, beyond the last step")
+
+
+def _check_packed(where: str, letter: Letter | None, used: list[Letter]) -> None:
+    if letter is not None and letter.is_packed and not all(other.is_packed for other in used):
+        raise PlanError(
+            f"{where}: {letter.symbol!r} is linear8, whose cache the row's other letters cannot read"
+        )
 
 
 def _check_listed(where: str, letter: Letter | None, values: tuple[float, ...] | None, computed: int) -> None:

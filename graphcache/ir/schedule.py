@@ -37,13 +37,15 @@ class Action:
     """What a phase does to one site.
 
     `reads` history entries are loaded, combined by the coefficients of `group` (-1: the newest as it
-    is); `stores` hands the raw value out. `hold` leaves the site alone: a range around it is reused.
+    is); `stores` hands the raw value out. What is `packed` is the newest value in bfloat16, its difference to
+    the one before in 8 bits and that one's scales. `hold` leaves the site alone: a range around it is reused.
     """
 
     kind: Kind
     reads: int = 0
     group: int = -1
     stores: bool = False
+    packed: bool = False
 
     def __str__(self) -> str:
         text: str = self.kind
@@ -51,7 +53,7 @@ class Action:
             text += f" reads {self.reads}"
         if self.group >= 0:
             text += f" by {self.group}"
-        return text + (" stores" if self.stores else "")
+        return text + (" packed" if self.packed else "") + (" stores" if self.stores else "")
 
 
 @dataclass(frozen=True)

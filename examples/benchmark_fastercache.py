@@ -1,0 +1,140 @@
+"""FasterCache as a plan beside plain torch.compile and beside diffusers' FasterCacheConfig, in one run.
+
+python -m examples.benchmark_fastercache [--model latte] [--hidden 32] [--presets latte generic]
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from diffusers import FasterCacheConfig
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch._dynamo.utils import counters
+
+from examples.benchmark_models import Made, guided_cogvideox, guided_latte
+from graphcache import Plan
+from graphcache.bench import Timing, benchmark
+from graphcache.presets import fastercache
+
+MODELS: dict[str, Callable[..., Made]] = {"cogvideox": guided_cogvideox, "latte": guided_latte}
+PRESETS = ("open-sora-1.2", "latte", "open-sora-plan-1.1", "cogvideox", "vchitect-2.0", "mochi", "generic")
+FORMATS = {"cogvideox": "BFCHW", "latte": "BCFHW"}
+HEAD_WIDTH = {384: 64, 32: 16}
+
+
+class Hooked:
+    """A model under diffusers' hooks, and what they hold and break."""
+
+    def __init__(self, model: Any, plan: Plan, layout: str, compiled: bool) -> None:
+        self.model, self.compiled, self.now = model, compiled, 0.0
+        self.peak = 0
+        model.enable_cache(closest_config(plan, layout, lambda: self.now))
+        self.call: Any = torch.compile(model) if compiled else model
+
+    def __call__(self, **kwargs: Any) -> Any:
+        self.now = float(kwargs["timestep"][0])
+        with self.model.cache_context("cond_uncond"):
+            result = self.call(**kwargs)
+        self.peak = max(self.peak, _storage_bytes(_cached(self.model)))
+        return result
+
+
+def closest_config(plan: Plan, layout: str, timestep: Callable[[], float]) -> FasterCacheConfig:
+    """The schedule of a plan as near as diffusers' periods and ranges come, at timesteps from 999 to 0.
+
+    Its iterations count from 0 and its attention computes wherever both branches run.
+    """
+    rows = {str(row.selector): row.actions for row in plan.rows}
+    attention, guidance = rows["@self"], rows["guidance"]
+
+    def upto(first: int) -> tuple[float, float]:
+        return -1.0, round(999 * (1 - (first - 0.5) / plan.steps))
+
+    features = next(i for i, action in enumerate(attention) if action != "#")
+    alone = next(i for i, action in enumerate(guidance) if action != "#")
+    every = 2 if "ll" not in attention and ".." not in attention else 3
+    gaps = [i for i in range(alone, plan.steps) if guidance[i] == "#"]
+    period = gaps[1] - gaps[0] if len(gaps) > 1 else 5
+    return FasterCacheConfig(
+        spatial_attention_block_skip_range=every,
+        temporal_attention_block_skip_range=every,
+        spatial_attention_timestep_skip_range=upto(features),
+        temporal_attention_timestep_skip_range=upto(features),
+        unconditional_batch_skip_range=period,
+        unconditional_batch_timestep_skip_range=upto(alone),
+        attention_weight_callback=lambda module: 0.5,
+        tensor_format=layout,
+        current_timestep_callback=timestep,
+    )
+
+
+def _cached(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Every tensor that the hooks' states hold."""
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for hook in (registry.hooks if registry else {}).values():
+            manager = getattr(hook, "state_manager", None)
+            for state in (manager._state_cache if manager else {}).values():
+                yield from torch.utils._pytree.tree_leaves(list(vars(state).values()))
+
+
+def _storage_bytes(leaves: Iterator[Any]) -> int:
+    storages = {}
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            storages[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def compare(name: str, preset: str, width: int, rounds: int, rivals: bool, steps: int | None) -> None:
+    """Time one preset on one model and print what each contender costs."""
+    heads = width // HEAD_WIDTH[width]
+    model, inputs = MODELS[name](heads, HEAD_WIDTH[width])
+    plan = fastercache(preset, steps or (50 if preset == "generic" else None), conditional="last")
+    others: dict[str, Any] = {}
+    if rivals:
+        for compiled in (False, True):
+            label = f"diffusers, {'compiled' if compiled else 'eager'}"
+            fresh = MODELS[name](heads, HEAD_WIDTH[width])[0]
+            fresh.load_state_dict(model.state_dict())
+            others[label] = Hooked(fresh, plan, FORMATS[name], compiled)
+        others["plain, eager"] = model
+    counters.clear()
+    measured = benchmark(model, inputs, {"graphcache": plan}, rounds=rounds, beside=others)
+    _print(f"{name} of width {width}, {preset}, {plan.steps} steps", measured, others)
+    Console().print(f"graph breaks in this process: {sum(counters['graph_break'].values())}")
+
+
+def _print(title: str, timings: tuple[Timing, ...], others: dict[str, Any]) -> None:
+    table = Table("", "ms a step", "times faster", "in FLOPs", "realised", "graphs", "peak KiB", title=title)
+    for timing in timings:
+        ideal = "" if timing.ideal is None else f"{timing.ideal:.3f}"
+        realised = "" if timing.realised is None else f"{timing.realised:.3f}"
+        peak = getattr(others.get(timing.name), "peak", timing.peak_bytes or 0)
+        cells = (f"{timing.ms:.2f}", f"{timing.speedup:.3f}", ideal, realised, str(timing.graphs or ""))
+        table.add_row(timing.name, *cells, f"{peak / 1024:.0f}" if peak else "")
+    Console(width=110).print(table)
+    for timing in timings:
+        if timing.phases:
+            print(timing.name, *(f"phase {name}: {ms:.3f} ms;" for name, ms in timing.phases))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, nargs="*", default=list(MODELS))
+    parser.add_argument("--presets", nargs="*", default=list(PRESETS))
+    parser.add_argument("--width", type=int, choices=HEAD_WIDTH, default=384)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="instead of the published number")
+    parser.add_argument("--rivals", action="store_true", help="time diffusers' hooks too")
+    arguments = parser.parse_args()
+    for name in arguments.model:
+        for preset in arguments.presets:
+            compare(name, preset, arguments.width, arguments.rounds, arguments.rivals, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()
