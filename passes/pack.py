@@ -52,7 +52,8 @@ class Packed:
             )
             step = self._emit(aten.mul.Tensor, step, self._emit(aten.select.int, weights, 0, 0))
             total = self._emit(aten.add.Tensor, value, step)
-        return self._emit(aten._to_copy.default, total, dtype=value_of(self.raw).dtype)
+        dtype = value_of(self.raw).dtype
+        return total if dtype == self.wide else self._emit(aten._to_copy.default, total, dtype=dtype)
 
     def _read(
         self, port: CacheRead, like: fx.Node, dtype: torch.dtype | None = None, tokens: bool = False
