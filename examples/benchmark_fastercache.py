@@ -4,7 +4,7 @@ python -m examples.benchmark_fastercache [--model latte] [--hidden 32] [--preset
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from examples.benchmark_models import Made, guided_cogvideox, guided_latte
 from graphcache import Plan
-from graphcache.bench import Timing, benchmark
+from graphcache.bench import Generation, Timing, benchmark
 from graphcache.presets import fastercache
 
 MODELS: dict[str, Callable[..., Made]] = {"cogvideox": guided_cogvideox, "latte": guided_latte}
@@ -28,43 +28,57 @@ HEAD_WIDTH = {384: 64, 32: 16}
 class Hooked:
     """A model under diffusers' hooks, and what they hold and break."""
 
-    def __init__(self, model: Any, plan: Plan, layout: str, compiled: bool) -> None:
-        self.model, self.compiled, self.now = model, compiled, 0.0
-        self.peak = 0
-        model.enable_cache(closest_config(plan, layout, lambda: self.now))
+    def __init__(
+        self, model: Any, plan: Plan, layout: str, timesteps: Sequence[float], compiled: bool = False
+    ) -> None:
+        self.model, self.now, self.peak = model, 0.0, 0
+        self.first = timesteps[0]
+        model.enable_cache(closest_config(plan, layout, lambda: self.now, timesteps))
         self.call: Any = torch.compile(model) if compiled else model
 
-    def __call__(self, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.now = float(kwargs["timestep"][0])
+        if self.now == self.first:
+            self.model._reset_stateful_cache()
         with self.model.cache_context("cond_uncond"):
-            result = self.call(**kwargs)
+            result = self.call(*args, **kwargs)
         self.peak = max(self.peak, _storage_bytes(_cached(self.model)))
         return result
 
 
-def closest_config(plan: Plan, layout: str, timestep: Callable[[], float]) -> FasterCacheConfig:
-    """The schedule of a plan as near as diffusers' periods and ranges come, at timesteps from 999 to 0.
+def closest_config(
+    plan: Plan, layout: str, timestep: Callable[[], float], timesteps: Sequence[float]
+) -> FasterCacheConfig:
+    """The schedule of a plan as near as diffusers' periods and ranges come, with the plan's constants.
 
-    Its iterations count from 0 and its attention computes wherever both branches run.
+    Its iterations count from 0, a period begins anew with them, and its attention computes wherever both
+    branches run. `timesteps` are those of the generation, falling.
     """
     rows = {str(row.selector): row.actions for row in plan.rows}
     attention, guidance = rows["@self"], rows["guidance"]
+    bands = next(dict(letter.options) for letter in plan.letters if letter.kind == "frequency")
 
-    def upto(first: int) -> tuple[float, float]:
-        return -1.0, round(999 * (1 - (first - 0.5) / plan.steps))
+    def after(step: int) -> float:
+        """A timestep between those of a step and of the one before it."""
+        if step <= 0 or step >= plan.steps:
+            return 1001.0 if step <= 0 else -1.0
+        return (timesteps[step - 1] + timesteps[step]) / 2
 
-    features = next(i for i, action in enumerate(attention) if action != "#")
+    features = next((i for i, action in enumerate(attention) if action != "#"), plan.steps)
     alone = next(i for i, action in enumerate(guidance) if action != "#")
-    every = 2 if "ll" not in attention and ".." not in attention else 3
-    gaps = [i for i in range(alone, plan.steps) if guidance[i] == "#"]
-    period = gaps[1] - gaps[0] if len(gaps) > 1 else 5
+    every = 3 if "ll" in attention or ".." in attention else 2
+    refreshes = [i for i in range(alone, plan.steps) if guidance[i] == "#"]
     return FasterCacheConfig(
         spatial_attention_block_skip_range=every,
         temporal_attention_block_skip_range=every,
-        spatial_attention_timestep_skip_range=upto(features),
-        temporal_attention_timestep_skip_range=upto(features),
-        unconditional_batch_skip_range=period,
-        unconditional_batch_timestep_skip_range=upto(alone),
+        spatial_attention_timestep_skip_range=(-1, after(features)),
+        temporal_attention_timestep_skip_range=(-1, after(features)),
+        unconditional_batch_skip_range=refreshes[1] - refreshes[0] if len(refreshes) > 1 else 5,
+        unconditional_batch_timestep_skip_range=(-1, after(alone)),
+        low_frequency_weight_update_timestep_range=(after(int(bands["low_until"])), 1001),
+        high_frequency_weight_update_timestep_range=(-1, after(int(bands["high_from"]) - 1)),
+        alpha_low_frequency=float(bands["low"]),
+        alpha_high_frequency=float(bands["high"]),
         attention_weight_callback=lambda module: 0.5,
         tensor_format=layout,
         current_timestep_callback=timestep,
@@ -100,7 +114,10 @@ def compare(name: str, preset: str, width: int, rounds: int, rivals: bool, steps
             label = f"diffusers, {'compiled' if compiled else 'eager'}"
             fresh = MODELS[name](heads, HEAD_WIDTH[width])[0]
             fresh.load_state_dict(model.state_dict())
-            others[label] = Hooked(fresh, plan, FORMATS[name], compiled)
+            timesteps = [
+                float(call["timestep"][0]) for call in Generation(inputs, "timestep", plan.steps).calls
+            ]
+            others[label] = Hooked(fresh, plan, FORMATS[name], timesteps, compiled)
         others["plain, eager"] = model
     counters.clear()
     measured = benchmark(model, inputs, {"graphcache": plan}, rounds=rounds, beside=others)

@@ -116,6 +116,11 @@ class Engine:
             session.release()
 
     @property
+    def as_given(self) -> Options:
+        """Options that make another such engine, compiled alike."""
+        return replace(self.options, backend=self.backend)
+
+    @property
     def surroundings(self) -> Surroundings:
         return _surroundings.get().get(self, self.outermost)
 

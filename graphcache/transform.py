@@ -80,12 +80,12 @@ class Transformed:
         engine = self._graphcache
         _drop_empty_registry(engine.model)
         model = copy.deepcopy(engine.model, memo)
-        return _wrap(model, engine.options, memo.get(id(engine.driver.pipe)))
+        return _wrap(model, engine.as_given, memo.get(id(engine.driver.pipe)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as the original and what `transform` was given."""
         engine = self._graphcache
-        return _wrap, (engine.model, engine.options)
+        return _wrap, (engine.model, engine.as_given)
 
 
 def transform(
