@@ -8,6 +8,7 @@ An interrupted run continues from its last checkpoint and ends with the same wei
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,16 +61,22 @@ def main() -> None:
     clips = Clips(load_split("train", arguments.seed))
     model = build_model()
     initialise(model)
-    stills = TrainingPlan(arguments.still_steps, batch_size=96, peak_learning_rate=1e-3, seed=arguments.seed)
-    moving = TrainingPlan(
-        arguments.steps, batch_size=8, peak_learning_rate=1e-3, checkpoint_interval=100, seed=arguments.seed
-    )
-    loss = velocity_loss(clips, stills.batch_size, frames=1)
-    state = train(model, loss, stills, arguments.workdir / "stills.pt", "stills")
-    loss = velocity_loss(clips, moving.batch_size, frames=FRAMES)
-    state = train(state.averaged_model(), loss, moving, arguments.workdir / "clips.pt", "clips")
+    for name, frames, plan in _stages(arguments):
+        loss = velocity_loss(clips, plan.batch_size, frames)
+        model = train(model, loss, plan, arguments.workdir / f"{name}.pt", name).averaged_model()
     arguments.weights.parent.mkdir(parents=True, exist_ok=True)
-    save_weights(state.averaged_model(), arguments.weights)
+    save_weights(model, arguments.weights)
+
+
+def _stages(arguments: argparse.Namespace) -> list[tuple[str, int, TrainingPlan]]:
+    """Name, frames and plan of each stage; a stage begins with the averaged weights of the one before."""
+    seed = arguments.seed
+    stills = TrainingPlan(arguments.still_steps, batch_size=96, peak_learning_rate=1e-3, seed=seed)
+    moving = TrainingPlan(
+        arguments.steps, batch_size=8, peak_learning_rate=1e-3, checkpoint_interval=100, seed=seed
+    )
+    refined = replace(moving, steps=arguments.refining_steps, peak_learning_rate=7e-4, seed=seed + 1)
+    return [("stills", 1, stills), ("clips", FRAMES, moving), ("refined", FRAMES, refined)]
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -80,6 +87,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="file of the final weights")
     parser.add_argument("--still-steps", type=int, default=2000, help="training steps on single frames")
     parser.add_argument("--steps", type=int, default=1300, help="training steps on clips")
+    parser.add_argument("--refining-steps", type=int, default=450, help="further ones, with a lower peak")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
