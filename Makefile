@@ -40,6 +40,9 @@ bench: .venv/.with-bench
 	$(launch)
 	$(launch) --beside $(models):first_block_cache --beside $(models):dbcache
 	$(BIN)/python -m examples.benchmark_overhead
+	$(keep) $(BIN)/python -m examples.benchmark_fastercache --rivals --rounds 3
+	$(BIN)/python -m examples.benchmark_fastercache --rivals --width 32 --model latte --presets latte
+	$(BIN)/python -m examples.benchmark_video
 
 # A stamp per extra; one that includes others stamps them too.
 covers_test := examples bench

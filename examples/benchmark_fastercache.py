@@ -22,7 +22,7 @@ from graphcache.presets import fastercache
 MODELS: dict[str, Callable[..., Made]] = {"cogvideox": guided_cogvideox, "latte": guided_latte}
 PRESETS = ("open-sora-1.2", "latte", "open-sora-plan-1.1", "cogvideox", "vchitect-2.0", "mochi", "generic")
 FORMATS = {"cogvideox": "BFCHW", "latte": "BCFHW"}
-HEAD_WIDTH = {384: 64, 32: 16}
+HEAD_WIDTH = {256: 64, 32: 16}
 
 
 class Hooked:
@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, nargs="*", default=list(MODELS))
     parser.add_argument("--presets", nargs="*", default=list(PRESETS))
-    parser.add_argument("--width", type=int, choices=HEAD_WIDTH, default=384)
+    parser.add_argument("--width", type=int, choices=HEAD_WIDTH, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="instead of the published number")
     parser.add_argument("--rivals", action="store_true", help="time diffusers' hooks too")
