@@ -85,13 +85,13 @@ def closest_config(
     )
 
 
-def _cached(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Every tensor that the hooks' states hold."""
+def _cached(model: nn.Module) -> Iterator[Any]:
+    """All that the hooks' states hold."""
     for module in model.modules():
         registry = getattr(module, "_diffusers_hook", None)
         for hook in (registry.hooks if registry else {}).values():
-            manager = getattr(hook, "state_manager", None)
-            for state in (manager._state_cache if manager else {}).values():
+            state = getattr(hook, "state", None)
+            if state is not None:
                 yield from torch.utils._pytree.tree_leaves(list(vars(state).values()))
 
 
