@@ -117,7 +117,8 @@ class _Sites(Rewriter):
 
         def substitute(new: fx.Node, keep: set[fx.Node]) -> None:
             after = new if new.op == "call_function" else delta
-            whole = self.emit(after, aten.add.Tensor, before, new)
+            # a range that ends where this one begins may have been substituted already
+            whole = self.emit(after, aten.add.Tensor, self.streams.get(before, before), new)
             unchanged = {whole, *deltas[deltas.index(delta) :]}
             self._replace(self.streams.get(merge, merge), whole, unchanged)
             self.streams[merge] = whole

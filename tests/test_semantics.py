@@ -29,6 +29,13 @@ QUICK = settings(
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
+ADJACENT = Plan.parse("""
+    plan steps=4 preset=none
+    c = fitted compute
+    range(0..0)  ##c.
+      step 2 = -1.1 0.3
+    range(1..2)  #...
+""")
 MIXED = Plan.parse("""
     plan steps=6 preset=none
     t = taylorseer order=1
@@ -528,3 +535,10 @@ def test_the_summary_counts_what_each_step_did() -> None:
     (branch,) = model.summary().branches
     counts = [(s.computed, s.forecast, s.reused, s.held_bytes) for s in branch.steps]
     assert counts == [(4, 0, 0, 2 * 96), (4, 0, 0, 4 * 96), (2, 2, 0, 0)]
+
+
+@pytest.mark.parametrize("name", ["factorised_dit", "flux", "latte"])
+def test_a_range_begins_with_what_the_one_before_it_was_given(name: str) -> None:
+    """The larger one is behind the smaller."""
+    on = subject(name)
+    assert_same(on.sample(on.transform(ADJACENT), 4), on.sample(on.reference(ADJACENT), 4))
