@@ -6,7 +6,7 @@ from itertools import pairwise
 from math import factorial, prod
 
 from graphcache.ir.errors import PlanError
-from graphcache.ir.plan import Letter
+from graphcache.ir.letter import Letter
 
 
 def coefficients(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from graphcache.ir.plan import Letter
+from graphcache.ir.letter import Letter
 
 
 def radius(height: int, width: int, divisor: int) -> int:

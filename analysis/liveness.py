@@ -8,7 +8,8 @@ from graphcache.analysis.bases import coefficients
 from graphcache.analysis.frequency import factors
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Branch
-from graphcache.ir.plan import Letter, Plan, Row
+from graphcache.ir.letter import Letter
+from graphcache.ir.plan import Plan, Row
 from graphcache.ir.schedule import (
     GUIDANCE,
     PREDICTION,
@@ -42,8 +43,6 @@ class _Track:
 
     def keep(self, step: int) -> int:
         """Entries still to be read after `step`, or by another branch's call at it."""
-        if self.name == PREDICTION:
-            return 1
         return sum(1 for c, read in self.last_read.items() if c <= step < read)
 
 
@@ -67,17 +66,15 @@ def lower(plan: Plan, branches: Sequence[Branch], start: int = 0, role: Role = "
     guidance = None if role == "only" else _guidance(resolution.guidance, letters, steps)
     if guidance is not None and resolution.output is not None:
         raise PlanError("rows guidance and output exclude each other: the output is that of both branches")
+
+    def simulated(runs: Collection[int]) -> list[_Track]:
+        return _simulate(_tracks(resolution, branches, blocks, letters), steps, runs, letters, plan.steps)
+
     if guidance is None:
-        tracks = _tracks(resolution, branches, blocks)
-        _simulate(tracks, steps, steps, letters, plan.steps)
-        return _assemble(tracks, steps)
-    both = [step for step in steps if guidance.actions[step - start].kind == "compute"]
-    tracks = []
-    if role != "uncond":
-        tracks += _simulate(_tracks(resolution, branches, blocks), steps, steps, letters, plan.steps)
+        return _assemble(simulated(steps), steps)
+    tracks = [] if role == "uncond" else simulated(steps)
     if role != "cond":
-        others = _tracks(resolution, branches, blocks)
-        _simulate(others, steps, both, letters, plan.steps)
+        others = simulated([s for s in steps if guidance.actions[s - start].kind == "compute"])
         for track in others:
             track.name = unconditional(track.name) if role == "doubled" else track.name
         tracks += others
@@ -89,7 +86,6 @@ def _simulate(
     tracks: list[_Track], steps: range, runs: Collection[int], letters: dict[str, Letter], count: int
 ) -> list[_Track]:
     """Walk the steps; at those that the branch does not run nothing is computed and nothing ages."""
-    _pack(tracks, letters)
     for step in steps:
         if step not in runs:
             for track in tracks:
@@ -129,7 +125,8 @@ def _prediction(guidance: _Track, steps: range) -> _Track:
     track = _Track(PREDICTION, guidance.row, range(0))
     for step in steps:
         _record(track, Action("compute"), ())
-        track.last_read[step] = step
+        track.computed.append(step)
+        track.last_read[step] = step + 1
     return track
 
 
@@ -154,7 +151,9 @@ def _refuse_split_values(resolution: Resolution, branches: Sequence[Branch]) -> 
             )
 
 
-def _tracks(resolution: Resolution, branches: Sequence[Branch], blocks: int) -> list[_Track]:
+def _tracks(
+    resolution: Resolution, branches: Sequence[Branch], blocks: int, letters: dict[str, Letter]
+) -> list[_Track]:
     """Sites that a row ever takes from the cache, outermost first."""
     tracks = []
     if resolution.output is not None:
@@ -165,14 +164,10 @@ def _tracks(resolution: Resolution, branches: Sequence[Branch], blocks: int) -> 
         row_ = resolution.branches.get(branch.name)
         if row_ is not None:
             tracks.append(_Track(branch.name, row_, range(branch.block, branch.block + 1)))
-    return [track for track in tracks if set(track.row.actions) != {"#"}]
-
-
-def _pack(tracks: Sequence[_Track], letters: dict[str, Letter]) -> None:
-    """Mark the tracks whose row reads packed entries."""
-    symbols = {symbol for symbol, letter in letters.items() if letter.is_packed}
+    packed = {symbol for symbol, letter in letters.items() if letter.is_packed}
     for track in tracks:
-        track.packed = not symbols.isdisjoint(track.row.actions)
+        track.packed = not packed.isdisjoint(track.row.actions)
+    return [track for track in tracks if set(track.row.actions) != {"#"}]
 
 
 def _held_by(tracks: Sequence[_Track], step: int, letters: dict[str, Letter]) -> dict[str, str]:
@@ -270,12 +265,8 @@ def _assemble(tracks: Sequence[_Track], steps: range, guided: Guided | None = No
     phases, weights = [], {}
     for column, index in order.items():
         phase, groups = _phase(tracks, column, members[index], steps)
-        one_branch = any(
-            t.name == GUIDANCE and a.kind == "forecast" for t, a in zip(tracks, column, strict=True)
-        )
-        phases.append(
-            replace(phase, half=one_branch and guided is not None and guided.conditional is not None)
-        )
+        doubled = guided is not None and guided.conditional is not None
+        phases.append(replace(phase, half=doubled and phase.is_answered))
         for i in members[index]:
             weights[i] = tuple(tracks[t].weights[i] for t in groups)
     result = tuple(

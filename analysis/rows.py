@@ -9,12 +9,13 @@ from graphcache.analysis.dataflow import Dataflow
 from graphcache.ir.graph import is_tensor, value_of
 
 aten = ops.aten
+_SPLITS = (aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default)
 _ELEMENTWISE = (aten.add.Tensor, aten.mul.Tensor, *ops.COPIES)
 
 
 def rows_depend(flow: Dataflow, node: fx.Node, kinds: int) -> bool:
     """Whether the rows that `node` takes out of concatenated streams depend on inputs of `kinds`."""
-    taken = _slice(node)
+    taken = taken_rows(node)
     if taken is None:
         if ops.is_view(node) or node.target in ops.COPIES:
             return rows_depend(flow, node.all_input_nodes[0], kinds)
@@ -50,7 +51,7 @@ def _operand_depends(flow: Dataflow, node: fx.Node, dim: int, start: int, stop: 
     return False
 
 
-def _slice(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
+def taken_rows(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
     """(source, dim, start, stop) of a plain slice or of one piece of a split."""
     if node.op != "call_function" or not is_tensor(node):
         return None
@@ -62,7 +63,7 @@ def _slice(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
         first, last = (min(b + size if b < 0 else b, size) for b in (start or 0, stop))
         return source, dim % dims, first, last
     split = arguments[0] if arguments else None
-    if isinstance(split, fx.Node) and split.target in (aten.split_with_sizes.default, aten.split.Tensor):
+    if isinstance(split, fx.Node) and split.target in _SPLITS:
         pieces: list[Any] = list(split.args)
         dim = pieces[2] if len(pieces) > 2 else 0
         sizes = [int(piece.shape[dim]) for piece in split.meta["val"]]

@@ -1,6 +1,6 @@
 """FasterCache as a plan beside plain torch.compile and beside diffusers' FasterCacheConfig, in one run.
 
-python -m examples.benchmark_fastercache [--model latte] [--hidden 32] [--presets latte generic]
+python -m examples.benchmark_fastercache [--model latte] [--width 32] [--presets latte generic]
 """
 
 import argparse
@@ -110,13 +110,12 @@ def compare(name: str, preset: str, width: int, rounds: int, rivals: bool, steps
     plan = fastercache(preset, steps or (50 if preset == "generic" else None), conditional="last")
     others: dict[str, Any] = {}
     if rivals:
+        calls = Generation(inputs, "timestep", plan.steps).calls
+        timesteps = [float(call["timestep"][0]) for call in calls]
         for compiled in (False, True):
             label = f"diffusers, {'compiled' if compiled else 'eager'}"
             fresh = MODELS[name](heads, HEAD_WIDTH[width])[0]
             fresh.load_state_dict(model.state_dict())
-            timesteps = [
-                float(call["timestep"][0]) for call in Generation(inputs, "timestep", plan.steps).calls
-            ]
             others[label] = Hooked(fresh, plan, FORMATS[name], timesteps, compiled)
         others["plain, eager"] = model
     counters.clear()

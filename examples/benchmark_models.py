@@ -73,7 +73,7 @@ def compute_bound_pixart(blocks: int = 12) -> Made:
     return model.eval(), inputs
 
 
-def guided_cogvideox(heads: int = 6, head_width: int = 64) -> Made:
+def guided_cogvideox(heads: int, head_width: int) -> Made:
     """CogVideoX of 12 blocks on 288 tokens, both branches of guidance as one batch."""
     torch.manual_seed(0)
     model: nn.Module = CogVideoXTransformer3DModel(
@@ -89,17 +89,10 @@ def guided_cogvideox(heads: int = 6, head_width: int = 64) -> Made:
         sample_frames=13,
         max_text_seq_length=32,
     )
-    latents = torch.randn(1, 4, 4, 16, 16)
-    inputs = {
-        "hidden_states": torch.cat([latents, latents]),
-        "encoder_hidden_states": torch.randn(2, 32, 64),
-        "timestep": torch.full((2,), 999),
-        "return_dict": False,
-    }
-    return model.eval(), inputs
+    return model.eval(), _guided_inputs()
 
 
-def guided_latte(heads: int = 6, head_width: int = 64) -> Made:
+def guided_latte(heads: int, head_width: int) -> Made:
     """Latte of 12 blocks, spatial and temporal, on 256 tokens; both branches of guidance as one batch."""
     torch.manual_seed(0)
     width = heads * head_width
@@ -119,14 +112,18 @@ def guided_latte(heads: int = 6, head_width: int = 64) -> Made:
         caption_channels=64,
         video_length=4,
     )
+    return model.eval(), _guided_inputs()
+
+
+def _guided_inputs() -> dict[str, Any]:
+    """Four channels by four frames, or frames by channels, of 16×16; both branches have the same latents."""
     latents = torch.randn(1, 4, 4, 16, 16)
-    inputs = {
+    return {
         "hidden_states": torch.cat([latents, latents]),
         "encoder_hidden_states": torch.randn(2, 32, 64),
         "timestep": torch.full((2,), 999),
         "return_dict": False,
     }
-    return model.eval(), inputs
 
 
 def deep_dit() -> Made:

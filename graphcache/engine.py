@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 
 from graphcache import presets
 from graphcache.capture import forward_parameters
-from graphcache.compile import COMPILING, Backend, prior_compilation
+from graphcache.compile import Backend, prior_compilation
 from graphcache.halves import is_doubled
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import CaptureError, PlanError, StateError
@@ -31,6 +31,8 @@ from graphcache.schedulers import Driver
 from graphcache.session import Branch, Generation, Session
 from graphcache.watch import Watch, refuse_uncapturable
 
+_ROLES: dict[str, Role] = {"cond": "cond", "uncond": "uncond"}
+"""Of calls in cache contexts with these names."""
 MOST_PROGRAMS = 8
 """Signatures kept ready; the least recently used is dropped."""
 
@@ -167,10 +169,7 @@ class Engine:
         key, tensors = self.binder.signature(bound)
         program = self._program(key + _ambient(), bound, tensors, begins=True)
         plan, name = self.options.plan, self.surroundings.name
-        role = self._role(plan, name, tensors[program.captured.call.latent])
-        if role == "doubled":
-            self._halve(program, tensors)
-        program.check(plan, role)
+        program.check(plan, self._role(plan, name, program, tensors))
         return program
 
     def compile(self, backend: Backend) -> None:
@@ -178,7 +177,7 @@ class Engine:
         with self._lock:
             self.backend = backend
             for key, program in self.programs.items():
-                self.programs[key] = _prepared(replace(program, backend=backend, phases={}))
+                self.programs[key] = replace(program, backend=backend, phases={}).prepared()
 
     def _spec(self, key: Key, bound: Mapping[str, Any]) -> CallSpec:
         spec = self._specs.get(key)
@@ -225,18 +224,16 @@ class Engine:
     ) -> BranchState:
         """A state whose history begins with this call."""
         program = self._program(call.key, bound, tensors, begins)
-        role = self._role(plan, call.name, tensors[program.captured.call.latent])
-        if role == "doubled":
-            self._halve(program, tensors)
+        role = self._role(plan, call.name, program, tensors)
         return begun(call.key, program, plan, step, role)
 
-    def _role(self, plan: Plan, name: str, latents: torch.Tensor) -> Role:
+    def _role(self, plan: Plan, name: str, program: Program, tensors: Sequence[torch.Tensor]) -> Role:
         """Which calls of guidance these are, by the cache context and by the latents."""
         if not plan.is_guided:
             return "only"
-        if name in ("cond", "uncond"):
-            return cast(Role, name)
-        if not is_doubled(latents):
+        if name in _ROLES:
+            return _ROLES[name]
+        if not is_doubled(tensors[program.captured.call.latent]):
             if not self.unguided:
                 self.unguided = True
                 log.warning(
@@ -249,12 +246,13 @@ class Engine:
                 "conditional=last (or first) in the plan's header, or make two calls a step, in "
                 "model.cache_context('cond') and ('uncond')"
             )
+        self._halve(program, tensors, plan.conditional)
         return "doubled"
 
-    def _halve(self, program: Program, tensors: Sequence[torch.Tensor]) -> None:
+    def _halve(self, program: Program, tensors: Sequence[torch.Tensor], conditional: str) -> None:
         with self._lock:
             if program.half is None:
-                program.halve(self.model, tensors, self.options.plan.conditional or "last")
+                program.halve(self.model, tensors, conditional)
 
     def _program(
         self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor], begins: bool
@@ -278,7 +276,7 @@ class Engine:
         twin = self.programs.get((*key[:-1], not key[-1]))
         captured = twin.captured if twin else self._captured(self._spec(key, bound), tensors)
         backend = prior_compilation(self.model) if self.backend is None else self.backend
-        return _prepared(Program(captured, backend, observers=self.options.observers))
+        return Program(captured, backend, observers=self.options.observers).prepared()
 
     def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor]) -> Captured:
         captured = Captured.of(self.model, spec, tensors, self.options.observers)
@@ -289,9 +287,10 @@ class Engine:
 
     def _leave_prologue(self, state: BranchState, changed: set[int], tensors: Sequence[torch.Tensor]) -> None:
         """An input seen changing within a generation is computed with at every step, from now on."""
-        program = _prepared(state.program.without(changed))
-        if state.role == "doubled":
-            self._halve(program, tensors)
+        program = state.program.without(changed).prepared()
+        if state.program.half is not None:
+            conditional = "first" if state.program.half.rows.first else "last"
+            self._halve(program, tensors, conditional)
         with self._lock:
             if self.programs.get(state.key) is state.program:
                 self.programs[state.key] = program
@@ -317,13 +316,6 @@ class _Around:
         _surroundings.reset(self._token)
         if self._closes:
             self._inner.session.forget()
-
-
-def _prepared(program: Program) -> Program:
-    """With its prologue made, before other threads can see it."""
-    with COMPILING:
-        program.prologue  # noqa: B018
-    return program
 
 
 def original(model: nn.Module) -> nn.Module:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from graphcache.ir.errors import PlanError
-from graphcache.ir.plan import Letter, Option, Plan, Row, check_steps
+from graphcache.ir.letter import Letter, Option
+from graphcache.ir.plan import Plan, Row, check_steps
 from graphcache.ir.selector import Selector
 
 Depths = tuple[float, float]

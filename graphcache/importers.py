@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from graphcache.ir.errors import PlanError
-from graphcache.ir.plan import COMPUTE, REUSE, Letter, Plan, Row, check_steps
+from graphcache.ir.letter import Letter
+from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row, check_steps
 from graphcache.ir.plantext import read_bytes
 from graphcache.ir.selector import Selector
 

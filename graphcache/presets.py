@@ -7,7 +7,8 @@ from fractions import Fraction
 
 from graphcache.fastercache import generic_schedule, published_schedule
 from graphcache.ir.errors import PlanError
-from graphcache.ir.plan import Letter, Plan, Preset, Row, Value, check_steps
+from graphcache.ir.letter import Letter
+from graphcache.ir.plan import Plan, Preset, Row, Value, check_steps
 from graphcache.ir.selector import Selector
 
 

@@ -187,6 +187,12 @@ class Program:
         step = run((Prologue(self._held),), self.captured.step, self.observers)
         return Runnable(step, build(step, self.backend))
 
+    def prepared(self) -> "Program":
+        """Itself, its prologue made, before other threads can see it."""
+        with COMPILING:
+            _ = self.prologue
+        return self
+
     @cached_property
     def prologue_inputs(self) -> tuple[int, ...]:
         """Leaves that the prologue reads, and that must therefore not change within a generation."""

@@ -23,8 +23,7 @@ class BranchState:
 
     `step` is the plan's step of the latest call; the schedule begins at `start`. `watched` are the prologue's
     inputs with their versions: the hoisted values are right for these. `role` says which calls of guidance
-    these are. `constants` are the latest call's
-    other inputs, by which branches are told apart.
+    these are. `constants` are the latest call's other inputs, by which branches are told apart.
     """
 
     key: Key
@@ -162,13 +161,14 @@ def _feed(
     for port in runnable.step.inputs:
         if isinstance(port, CacheRead):
             history = entries.get(port.site)
-            if not history:
-                # a packed entry that follows none: its difference is weighed by 0
+            if history:
+                # a history that is shorter than the forecast's order is padded with its newest at weight 0
+                index = port.entry if port.entry < len(history) else 0
+                feed.append(history[index][port.part])
+            elif port.optional:
                 feed.append(runnable.blank(port))
-                continue
-            # a history that is shorter than the forecast's order is padded with its newest at weight 0
-            index = port.entry if port.entry < len(history) else 0
-            feed.append(history[index][port.part])
+            else:
+                raise StateError(f"{port.site}: nothing is cached that this step could read; call reset()")
         elif isinstance(port, Hoisted):
             feed.append(hoisted[port.name])
         elif isinstance(port, Input):

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-_SCALES: tuple[Callable[[float], float], ...] = (
-    lambda t: t,
-    lambda t: t / 1000,
-    lambda t: 1 - t / 1000,
-    lambda t: 1000 - t,
-)
+from graphcache.ir.errors import StateError
+
+_Scales = tuple[Callable[[float], float], ...]
+_SCALED: _Scales = (lambda t: t, lambda t: t / 1000)
+_REVERSED: _Scales = (lambda t: 1 - t / 1000, lambda t: 1000 - t)
 """What pipelines make of a scheduler's timestep before the model sees it."""
 
 _PRECISION = 2**-7
@@ -59,14 +58,26 @@ class Driver:
 
         Reads the timestep, which waits for the device. What the pipeline announces and the beginning are
         asked first, since a scaled timestep may equal another one of the schedule.
+
+        Raises:
+            StateError: the timestep is one of the schedule, or the first one counted the other way.
         """
         values: list[float] = timesteps.tolist()
         now = read_timestep(timestep)
         announced = max(0, len(values) - getattr(self.pipe, "_num_timesteps", len(values)))
-        for index in (announced, 0):
-            if belongs(values, index, now):
+        found = values.index(now) if now in values else None
+        for scales in (_SCALED, _REVERSED):
+            for index in (announced, 0):
+                if not belongs(values, index, now, scales):
+                    continue
+                if found not in (None, index) and scales is _REVERSED and self.pipe is None:
+                    raise StateError(
+                        f"timestep {now:g} may be step {found} of the scheduler's schedule or, counted the "
+                        f"other way, step {index}; transform the pipeline rather than its model, or use a "
+                        "scheduler with a begin index"
+                    )
                 return index
-        return values.index(now) if now in values else announced
+        return announced if found is None else found
 
 
 def read_timestep(timestep: torch.Tensor) -> float:
@@ -77,8 +88,10 @@ def read_timestep(timestep: torch.Tensor) -> float:
     return float(timestep.item() if timestep.numel() == 1 else timestep.max().item())
 
 
-def belongs(timesteps: Sequence[float], step: int, timestep: float) -> bool:
+def belongs(
+    timesteps: Sequence[float], step: int, timestep: float, scales: _Scales = _SCALED + _REVERSED
+) -> bool:
     """Whether a model's timestep can be the one at this index of the schedule."""
     return any(
-        abs(scale(timesteps[step]) - timestep) <= _PRECISION * abs(timestep) + 1e-6 for scale in _SCALES
+        abs(scale(timesteps[step]) - timestep) <= _PRECISION * abs(timestep) + 1e-6 for scale in scales
     )

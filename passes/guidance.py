@@ -1,17 +1,16 @@
 """Classifier-free guidance in a phase: the branches' difference is measured, or stands for a branch."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from graphcache.analysis.frequency import radius
 from graphcache.ir.errors import PlanError
-from graphcache.ir.graph import CacheRead, CacheWrite, Input, Output, StepGraph, Table, fake_mode, value_of
+from graphcache.ir.graph import CacheRead, CacheWrite, Input, Output, StepGraph, Table, value_of
 from graphcache.ir.schedule import GUIDANCE, PREDICTION, Action, Guided, Phase
 from graphcache.passes.prune import Prune
-from graphcache.passes.rewrite import Rewriter, wider
+from graphcache.passes.rewrite import Chain, Rewriter, wider
 
 aten = torch.ops.aten
 
@@ -50,57 +49,55 @@ class _Results(Rewriter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.end = self.graph.output_node()
+        self.end: Chain = self.after(self.graph.output_node().prev)
         self.predictions = [i for i, port in enumerate(self.outputs) if isinstance(port, Output)]
         self.bands = 1 if self.guided.divisor is None else 2
 
     def keep(self) -> None:
         """Hand out copies of the results."""
         for part, index in enumerate(self.predictions):
-            self.write(CacheWrite(PREDICTION, part), self._dense(self.results[index]))
+            self.write(CacheWrite(PREDICTION, part), self.end.copied(self.results[index]))
 
     def measure(self) -> None:
         """Hand out the bands of the difference between the branches."""
         for part, index in enumerate(self.predictions):
             conditional, other = self._branches(self.results[index], part)
-            count = self._variance(conditional)
-            terms = (self._wide(self._mean(node, count)) for node in (other, conditional))
-            difference = self._add(aten.sub.Tensor, *terms)
+            variance = self._variance(conditional)
+            terms = (self._wide(self._mean(node, variance)) for node in (other, conditional))
+            difference = self.end.emit(aten.sub.Tensor, *terms)
             for band, node in enumerate(self._split(difference)):
-                self.write(CacheWrite(GUIDANCE, part * self.bands + band), self._dense(node))
+                self.write(CacheWrite(GUIDANCE, part * self.bands + band), self.end.copied(node))
 
     def answer(self, action: Action, half: bool) -> None:
         """Return what stands for the unconditional branch; `half`: behind or before the conditional one's."""
         for part, index in enumerate(self.predictions):
             result = self.results[index]
-            conditional = result if half else self._load(PREDICTION, part, value_of(result))
-            count = self._variance(conditional)
-            other = self._recombined(self._mean(conditional, count), part, action.group)
-            if count:
-                rest = self._add(aten.slice.Tensor, conditional, count[0], count[1], 2 * count[1])
-                other = self._add(aten.cat.default, [other, rest], count[0])
+            conditional = result if half else self._load(PREDICTION, part, result)
+            variance = self._variance(conditional)
+            other = self._recombined(self._mean(conditional, variance), part, action.group)
+            if variance:
+                dim, count = variance
+                rest = self.end.emit(aten.slice.Tensor, conditional, dim, count, 2 * count)
+                other = self.end.emit(aten.cat.default, [other, rest], dim)
             if half:
                 order = [conditional, other] if self.guided.conditional == "first" else [other, conditional]
-                other = self._add(aten.cat.default, order)
+                other = self.end.emit(aten.cat.default, order)
             self.results[index] = other
 
     def _recombined(self, conditional: fx.Node, part: int, group: int) -> fx.Node:
         total = self._wide(conditional)
         weights = self.coefficients(conditional, self.bands, group)
         for band in range(self.bands):
-            entry = self._load(GUIDANCE, part * self.bands + band, value_of(total))
-            weight = self._add(aten.select.int, weights, 0, band)
-            total = self._add(aten.add.Tensor, total, self._add(aten.mul.Tensor, entry, weight))
-        return self._cast(total, value_of(conditional).dtype)
+            entry = self._load(GUIDANCE, part * self.bands + band, total)
+            weight = self.end.emit(aten.select.int, weights, 0, band)
+            total = self.end.emit(aten.add.Tensor, total, self.end.emit(aten.mul.Tensor, entry, weight))
+        return self.end.cast(total, value_of(conditional).dtype)
 
     def _branches(self, result: fx.Node, part: int) -> tuple[fx.Node, fx.Node]:
         """The conditional and the unconditional branch's result, where both are known."""
         if self.guided.conditional is None:
-            return self._load(PREDICTION, part, value_of(result)), result
-        count = int(value_of(result).shape[0]) // 2
-        first, second = (
-            self._add(aten.slice.Tensor, result, 0, start, start + count) for start in (0, count)
-        )
+            return self._load(PREDICTION, part, result), result
+        first, second = (self.end.rows(result, half) for half in (0, 1))
         return (first, second) if self.guided.conditional == "first" else (second, first)
 
     def _variance(self, prediction: fx.Node) -> tuple[int, int] | None:
@@ -116,16 +113,18 @@ class _Results(Rewriter):
         return other[0], int(pairs[other[0]][1])
 
     def _mean(self, prediction: fx.Node, variance: tuple[int, int] | None) -> fx.Node:
-        return (
-            self._add(aten.slice.Tensor, prediction, variance[0], 0, variance[1]) if variance else prediction
-        )
+        """The prediction without the channels of its variance."""
+        if variance is None:
+            return prediction
+        dim, count = variance
+        return self.end.emit(aten.slice.Tensor, prediction, dim, 0, count)
 
     def _split(self, difference: fx.Node) -> list[fx.Node]:
         """The low and the high band in the difference's shape; it alone when the plan splits nothing."""
         if self.guided.divisor is None:
             return [difference]
         low = self._low_band(difference)
-        return [low, self._add(aten.sub.Tensor, difference, low)]
+        return [low, self.end.emit(aten.sub.Tensor, difference, low)]
 
     def _low_band(self, difference: fx.Node) -> fx.Node:
         frames = self._frames(difference)
@@ -135,11 +134,13 @@ class _Results(Rewriter):
             self._table(Table("basis", size, kept), (2 * kept + 1, size), frames) for size in (height, width)
         )
         disc = self._table(Table("disc", 2 * kept + 1, kept), (2 * kept + 1, 2 * kept + 1), frames)
-        transposed = self._add(aten.transpose.int, columns, 0, 1)
-        spectrum = self._add(aten.matmul.default, self._add(aten.matmul.default, rows, frames), transposed)
-        spectrum = self._add(aten.mul.Tensor, spectrum, disc)
-        back = self._add(aten.matmul.default, self._add(aten.transpose.int, rows, 0, 1), spectrum)
-        low = self._add(aten.matmul.default, back, columns)
+        transposed = self.end.emit(aten.transpose.int, columns, 0, 1)
+        spectrum = self.end.emit(
+            aten.matmul.default, self.end.emit(aten.matmul.default, rows, frames), transposed
+        )
+        spectrum = self.end.emit(aten.mul.Tensor, spectrum, disc)
+        back = self.end.emit(aten.matmul.default, self.end.emit(aten.transpose.int, rows, 0, 1), spectrum)
+        low = self.end.emit(aten.matmul.default, back, columns)
         return low if frames is difference else self._tokens(low, value_of(difference).shape)
 
     def _frames(self, difference: fx.Node) -> fx.Node:
@@ -149,34 +150,21 @@ class _Results(Rewriter):
             return difference
         if len(shape) != 3 or grid is None or grid[0] * grid[1] * grid[2] != shape[1]:
             raise PlanError(_grid_advice(shape, grid))
-        frames = self._add(aten.view.default, self._dense(difference), [shape[0], *grid, shape[2]])
-        return self._add(aten.permute.default, frames, [0, 1, 4, 2, 3])
+        frames = self.end.emit(aten.view.default, self.end.copied(difference), [shape[0], *grid, shape[2]])
+        return self.end.emit(aten.permute.default, frames, [0, 1, 4, 2, 3])
 
     def _tokens(self, frames: fx.Node, shape: torch.Size) -> fx.Node:
-        moved = self._add(aten.permute.default, frames, [0, 1, 3, 4, 2])
-        return self._add(aten.view.default, self._dense(moved), list(shape))
+        moved = self.end.emit(aten.permute.default, frames, [0, 1, 3, 4, 2])
+        return self.end.emit(aten.view.default, self.end.copied(moved), list(shape))
 
     def _table(self, port: Table, shape: tuple[int, int], like: fx.Node) -> fx.Node:
-        value = value_of(like)
-        with fake_mode(value):
-            return self.placeholder(port, torch.empty(shape, dtype=value.dtype, device=value.device))
+        return self.input(port, value_of(like), shape=shape)
 
-    def _load(self, site: str, part: int, like: torch.Tensor) -> fx.Node:
-        with fake_mode(like):
-            empty = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        return self.placeholder(CacheRead(site, part, 0), empty)
+    def _load(self, site: str, part: int, like: fx.Node) -> fx.Node:
+        return self.input(CacheRead(site, part, 0), value_of(like))
 
     def _wide(self, node: fx.Node) -> fx.Node:
-        return self._cast(node, wider(value_of(node).dtype))
-
-    def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        return node if value_of(node).dtype == dtype else self._add(aten._to_copy.default, node, dtype=dtype)
-
-    def _dense(self, node: fx.Node) -> fx.Node:
-        return self._add(aten.clone.default, node, memory_format=torch.contiguous_format)
-
-    def _add(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return self.emit(self.end.prev, target, *args, **kwargs)
+        return self.end.cast(node, wider(value_of(node).dtype))
 
 
 def _grid_advice(shape: tuple[int, ...], grid: tuple[int, int, int] | None) -> str:

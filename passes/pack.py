@@ -1,14 +1,13 @@
 """Cache entries of three bytes an element: a value in bfloat16, its difference to the last in 8 bits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from graphcache.ir.graph import CacheRead, fake_mode, value_of
-from graphcache.passes.rewrite import Rewriter, wider
+from graphcache.ir.graph import CacheRead, value_of
+from graphcache.passes.rewrite import Chain, wider
 
 aten = torch.ops.aten
 
@@ -18,61 +17,36 @@ SMALLEST = 1e-30
 
 
 @dataclass
-class Packed:
-    """How a value's entry is made and read in a graph; `made` collects the nodes that read it on."""
-
-    rewriter: Rewriter
-    raw: fx.Node
-    made: set[fx.Node]
+class Packed(Chain):
+    """How a value's entry is made and read in a graph; begins at the raw value."""
 
     def __post_init__(self) -> None:
-        self.last = self.raw
-        self.wide = wider(value_of(self.raw).dtype)
+        self.raw = self.last
+        self.value = value_of(self.raw)
+        self.wide = wider(self.value.dtype)
 
     def pack(self, before: CacheRead) -> list[fx.Node]:
         """Value, difference and scale of the newest entry; `before` is the value of the one it follows."""
-        value = self._emit(aten._to_copy.default, self._dense(self.raw), dtype=torch.bfloat16)
-        difference = self._emit(
-            aten.sub.Tensor, self._widened(self.raw), self._widened(self._read(before, value))
-        )
-        largest = self._emit(aten.amax.default, self._emit(aten.abs.default, difference), [-1], True)
-        scale = self._emit(aten.div.Tensor, self._emit(aten.clamp_min.default, largest, SMALLEST), LEVELS)
-        levels = self._emit(aten.round.default, self._emit(aten.div.Tensor, difference, scale))
-        packed = self._emit(aten._to_copy.default, self._dense(levels), dtype=torch.int8)
-        return [value, packed, self._dense(scale)]
+        value = self.emit(aten._to_copy.default, self.copied(self.raw), dtype=torch.bfloat16)
+        old = self.rewriter.input(replace(before, optional=True), self.value, dtype=torch.bfloat16)
+        terms = self.cast(self.raw, self.wide), self.cast(old, self.wide)
+        difference = self.emit(aten.sub.Tensor, *terms)
+        largest = self.emit(aten.amax.default, self.emit(aten.abs.default, difference), [-1], True)
+        scale = self.emit(aten.div.Tensor, self.emit(aten.clamp_min.default, largest, SMALLEST), LEVELS)
+        levels = self.emit(aten.round.default, self.emit(aten.div.Tensor, difference, scale))
+        packed = self.emit(aten._to_copy.default, self.copied(levels), dtype=torch.int8)
+        return [value, packed, self.copied(scale)]
 
     def unpack(self, ports: Sequence[CacheRead], group: int) -> fx.Node:
         """The value, extrapolated along the difference where a group weighs it."""
-        total = value = self._widened(self._read(ports[0], self.raw, torch.bfloat16))
+        newest = self.rewriter.input(ports[0], self.value, dtype=torch.bfloat16)
+        total = self.cast(newest, self.wide)
         if group >= 0:
             weights = self.rewriter.coefficients(self.raw, 1, group)
-            scale = self._read(ports[2], self.raw, self.wide, tokens=True)
-            step = self._emit(
-                aten.mul.Tensor, self._widened(self._read(ports[1], self.raw, torch.int8)), scale
-            )
-            step = self._emit(aten.mul.Tensor, step, self._emit(aten.select.int, weights, 0, 0))
-            total = self._emit(aten.add.Tensor, value, step)
-        dtype = value_of(self.raw).dtype
-        return total if dtype == self.wide else self._emit(aten._to_copy.default, total, dtype=dtype)
-
-    def _read(
-        self, port: CacheRead, like: fx.Node, dtype: torch.dtype | None = None, tokens: bool = False
-    ) -> fx.Node:
-        value = value_of(like)
-        shape = (*value.shape[:-1], 1) if tokens else value.shape
-        with fake_mode(value):
-            empty = torch.empty(shape, dtype=dtype or value.dtype, device=value.device)
-        return self.rewriter.placeholder(port, empty)
-
-    def _widened(self, node: fx.Node) -> fx.Node:
-        if value_of(node).dtype == self.wide:
-            return node
-        return self._emit(aten._to_copy.default, node, dtype=self.wide)
-
-    def _dense(self, node: fx.Node) -> fx.Node:
-        return self._emit(aten.clone.default, node, memory_format=torch.contiguous_format)
-
-    def _emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        self.last = self.rewriter.emit(self.last, target, *args, **kwargs)
-        self.made.add(self.last)
-        return self.last
+            levels = self.rewriter.input(ports[1], self.value, dtype=torch.int8)
+            tokens = (*self.value.shape[:-1], 1)
+            scale = self.rewriter.input(ports[2], self.value, shape=tokens, dtype=self.wide)
+            step = self.emit(aten.mul.Tensor, self.cast(levels, self.wide), scale)
+            step = self.emit(aten.mul.Tensor, step, self.emit(aten.select.int, weights, 0, 0))
+            total = self.emit(aten.add.Tensor, total, step)
+        return self.cast(total, self.value.dtype)

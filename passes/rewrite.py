@@ -1,6 +1,6 @@
 """A copy of a graph under change, to which ports are added as values become inputs and outputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,41 +67,41 @@ class Rewriter:
         node.meta["val"] = _fake(target, args, kwargs)
         return node
 
-    def copied(self, after: fx.Node, node: fx.Node) -> fx.Node:
-        """The value in a storage of its own."""
-        return self.emit(after, aten.clone.default, node, memory_format=torch.contiguous_format)
+    def input(
+        self,
+        port: InPort,
+        like: torch.Tensor,
+        *,
+        shape: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> fx.Node:
+        """The input for a port: contiguous, of the other tensor's shape and dtype unless given."""
+        with fake_mode(like):
+            size = like.shape if shape is None else shape
+            empty = torch.empty(size, dtype=dtype or like.dtype, device=like.device)
+        return self.placeholder(port, empty)
 
-    def rows(self, after: fx.Node, node: fx.Node, half: int) -> fx.Node:
-        """The first (0) or the second half of a value's outermost dimension."""
-        count = int(value_of(node).shape[0]) // 2
-        return self.emit(after, aten.slice.Tensor, node, 0, half * count, (half + 1) * count)
+    def after(self, node: fx.Node) -> "Chain":
+        """Operations to be emitted behind a node."""
+        return Chain(self, node)
 
     def combine(self, like: fx.Node, entries: Sequence[fx.Node], group: int, made: set[fx.Node]) -> fx.Node:
         """The sum of the entries, newest first, weighted by a group's coefficients, in fp32 at least."""
         weights = self.coefficients(like, len(entries), group)
         dtype = value_of(like).dtype
-        wide = wider(dtype)
-        last = max([like, *(entry for entry in entries if entry.op != "placeholder")])
-
-        def emit(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-            nonlocal last
-            last = self.emit(last, target, *args, **kwargs)
-            made.add(last)
-            return last
-
+        chain = Chain(self, max([like, *(entry for entry in entries if entry.op != "placeholder")]), made)
         total: fx.Node | None = None
         for i, entry in enumerate(entries):
-            weight = emit(aten.select.int, weights, 0, i)
-            term = emit(aten.mul.Tensor, entry if dtype == wide else _cast(emit, entry, wide), weight)
-            total = term if total is None else emit(aten.add.Tensor, total, term)
-        return last if dtype == wide else _cast(emit, last, dtype)
+            weight = chain.emit(aten.select.int, weights, 0, i)
+            term = chain.emit(aten.mul.Tensor, chain.cast(entry, wider(dtype)), weight)
+            total = term if total is None else chain.emit(aten.add.Tensor, total, term)
+        assert total is not None
+        return chain.cast(total, dtype)
 
     def coefficients(self, like: fx.Node, count: int, group: int) -> fx.Node:
         """The input with a group's coefficients."""
         value = value_of(like)
-        with fake_mode(value):
-            empty = torch.empty(count, dtype=wider(value.dtype), device=value.device)
-        return self.placeholder(Coefficients(group), empty)
+        return self.input(Coefficients(group), value, shape=(count,), dtype=wider(value.dtype))
 
     def finished(self) -> StepGraph:
         """The graph, with results of their own: a caller may change them in place."""
@@ -109,19 +109,42 @@ class Rewriter:
         kept = {base for port, base in zip(self.outputs, bases, strict=True) if isinstance(port, CacheWrite)}
         for i, (port, base) in enumerate(zip(self.outputs, bases, strict=True)):
             if isinstance(port, Output) and (base in kept or base.op in ("placeholder", "get_attr")):
-                self.results[i] = self.copied(max((self.results[i], self.first)), self.results[i])
+                self.results[i] = self.after(max((self.results[i], self.first))).copied(self.results[i])
         self.graph.erase_node(self.graph.output_node())
         self.graph.output(tuple(self.results))
         return self.step.rebuilt(self.graph, inputs=tuple(self.inputs), outputs=tuple(self.outputs))
 
 
+@dataclass
+class Chain:
+    """Operations that are emitted one behind the other; `made` collects them."""
+
+    rewriter: Rewriter
+    last: fx.Node
+    made: set[fx.Node] = field(default_factory=set)
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        self.last = self.rewriter.emit(self.last, target, *args, **kwargs)
+        self.made.add(self.last)
+        return self.last
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """The value in a dtype; the node itself where it has that."""
+        return node if value_of(node).dtype == dtype else self.emit(aten._to_copy.default, node, dtype=dtype)
+
+    def copied(self, node: fx.Node) -> fx.Node:
+        """The value in a storage of its own."""
+        return self.emit(aten.clone.default, node, memory_format=torch.contiguous_format)
+
+    def rows(self, node: fx.Node, half: int) -> fx.Node:
+        """The first (0) or the second half of a value's outermost dimension."""
+        count = int(value_of(node).shape[0]) // 2
+        return self.emit(aten.slice.Tensor, node, 0, half * count, (half + 1) * count)
+
+
 def wider(dtype: torch.dtype) -> torch.dtype:
     """In what sums are taken: fp32 at least."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def _cast(emit: Callable[..., fx.Node], node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    return emit(aten._to_copy.default, node, dtype=dtype)
 
 
 def _fake(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:

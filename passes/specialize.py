@@ -139,7 +139,7 @@ class _Sites(Rewriter):
         for half, history in enumerate(histories):
             if history.action.kind == "compute" and not history.action.stores:
                 continue
-            rows = self.rows(raw, raw, half)
+            rows = self.after(raw).rows(raw, half)
             keep.add(rows)
             taken = self._obtained(history, number, replace(part, fresh=True), rows, keep)
             if taken is not None:
@@ -156,7 +156,7 @@ class _Sites(Rewriter):
         if action.packed:
             return self._packed(history, number, raw, keep)
         if action.stores:
-            kept = self.copied(raw, raw) if part.fresh else raw
+            kept = self.after(raw).copied(raw) if part.fresh else raw
             keep.add(kept)
             self.write(CacheWrite(history.name, number), kept)
         if action.kind == "compute":
@@ -166,7 +166,7 @@ class _Sites(Rewriter):
             entries.insert(0, raw)
         if action.group >= 0:
             return self.combine(raw, entries, action.group, keep)
-        return self.copied(raw, entries[0]) if part.result else entries[0]
+        return self.after(raw).copied(entries[0]) if part.result else entries[0]
 
     def _packed(self, history: _History, number: int, raw: fx.Node, keep: set[fx.Node]) -> fx.Node | None:
         """The same from a value in bfloat16 and its difference to the one before in 8 bits."""

@@ -19,7 +19,8 @@ from graphcache.engine import _ambient
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import StepGraph
-from graphcache.ir.plan import Letter, Plan, Row
+from graphcache.ir.letter import Letter
+from graphcache.ir.plan import Plan, Row
 from graphcache.ir.selector import resolve
 from graphcache.program import Captured, Program
 from graphcache.watch import Watch

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.ir.plan import Letter, Plan
+from graphcache.ir.letter import Letter
+from graphcache.ir.plan import Plan
 from graphcache.program import Captured
 from reference import Reference
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from hypothesis import strategies as st
 
-from graphcache.ir.plan import Letter, Plan, Row
+from graphcache.ir.letter import Letter
+from graphcache.ir.plan import Plan, Row
 from graphcache.ir.selector import Selector
 
 SELECTORS = ("@self", "@mlp", "*", "output", "range(0..1)")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from graphcache.analysis import bases
 from graphcache.ir.errors import PlanError
-from graphcache.ir.plan import Letter
+from graphcache.ir.letter import Letter
 
 HISTORIES = st.lists(st.integers(0, 40), min_size=1, max_size=5, unique=True).map(lambda s: sorted(s)[::-1])
 

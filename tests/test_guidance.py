@@ -230,9 +230,18 @@ class TestAgainstTheReference:
     @QUICK
     def test_random_plans(self, plan: Plan) -> None:
         plan = replace(plan, conditional="last")
-        if plan.is_guided:
-            self.check("pixart", plan, lambda pair, model: pair.one_call(model), tolerance=1e-7)
-            self.check("pixart", plan, lambda pair, model: pair.two_calls(model), tolerance=1e-7)
+        if not plan.is_guided:
+            return
+        for shape in (Pair.one_call, Pair.two_calls):
+            try:
+                self.check("pixart", plan, shape, tolerance=1e-7)
+            except PlanError:
+                # listed coefficients for a history that the unconditional branch does not have
+                pair = Pair("pixart")
+                with pytest.raises(PlanError):
+                    pair.generate(pair.reference(plan)[1], plan.steps)
+                with pytest.raises(PlanError):
+                    pair.generate(shape(pair, pair.transform(plan)), plan.steps)
 
     def check(self, name: str, plan: Plan, shape: Callable[..., Any], tolerance: float = 1e-11) -> None:
         """Two generations of one model, both equal to the reference's."""
@@ -249,8 +258,7 @@ class TestAgainstTheReference:
 def test_without_one_branch_steps_no_bit_changes(name: str, plan: Plan) -> None:
     pair = Pair(name)
     expected = pair.generate(pair.one_call(pair.on.model), 6)
-    for generated in (pair.generate(pair.one_call(pair.transform(plan)), 6),):
-        assert_same(generated, expected)
+    assert_same(pair.generate(pair.one_call(pair.transform(plan)), 6), expected)
     alone = pair.generate(lambda *call: tuple(_alone(pair, *call)), 6)
     assert_same(pair.generate(pair.two_calls(pair.transform(plan)), 6), alone)
 
@@ -407,13 +415,12 @@ class TestWhatChangesBetweenGenerations:
     def test_another_shape_and_another_clip(self) -> None:
         torch.manual_seed(0)
         model = graphcache.transform(Counting(2).eval(), self.PLAN)
-        fresh = lambda: graphcache.transform(graphcache.restore(model), self.PLAN)  # noqa: E731
         for shape in ((1, DIM, 4, 6), (3, DIM, 4, 6), (1, DIM, 6, 6), (1, DIM, 4, 6)):
             latents, text = torch.randn(shape), torch.randn(2 * shape[0], DIM)
             calls = [
                 (torch.cat([latents] * 2), torch.full((2 * shape[0],), 1 - s / 8), text) for s in range(8)
             ]
-            other = fresh()
+            other = graphcache.transform(graphcache.restore(model), self.PLAN)
             for call in calls:
                 assert_same(model(*call), other(*call))
 

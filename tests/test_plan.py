@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from graphcache.ir import plantext
 from graphcache.ir.errors import PlanError
-from graphcache.ir.plan import Letter, Plan, Preset, Row
+from graphcache.ir.letter import Letter
+from graphcache.ir.plan import Plan, Preset, Row
 from graphcache.ir.selector import Selector, resolve
 from strategies import plans
 

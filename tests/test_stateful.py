@@ -30,7 +30,7 @@ from graphcache.schedulers import Driver
 from reference import Reference, assert_same, capture_call, runner_tensors
 from tiny import arguments, tiny
 
-ACTIONS = int(os.environ.get("ACTIONS", "2000"))
+ACTIONS = int(os.environ.get("ACTIONS", "1000"))
 LENGTH = 50
 CONTEXTS = ("", "cond", "uncond")
 PLANS = (
@@ -82,7 +82,6 @@ class BareModule(RuleBasedStateMachine):
         self.cached: Any = graphcache.transform(self.model, plan, backend=backend)
         self.plan = plan
         self.captures: dict[tuple[int, int], Any] = {}
-        self.open: list[Any] = []
         self.sessions: list[Any] = [None]
         self.now: dict[int, Expected | None] = {0: None}
         self.steps = {0: plan.steps}
@@ -147,10 +146,6 @@ class BareModule(RuleBasedStateMachine):
         now.step += 1
         now.time = 1 - (now.step - now.start) / (now.plan.steps - now.start) if now.step > now.start else 1.0
         now.repeats = 0
-
-    @property
-    def some_session(self) -> int:
-        return self.seed % len(self.sessions)
 
     @rule(data=st.data())
     def step(self, data: st.DataObject) -> None:
@@ -257,7 +252,10 @@ class BareModule(RuleBasedStateMachine):
             kwargs["x"] = kwargs["x"].double()
         if kind == "missing":
             del kwargs["text"]
-        call = lambda: self.within(session, lambda: self.call(context, kwargs))  # noqa: E731
+
+        def call() -> Any:
+            return self.within(session, lambda: self.call(context, kwargs))
+
         with pytest.raises(TypeError if kind == "missing" else StateError):
             in_thread(call) if kind == "thread" else call()
 

@@ -157,8 +157,13 @@ class Pipeline(RuleBasedStateMachine):
             with self.pipe.transformer.session(scheduler=other.scheduler):
                 results.append(self.tiny.generate(other, **call))
 
-        in_thread(run)
-        assert_same(results[0], self.expected(call))
+        try:
+            in_thread(run)
+        except GraphCacheError:
+            assert self.tiny.start(call["steps"]), "only where a generation begins may be unknown"
+            self.counts["refused"] += 1
+        else:
+            assert_same(results[0], self.expected(call))
 
     @rule(call=CALLS)
     def without_a_session(self, call: dict[str, Any]) -> None:

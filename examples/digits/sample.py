@@ -10,17 +10,7 @@ from torch import Tensor
 
 from examples.digits.data import IMAGE_SIZE
 from examples.digits.model import NULL_LABEL
-
-_SEED_STRIDE = 1_000_003
-
-
-def initial_noise(count: int, seed: int = 0) -> Tensor:
-    """Standard normal latents (count, 1, IMAGE_SIZE, IMAGE_SIZE); row i depends on `seed` and i alone."""
-    rows = []
-    for row in range(count):
-        generator = torch.Generator().manual_seed(seed * _SEED_STRIDE + row)
-        rows.append(torch.randn(1, IMAGE_SIZE, IMAGE_SIZE, generator=generator))
-    return torch.stack(rows)
+from examples.noise import initial_noise
 
 
 def guided(prediction: Tensor, guidance: float) -> Tensor:
@@ -55,7 +45,7 @@ def sample(
         images (N, 1, IMAGE_SIZE, IMAGE_SIZE) in [-1, 1].
     """
     count = labels.shape[0]
-    latents: Tensor = initial_noise(count, seed).to(labels.device)
+    latents: Tensor = initial_noise(count, (1, IMAGE_SIZE, IMAGE_SIZE), seed).to(labels.device)
     class_labels = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
     scheduler.set_timesteps(steps)
     latents = latents * scheduler.init_noise_sigma

@@ -10,17 +10,7 @@ from torch import Tensor
 
 from examples.moving_digits.data import FRAME_SIZE, FRAMES
 from examples.moving_digits.model import captions
-
-_SEED_STRIDE = 1_000_003
-
-
-def initial_noise(count: int, seed: int = 0) -> Tensor:
-    """Standard normal latents (count, 1, 16, 32, 32); clip i depends on `seed` and i alone."""
-    clips = []
-    for clip in range(count):
-        generator = torch.Generator().manual_seed(seed * _SEED_STRIDE + clip)
-        clips.append(torch.randn(1, FRAMES, FRAME_SIZE, FRAME_SIZE, generator=generator))
-    return torch.stack(clips)
+from examples.noise import initial_noise
 
 
 @torch.no_grad()
@@ -48,7 +38,7 @@ def sample(
     Returns:
         clips (N, 1, FRAMES, FRAME_SIZE, FRAME_SIZE) in [-1, 1].
     """
-    latents = initial_noise(len(labels), seed)
+    latents = initial_noise(len(labels), (1, FRAMES, FRAME_SIZE, FRAME_SIZE), seed)
     text = captions(torch.cat([torch.full_like(labels, -1), labels]))
     scheduler.set_timesteps(steps)
     for done, timestep in enumerate(scheduler.timesteps, start=1):

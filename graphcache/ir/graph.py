@@ -41,14 +41,18 @@ class Hoisted:
 
 @dataclass(frozen=True, slots=True)
 class CacheRead:
-    """History entry of a site: `entry` 0 is the newest raw value, `part` tells a site's tensors apart."""
+    """History entry of a site: `entry` 0 is the newest raw value, `part` tells a site's tensors apart.
+
+    An `optional` one is read as zeros where the site has no history yet.
+    """
 
     site: str
     part: int
     entry: int
+    optional: bool = False
 
     def __str__(self) -> str:
-        return f"read {self.site} part {self.part} entry {self.entry}"
+        return f"read {self.site} part {self.part} entry {self.entry}" + (" if any" if self.optional else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,11 @@ class Phase:
     actions: tuple[tuple[str, Action], ...]
     half: bool = False
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether the unconditional branch is made from the conditional one's result."""
+        return any(name == GUIDANCE and action.kind == "forecast" for name, action in self.actions)
+
 
 @dataclass(frozen=True, slots=True)
 class Guided:
@@ -107,9 +112,8 @@ class Schedule:
     def branches(self, step: int) -> int:
         """Branches of guidance that a step evaluates: one or both of a doubled batch, else one or none."""
         phase = self.phases[self.steps[step].phase]
-        one = any(name == GUIDANCE and action.kind == "forecast" for name, action in phase.actions)
         doubled = self.guided is not None and self.guided.conditional is not None
-        return 1 + doubled - one
+        return 1 + doubled - phase.is_answered
 
     def is_skipped(self, phase: Phase, block: int) -> bool:
         """Whether a block lies within a range, or the output, that the phase takes from the cache."""
