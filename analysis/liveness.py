@@ -14,11 +14,16 @@ from graphcache.ir.schedule import (
     GUIDANCE,
     PREDICTION,
     Action,
+    Budget,
     Guided,
+    Measure,
+    Memory,
     Phase,
     Role,
     Schedule,
+    Selection,
     Step,
+    patched,
     site_of,
     unconditional,
 )
@@ -30,6 +35,7 @@ class _Track:
     """One site's row while it is simulated: its actions, what they read, what must be kept.
 
     A `packed` history has entries that hold the difference to the one before, which is read no more then.
+    `copy` is the track of the value that tokens are written into, where forecasts read the raw ones.
     """
 
     name: str
@@ -40,13 +46,27 @@ class _Track:
     weights: list[tuple[float, ...]] = field(default_factory=list)
     computed: list[int] = field(default_factory=list)
     last_read: dict[int, int] = field(default_factory=dict)
+    copy: "_Track | None" = None
+    selections: dict[int, Selection] = field(default_factory=dict)
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether the copy is newer than the newest computed value."""
+        return self.copy is not None and self.copy.computed[:1] > self.computed[:1]
 
     def keep(self, step: int) -> int:
         """Entries still to be read after `step`, or by another branch's call at it."""
         return sum(1 for c, read in self.last_read.items() if c <= step < read)
 
 
-def lower(plan: Plan, branches: Sequence[Branch], start: int = 0, role: Role = "only") -> Schedule:
+def lower(
+    plan: Plan,
+    branches: Sequence[Branch],
+    start: int = 0,
+    role: Role = "only",
+    memories: Sequence[Memory] = (),
+    shared: bool = False,
+) -> Schedule:
     """Turn a plan into phases.
 
     Args:
@@ -54,6 +74,8 @@ def lower(plan: Plan, branches: Sequence[Branch], start: int = 0, role: Role = "
         branches: the model's residual branches, in execution order.
         start: first step that will run; earlier ones are skipped, and what lacks history computes.
         role: which calls of guidance the schedule is for; without any, the row `guidance` means nothing.
+        memories: operands that sites with token budgets need kept whole.
+        shared: whether both halves of the batch are the same latents, so that they may share their tokens.
 
     Raises:
         PlanError: rows that match nothing, actions without the history they need, overlapping ranges.
@@ -68,18 +90,31 @@ def lower(plan: Plan, branches: Sequence[Branch], start: int = 0, role: Role = "
         raise PlanError("rows guidance and output exclude each other: the output is that of both branches")
 
     def simulated(runs: Collection[int]) -> list[_Track]:
-        return _simulate(_tracks(resolution, branches, blocks, letters), steps, runs, letters, plan.steps)
+        tracks = _tracks(resolution, branches, blocks, letters)
+        _simulate(tracks, steps, runs, letters, plan.steps)
+        for track in tracks:
+            _select(track, steps, plan, shared)
+            if track.copy is not None:
+                track.copy.actions = [Action("hold")] * len(steps)
+                track.copy.weights = [()] * len(steps)
+        tracks += [track.copy for track in tracks if track.copy is not None]
+        return tracks + [_remembered(memory, tracks, steps) for memory in memories]
 
     if guidance is None:
-        return _assemble(simulated(steps), steps)
+        return _assemble(simulated(steps), steps, memories=memories)
     tracks = [] if role == "uncond" else simulated(steps)
     if role != "cond":
         others = simulated([s for s in steps if guidance.actions[s - start].kind == "compute"])
         for track in others:
-            track.name = unconditional(track.name) if role == "doubled" else track.name
+            _rename(track, role)
         tracks += others
     tracks.append(_prediction(guidance, steps) if role == "cond" else guidance)
-    return _assemble(tracks, steps, _guided(plan, letters, resolution, role))
+    if role == "doubled" and memories:
+        raise PlanError(
+            f"site {memories[0].sites[0]}: attention on a token budget is not to be had in a doubled batch "
+            "of which guidance drops a half; let it compute or reuse, or call the branches one by one"
+        )
+    return _assemble(tracks, steps, _guided(plan, letters, resolution, role), memories)
 
 
 def _simulate(
@@ -167,6 +202,9 @@ def _tracks(
     packed = {symbol for symbol, letter in letters.items() if letter.is_packed}
     for track in tracks:
         track.packed = not packed.isdisjoint(track.row.actions)
+        used = [letters[symbol] for symbol in set(track.row.actions) if symbol in letters]
+        if any(letter.is_tokens for letter in used) and any(letter.is_forecast for letter in used):
+            track.copy = _Track(patched(track.name), track.row, track.blocks)
     return [track for track in tracks if set(track.row.actions) != {"#"}]
 
 
@@ -202,21 +240,81 @@ def _advance(track: _Track, step: int, letters: dict[str, Letter], steps: int, h
     if held is not None:
         _record(track, Action("hold"), ())
         return
-    if letter is not None and letter.is_tokens:
-        raise PlanError(
-            f"site {track.name}, step {step}: letter '{symbol}' is a token budget, "
-            "which this version cannot lower; use '#' or '.' there"
-        )
     if not track.computed:
         symbol, letter = "#", None
     if symbol == "#":
         _record(track, Action("compute"), ())
         track.computed.insert(0, step)
     elif letter is None:
-        _read(track, step, 1)
-        _record(track, Action("reuse", 1), ())
+        _read(_newest(track), step, 1)
+        _record(track, Action("reuse", 1, patched=track.is_patched), ())
+    elif letter.is_tokens:
+        _budgeted(track, step, letter)
     else:
         _weighted(track, step, letter, steps)
+
+
+def _newest(track: _Track) -> _Track:
+    """Where the newest value is: in the history, or in the copy that tokens were written into."""
+    return track.copy if track.copy is not None and track.is_patched else track
+
+
+def _budgeted(track: _Track, step: int, letter: Letter) -> None:
+    """Some tokens are computed and written into the newest value, or a copy that no forecast reads."""
+    patches = track.copy is not None and not track.is_patched
+    action = Action("tokens", 1, budget=Budget.of(letter), patches=patches, patched=track.is_patched)
+    _read(_newest(track), step, 1)
+    if patches and track.copy is not None:
+        track.copy.computed.insert(0, step)
+    _record(track, action, ())
+
+
+def _select(track: _Track, steps: range, plan: Plan, shared: bool) -> None:
+    """What is chosen where the site is computed whole, for the token budgets up to the next such step."""
+    letters = {letter.symbol: letter for letter in plan.letters}
+    whole = [i for i, action in enumerate(track.actions) if action.kind in ("compute", "correct")]
+    for first, following in zip(whole, [*whole[1:], len(steps)], strict=True):
+        budgets = [i for i in range(first + 1, following) if track.actions[i].kind == "tokens"]
+        if not budgets:
+            continue
+        chosen = tuple((steps[i], letters[track.row.actions[steps[i]]]) for i in budgets)
+        halves = shared and all(letter.option("halves") == "shared" for _, letter in chosen)
+        measures = {Measure.of(letter, halves) for _, letter in chosen}
+        if len(measures) > 1:
+            raise PlanError(
+                f"site {track.name}, steps {steps[first]} to {steps[following - 1]}: token letters by "
+                "different scores; between two computed steps a row has one"
+            )
+        track.selections[steps[first]] = Selection(track.name, chosen, following - first, plan.grid)
+        if chosen[0][1].is_measured:
+            track.actions[first] = replace(track.actions[first], measure=measures.pop())
+
+
+def _remembered(memory: Memory, tracks: Sequence[_Track], steps: range) -> _Track:
+    """An operand of attention: whole where a site that reads it computes, else the chosen tokens' part."""
+    by_name = {track.name: track for track in tracks}
+    owner = by_name[memory.sites[0]]
+    track = _Track(memory.name, owner.row, owner.blocks)
+    for i, step in enumerate(steps):
+        kinds = {by_name[name].actions[i].kind if name in by_name else "compute" for name in memory.readers}
+        if not kinds.isdisjoint(("compute", "correct")):
+            _record(track, Action("compute"), ())
+            track.computed.insert(0, step)
+        elif "tokens" in kinds:
+            _read(track, step, 1)
+            _record(track, Action("tokens", 1), ())
+        else:
+            _record(track, Action("hold"), ())
+    return track
+
+
+def _rename(track: _Track, role: Role) -> None:
+    """The histories of the unconditional half of a doubled batch have names of their own."""
+    if role != "doubled":
+        return
+    site, _, rest = track.name.partition("|")
+    track.name = unconditional(site) + (f"|{rest}" if rest else "")
+    track.selections = {step: replace(item, site=track.name) for step, item in track.selections.items()}
 
 
 def _weighted(track: _Track, step: int, letter: Letter, steps: int) -> None:
@@ -255,7 +353,9 @@ def _record(track: _Track, action: Action, weights: tuple[float, ...]) -> None:
     track.weights.append(weights)
 
 
-def _assemble(tracks: Sequence[_Track], steps: range, guided: Guided | None = None) -> Schedule:
+def _assemble(
+    tracks: Sequence[_Track], steps: range, guided: Guided | None = None, memories: Sequence[Memory] = ()
+) -> Schedule:
     """Merge equal columns; a phase stores what any of its steps needs stored."""
     columns = [tuple(track.actions[i] for track in tracks) for i in range(len(steps))]
     order = {column: i for i, column in enumerate(dict.fromkeys(columns))}
@@ -270,12 +370,17 @@ def _assemble(tracks: Sequence[_Track], steps: range, guided: Guided | None = No
         for i in members[index]:
             weights[i] = tuple(tracks[t].weights[i] for t in groups)
     result = tuple(
-        Step(order[columns[i]], weights[i], {t.name: t.keep(step) for t in tracks})
+        Step(
+            order[columns[i]],
+            weights[i],
+            {t.name: t.keep(step) for t in tracks},
+            tuple(t.selections[step] for t in tracks if step in t.selections),
+        )
         for i, step in enumerate(steps)
     )
     ranges = {site_of(t.name): t.blocks for t in tracks if t.name.startswith("range(")}
     bounds = tuple((name, blocks.start, blocks.stop - 1) for name, blocks in ranges.items())
-    return Schedule(tuple(phases), result, bounds, guided)
+    return Schedule(tuple(phases), result, bounds, guided, tuple(memories))
 
 
 def _phase(

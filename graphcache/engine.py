@@ -225,7 +225,9 @@ class Engine:
         """A state whose history begins with this call."""
         program = self._program(call.key, bound, tensors, begins)
         role = self._role(plan, call.name, program, tensors)
-        return begun(call.key, program, plan, step, role)
+        shares = role == "only" and any(item.is_measured for item in plan.letters)
+        shared = shares and is_doubled(tensors[program.captured.call.latent])
+        return begun(call.key, program, plan, step, role, shared)
 
     def _role(self, plan: Plan, name: str, program: Program, tensors: Sequence[torch.Tensor]) -> Role:
         """Which calls of guidance these are, by the cache context and by the latents."""

@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from graphcache.analysis.cost import graph_flops
+from graphcache.analysis.dataflow import Dataflow
 from graphcache.analysis.frequency import basis, disc
 from graphcache.analysis.invariant import invariant_values
 from graphcache.analysis.liveness import lower
 from graphcache.analysis.ranges import cut_range
+from graphcache.analysis.tokens import TokenCut, memories, token_cuts
 from graphcache.capture import capture
 from graphcache.compile import COMPILING, Backend, Compiled, build
 from graphcache.halves import Half, capture_half
@@ -28,7 +30,8 @@ from graphcache.ir.graph import (
     value_of,
 )
 from graphcache.ir.plan import Plan
-from graphcache.ir.schedule import Guided, Phase, Role, Schedule, site_of
+from graphcache.ir.schedule import Guided, Memory, Phase, Role, Schedule, site_of
+from graphcache.ir.selector import resolve
 from graphcache.passes.base import Observer, Pass, run
 from graphcache.passes.guidance import Guide
 from graphcache.passes.hoist import Hoist, Prologue
@@ -91,7 +94,7 @@ def _lay(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
     return made.copy_(tensor)
 
 
-PhaseKey = tuple[Phase, tuple[tuple[str, int, int], ...], Guided | None]
+PhaseKey = tuple[Phase, tuple[tuple[str, int, int], ...], Guided | None, tuple[Memory, ...]]
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,9 @@ class Program:
     varying: frozenset[int] = frozenset()
     observers: Sequence[Observer] = ()
     half: Half | None = None
+    tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
     phases: dict[PhaseKey, Runnable] = field(default_factory=dict)
-    _schedules: dict[tuple[Plan, int, Role], Schedule] = field(default_factory=dict)
+    _schedules: dict[tuple[Plan, int, Role, bool], Schedule] = field(default_factory=dict)
 
     def without(self, changed: set[int]) -> "Program":
         """The same, with these inputs taken to change at every step."""
@@ -210,11 +214,31 @@ class Program:
         names = tuple(name for name in self._held if name in self.half.hoisted)
         return run((Hoist(names),), self.half.step, self.observers)
 
-    def schedule(self, plan: Plan, start: int = 0, role: Role = "only") -> Schedule:
-        """The plan from a step on, lowered for this model and for calls of this role."""
-        key = (plan, start, role)
+    @cached_property
+    def _flow(self) -> Dataflow:
+        return Dataflow(self.captured.step)
+
+    def cuts(self, plan: Plan) -> dict[str, TokenCut]:
+        """How the sites that a plan gives token budgets run on some of their tokens."""
+        symbols = {letter.symbol for letter in plan.letters if letter.is_tokens}
+        if not symbols:
+            return {}
+        step = self.captured.step
+        rows = resolve(plan, step.branches, step.blocks).branches
+        return token_cuts(
+            self._flow, [name for name, row in rows.items() if not symbols.isdisjoint(row.actions)]
+        )
+
+    def schedule(self, plan: Plan, start: int = 0, role: Role = "only", shared: bool = False) -> Schedule:
+        """The plan from a step on, lowered for this model and for calls of this role.
+
+        `shared`: both halves of the batch are the same latents.
+        """
+        key = (plan, start, role, shared)
         if key not in self._schedules:
-            schedule = lower(plan, self.captured.step.branches, start, role)
+            step, cuts = self.captured.step, self.cuts(plan)
+            schedule = lower(plan, step.branches, start, role, memories(step, cuts), shared)
+            self.tokens |= {name: (cut.rows, cut.tokens) for name, cut in cuts.items()}
             if role == "doubled":
                 self._refuse_mixed(schedule)
             self._schedules[key] = schedule
@@ -238,10 +262,12 @@ class Program:
 
     def phase(self, schedule: Schedule, index: int) -> Runnable:
         """The specialised graph of a phase."""
-        key = phase, ranges, guided = schedule.phases[index], schedule.ranges, schedule.guided
+        phase, ranges, guided = schedule.phases[index], schedule.ranges, schedule.guided
+        key = phase, ranges, guided, schedule.memories
         with COMPILING:
             if key not in self.phases:
-                passes: list[Pass] = [Specialize(phase, ranges, guided.conditional if guided else None)]
+                conditional = guided.conditional if guided else None
+                passes: list[Pass] = [Specialize(phase, ranges, conditional, schedule.memories)]
                 if guided is not None:
                     passes.append(Guide(phase, guided))
                 step = run(passes, self.half_step if phase.half else self.step, self.observers)

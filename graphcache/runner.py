@@ -7,11 +7,21 @@ from typing import Any
 import torch
 
 from graphcache.ir.errors import StateError
-from graphcache.ir.graph import CacheRead, Hoisted, Input, Table
+from graphcache.ir.graph import CacheRead, Chosen, Hoisted, Input, Table
 from graphcache.ir.plan import Plan
-from graphcache.ir.schedule import GUIDANCE, PREDICTION, Role, Schedule, Step, is_unconditional
-from graphcache.ir.state import CacheState, Entry
+from graphcache.ir.schedule import (
+    GUIDANCE,
+    PREDICTION,
+    Role,
+    Schedule,
+    Step,
+    is_unconditional,
+    score,
+    site_of,
+)
+from graphcache.ir.state import CacheState, Choice, Entry
 from graphcache.program import Program, Runnable, distinct, laid
+from graphcache.selection import Tokens, choose
 
 Key = tuple[Hashable, ...]
 """A signature, and what tracing and compiled code depend on besides it; gradient mode comes last."""
@@ -37,6 +47,7 @@ class BranchState:
     constants: tuple[torch.Tensor, ...] = ()
     hoisted_bytes: int = 0
     ready: dict[int, Runnable] = field(default_factory=dict)
+    chosen: dict[int, dict[str, Choice]] = field(default_factory=dict)
 
     @property
     def now(self) -> Step:
@@ -56,13 +67,17 @@ def run_step(state: BranchState, tensors: Sequence[torch.Tensor]) -> Any:
     runnable = state.ready.get(step.phase)
     if runnable is None:
         runnable = state.ready[step.phase] = program.phase(state.schedule, step.phase)
+    cache.chosen = state.chosen.pop(state.step, {})
     results = runnable.call(*_feed(cache, runnable, inputs, step))
     count = position = program.captured.output.count
     for site, parts in runnable.stored:
         cache.store(site, tuple(results[position : position + parts]))
         position += parts
+    if step.selections:
+        _choose(state)
     cache.trim(step.keep)
     if state.finished:
+        state.chosen.clear()
         cache.hoisted, cache.half_hoisted = {}, None
         state.watched = None
     return program.captured.output.build(results[:count])
@@ -79,9 +94,9 @@ def changed_inputs(state: BranchState, tensors: Sequence[torch.Tensor]) -> set[i
     }
 
 
-def begun(key: Key, program: Program, plan: Plan, step: int, role: Role) -> BranchState:
+def begun(key: Key, program: Program, plan: Plan, step: int, role: Role, shared: bool = False) -> BranchState:
     """The state of a branch that begins with this step."""
-    return BranchState(key, program, program.schedule(plan, step, role), step, step, role)
+    return BranchState(key, program, program.schedule(plan, step, role, shared), step, step, role)
 
 
 def halved(state: BranchState, key: Key, program: Program, plan: Plan, step: int) -> BranchState | None:
@@ -147,6 +162,21 @@ def _run_prologue(state: BranchState, tensors: Sequence[torch.Tensor], laid: Seq
         state.watched = tuple((tensors[i], _version(tensors[i])) for i in program.prologue_inputs)
 
 
+def _choose(state: BranchState) -> None:
+    """Choose the tokens of the steps up to the next one that computes their site whole."""
+    program, entries = state.program, state.cache.entries
+    sites = {branch.name: number for number, branch in enumerate(program.captured.step.branches)}
+    for selection in state.now.selections:
+        site = site_of(selection.site)
+        rows, count = program.tokens[site]
+        value = entries[selection.site][0][0]
+        scores = entries.pop(score(selection.site), None)
+        tokens = Tokens(rows // 2 if state.role == "doubled" else rows, count, value.device, selection.grid)
+        given = value if scores is None else scores[0][0]
+        for step, choice in choose(selection, tokens, state.step, sites[site], given).items():
+            state.chosen.setdefault(step, {})[selection.site] = choice
+
+
 def _feed(
     cache: CacheState, runnable: Runnable, inputs: Sequence[torch.Tensor], step: Step
 ) -> list[torch.Tensor]:
@@ -161,6 +191,9 @@ def _feed(
     for port in runnable.step.inputs:
         if isinstance(port, CacheRead):
             history = entries.get(port.site)
+            if history and port.changed and torch.is_grad_enabled():
+                # what a graph saved for its gradient must not change after it
+                history[0] = tuple(part.clone() for part in history[0])
             if history:
                 # a history that is shorter than the forecast's order is padded with its newest at weight 0
                 index = port.entry if port.entry < len(history) else 0
@@ -175,6 +208,9 @@ def _feed(
             feed.append(inputs[port.index])
         elif isinstance(port, Table):
             feed.append(runnable.tables[port])
+        elif isinstance(port, Chosen):
+            choice = cache.chosen[port.site]
+            feed.append(choice.clusters if port.clusters else choice.places)
         else:
             feed.append(runnable.coefficients(port.group, step.coefficients[port.group]))
     return feed if len(set(map(id, feed))) == len(feed) else distinct(feed)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from graphcache.analysis import ops
 from graphcache.analysis.dataflow import needed
 from graphcache.ir.graph import StepGraph
 
@@ -30,8 +31,12 @@ class Prune:
 
 
 def sweep(graph: fx.Graph) -> None:
-    """Erase every operation and weight that the output cannot be reached from; placeholders stay."""
-    alive = needed([graph.output_node()])
+    """Erase all operations and weights that neither the output nor a cache entry needs; placeholders stay.
+
+    A value that nobody reads at this step may be written into an entry that a later step reads.
+    """
+    writes = (node for node in graph.nodes if node.target in ops.WRITES)
+    alive = needed([graph.output_node(), *writes])
     for node in reversed(list(graph.nodes)):
         if node not in alive and node.op != "placeholder":
             graph.erase_node(node)

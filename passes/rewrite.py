@@ -1,11 +1,13 @@
 """A copy of a graph under change, to which ports are added as values become inputs and outputs."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from graphcache.analysis import ops
 from graphcache.ir.graph import (
@@ -128,6 +130,11 @@ class Chain:
         self.made.add(self.last)
         return self.last
 
+    def several(self, target: Any, *args: Any, **kwargs: Any) -> tuple[fx.Node, fx.Node]:
+        """The first two results of an operation that has several."""
+        both = self.emit(target, *args, **kwargs)
+        return self.emit(operator.getitem, both, 0), self.emit(operator.getitem, both, 1)
+
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """The value in a dtype; the node itself where it has that."""
         return node if value_of(node).dtype == dtype else self.emit(aten._to_copy.default, node, dtype=dtype)
@@ -151,7 +158,7 @@ def _fake(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Ten
     nodes: list[fx.Node] = []
     fx.map_arg((tuple(args), kwargs), nodes.append)
     values, named = fx.map_arg((tuple(args), kwargs), lambda node: node.meta["val"])
-    with fake_mode(value_of(nodes[0])):
+    with fake_mode(pytree.tree_leaves(nodes[0].meta["val"])[0]):
         result: torch.Tensor = target(*values, **named)
     return result
 
@@ -162,4 +169,6 @@ def _name(port: InPort) -> str:
         return f"cache_{site}_{port.part}_{port.entry}"
     if isinstance(port, Table):
         return f"{port.kind}_{port.size}_{port.radius}"
-    return f"coefficients_{port.group}" if isinstance(port, Coefficients) else str(port).replace(" ", "_")
+    if isinstance(port, Coefficients):
+        return f"coefficients_{port.group}"
+    return "".join(c if c.isalnum() else "_" for c in str(port))

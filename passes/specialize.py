@@ -2,17 +2,32 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import fx
 
 from graphcache.analysis import ops
+from graphcache.analysis.dataflow import Dataflow
 from graphcache.analysis.ranges import Bypass, RangeCut, cut_range
-from graphcache.ir.graph import CacheRead, CacheWrite, Output, StepGraph, fake_mode, value_of
-from graphcache.ir.schedule import GUIDANCE, PREDICTION, Action, Phase, is_unconditional, unconditional
+from graphcache.analysis.tokens import TokenCut, token_cuts
+from graphcache.ir.graph import CacheRead, CacheWrite, Chosen, Output, StepGraph, fake_mode, value_of
+from graphcache.ir.schedule import (
+    GUIDANCE,
+    PREDICTION,
+    Action,
+    Memory,
+    Phase,
+    patched,
+    score,
+    site_of,
+    unconditional,
+)
 from graphcache.passes.pack import Packed
 from graphcache.passes.prune import Prune
-from graphcache.passes.rewrite import Rewriter
+from graphcache.passes.rewrite import Chain, Rewriter
+from graphcache.passes.scores import Scores, measured
+from graphcache.passes.tokens import Tokens, changed, chosen_tokens
 
 aten = ops.aten
 
@@ -23,6 +38,7 @@ class _History:
 
     name: str
     action: Action
+    half: int | None = None
 
 
 @dataclass(frozen=True)
@@ -36,11 +52,16 @@ class Specialize:
     phase: Phase
     ranges: tuple[tuple[str, int, int], ...] = ()
     conditional: str | None = None
+    memories: tuple[Memory, ...] = ()
 
     def __call__(self, step: StepGraph) -> StepGraph:
         cuts = {name: cut_range(step, name, first, last) for name, first, last in self.ranges}
-        rewriter = _Sites(step, is_half=self.phase.half)
         actions = dict(self.phase.actions)
+        budgeted = {site_of(name) for name, action in actions.items() if action.budget is not None}
+        rewriter = _Sites(step, is_half=self.phase.half)
+        rewriter.cuts = token_cuts(rewriter.flow, budgeted)
+        for memory in self.memories:
+            rewriter.remember(memory, actions)
         sites = [name for name in actions if self._is_rewritten(name, actions)]
         parts = {name: rewriter.parts(name, cuts.get(name)) for name in sites if name != "output"}
         # innermost first: what lies around a site takes its value as the site hands it on
@@ -51,17 +72,16 @@ class Specialize:
         return Prune()(rewriter.finished())
 
     def _is_rewritten(self, name: str, actions: Mapping[str, Action]) -> bool:
-        is_site = name not in (GUIDANCE, PREDICTION) and not is_unconditional(name)
+        is_site = name not in (GUIDANCE, PREDICTION) and name == site_of(name)
         return is_site and actions[name].kind != "hold"
 
     def _histories(self, site: str, actions: Mapping[str, Action]) -> list[_History]:
         """Of the whole batch, or of its halves in their order."""
-        own = _History(site, actions[site])
         other = unconditional(site)
         if other not in actions or self.phase.half:
-            return [own]
-        both = [own, _History(other, actions[other])]
-        return both if self.conditional == "first" else both[::-1]
+            return [_History(site, actions[site])]
+        order = (site, other) if self.conditional == "first" else (other, site)
+        return [_History(name, actions[name], half) for half, name in enumerate(order)]
 
 
 @dataclass(frozen=True)
@@ -83,6 +103,14 @@ class _Sites(Rewriter):
     """A copy of the step whose sites are turned into ports."""
 
     is_half: bool = False
+    cuts: Mapping[str, TokenCut] = field(default_factory=dict)
+    memory: dict[str, fx.Node] = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict)
+
+    @cached_property
+    def flow(self) -> Dataflow:
+        return Dataflow(self.step)
+
     streams: dict[fx.Node, fx.Node] = field(default_factory=dict)
     deltas: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
 
@@ -128,6 +156,9 @@ class _Sites(Rewriter):
     def apply(self, histories: Sequence[_History], number: int, part: _Part) -> None:
         """Obtain one part of a site from its history, or from those of a doubled batch's halves."""
         raw, keep = part.raw, set[fx.Node]()
+        if any(history.action.kind == "tokens" for history in histories):
+            part.substitute(self._partial(histories, part), keep)
+            return
         if len(histories) == 1:
             # both graphs of a doubled batch hand on contiguous rows
             part = replace(part, fresh=part.fresh or (self.is_half and not value_of(raw).is_contiguous()))
@@ -155,6 +186,8 @@ class _Sites(Rewriter):
         action = history.action
         if action.packed:
             return self._packed(history, number, raw, keep)
+        if action.measure is not None:
+            self.write(CacheWrite(score(history.name), 0), self._measured(history, raw))
         if action.stores:
             kept = self.after(raw).copied(raw) if part.fresh else raw
             keep.add(kept)
@@ -164,9 +197,93 @@ class _Sites(Rewriter):
         entries = [self._load(CacheRead(history.name, number, i), raw, part) for i in range(action.reads)]
         if action.kind == "correct":
             entries.insert(0, raw)
+        if action.patched:
+            entries = [self._load(CacheRead(patched(history.name), number, 0), raw, part)]
         if action.group >= 0:
             return self.combine(raw, entries, action.group, keep)
         return self.after(raw).copied(entries[0]) if part.result else entries[0]
+
+    def _measured(self, history: _History, raw: fx.Node) -> fx.Node:
+        assert history.action.measure is not None
+        return measured(self, self.flow, self.scores, history.name, history.action.measure, raw, history.half)
+
+    def remember(self, memory: Memory, actions: Mapping[str, Action]) -> None:
+        """Store an operand of attention whole, or write the chosen tokens' part into the stored one."""
+        action, operand = actions[memory.name], self.nodes[memory.node]
+        if action.stores:
+            self.write(CacheWrite(memory.name, 0), self.after(operand).copied(operand))
+        if action.kind != "tokens":
+            return
+        chain = self.after(operand)
+        whole = self.input(changed(memory.name), value_of(operand))
+        for site in memory.sites:
+            budget = actions[site].budget if site in actions else None
+            if budget is None or actions[site].kind != "tokens":
+                continue
+            cut = next(cut for node, cut in self.cuts[site].memory.items() if node.name == memory.node)
+            chosen = chosen_tokens(self, site, cut, budget, cut.rows)
+            if chosen is not None:
+                tokens = Tokens(self, cut, chosen, chain)
+                whole = tokens.scatter(whole, cut.computed[cut.value], tokens.value())
+        self.memory[memory.node] = whole
+
+    def _partial(self, histories: Sequence[_History], part: _Part) -> fx.Node:
+        """The cached value with the chosen tokens computed anew, in whole or in the halves of a batch."""
+        action, site = histories[0].action, site_of(histories[0].name)
+        assert action.budget is not None
+        assert all(history.action == action for history in histories)
+        cut, chain = self.cuts[site], self.after(part.raw)
+        rows = cut.rows // len(histories)
+        chosen = [chosen_tokens(self, h.name, cut, action.budget, rows) for h in histories]
+        known = [node for node in chosen if node is not None]
+        computed = None
+        if known:
+            places = known[0] if len(known) == 1 else chain.emit(aten.cat.default, known)
+            computed = Tokens(self, cut, places, chain, self.memory).value()
+        halves = []
+        for half, history in enumerate(histories):
+            entry = self._entry(history, part, len(histories) > 1, written=bool(known), chain=chain)
+            if computed is not None:
+                own = computed if len(histories) == 1 else chain.rows(computed, half)
+                entry = self._written(history, cut, known[half], entry, own, chain)
+            halves.append(entry)
+        return halves[0] if len(halves) == 1 else chain.emit(aten.cat.default, halves)
+
+    def _entry(
+        self, history: _History, part: _Part, is_half: bool, *, written: bool, chain: Chain
+    ) -> fx.Node:
+        """The value that tokens are written into: a history's newest entry, or a copy of it."""
+        action = history.action
+        name = patched(history.name) if action.patched else history.name
+        like = value_of(part.raw)
+        shape = (like.shape[0] // 2, *like.shape[1:]) if is_half else like.shape
+        port = CacheRead(name, 0, 0, changed=written and not action.patches)
+        entry = self.input(port, like, shape=shape)
+        return chain.copied(entry) if action.patches else entry
+
+    def _written(
+        self,
+        history: _History,
+        cut: TokenCut,
+        chosen: fx.Node,
+        entry: fx.Node,
+        computed: fx.Node,
+        chain: Chain,
+    ) -> fx.Node:
+        budget = history.action.budget
+        assert budget is not None
+        tokens = Tokens(self, cut, chosen, chain)
+        if budget.blend is not None:
+            shape = value_of(entry).shape[:2]
+            clusters = self.input(Chosen(history.name, True), value_of(entry), shape=shape, dtype=torch.int64)
+            entry = tokens.blend(entry, computed, clusters, budget.blend)
+        axis = cut.computed[cut.value]
+        if axis.rows > 1:
+            axis = replace(axis, rows=int(value_of(chosen).shape[0]))
+        result = tokens.scatter(entry, axis, computed)
+        if history.action.patches:
+            self.write(CacheWrite(patched(history.name), 0), result)
+        return result
 
     def _packed(self, history: _History, number: int, raw: fx.Node, keep: set[fx.Node]) -> fx.Node | None:
         """The same from a value in bfloat16 and its difference to the one before in 8 bits."""

@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 
 import graphcache
 from graphcache.analysis.bases import coefficients
+from graphcache.analysis.dataflow import Dataflow
+from graphcache.analysis.tokens import memories, token_cuts
 from graphcache.capture import forward_parameters
 from graphcache.engine import _ambient
 from graphcache.ir.call import Binder, CallSpec
@@ -21,8 +23,11 @@ from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import StepGraph
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
+from graphcache.ir.schedule import Selection
 from graphcache.ir.selector import resolve
+from graphcache.ir.state import Choice
 from graphcache.program import Captured, Program
+from graphcache.selection import Tokens, choose
 from graphcache.watch import Watch
 from zoo import CASES, Case
 
@@ -73,6 +78,8 @@ class Site:
     history: list[Computed] = field(default_factory=list)
     fresh: list[Tensor] = field(default_factory=list)
     symbol: str = "#"
+    patched: Tensor | None = None
+    chosen: dict[int, Choice] = field(default_factory=dict)
 
 
 class Reference:
@@ -93,6 +100,14 @@ class Reference:
             for branch in step.branches
             if branch.name in rows.branches
         }
+        budgeted = {
+            site.name
+            for site in self.branches.values()
+            if any(item.is_tokens and item.symbol in site.row.actions for item in plan.letters)
+        }
+        self.tokens = token_cuts(Dataflow(step), budgeted) if budgeted else {}
+        self.memories = {item.node: item for item in memories(step, self.tokens)}
+        self.remembered: dict[str, Tensor] = {}
 
     def sites(self) -> list[Site]:
         """Outermost first."""
@@ -140,6 +155,8 @@ class Reference:
 
     def obtained(self, node: fx.Node, raw: Any, run: "_Step") -> Any:
         """What readers of `node` see, given what it computed."""
+        if node.name in self.memories:
+            return self._remembered(node, raw)
         site = self.branches.get(node.name)
         if site is not None:
             raw = self._obtained(site, 0, raw)
@@ -158,6 +175,13 @@ class Reference:
             return raw
         if site.symbol == "#" or (letter is not None and letter.is_compute):
             site.fresh.append(raw)
+            site.patched = None
+            if site.name in self.tokens:
+                self._choose(site, raw)
+        if letter is not None and letter.is_tokens:
+            return self._patched(site, letter, raw)
+        if site.symbol == "." and site.patched is not None:
+            return site.patched.clone()
         if site.symbol == "#":
             return raw
         values = [parts[part] for _, parts in site.history]
@@ -170,6 +194,73 @@ class Reference:
         if letter.is_compute:
             steps, values = [self.now, *steps], [raw, *values]
         return weighted(values, self._weights(site.row, letter, steps))
+
+    def _choose(self, site: Site, raw: Tensor) -> None:
+        """The tokens of the steps up to the next one that computes the site."""
+        steps, step = [], self.now + 1
+        while step < self.plan.steps and (symbol := self._later(site, step)) != "#":
+            if symbol in self.letters and self.letters[symbol].is_compute:
+                break
+            if symbol in self.letters and self.letters[symbol].is_tokens:
+                steps.append((step, self.letters[symbol]))
+            step += 1
+        if steps:
+            cut = self.tokens[site.name]
+            number = [branch.name for branch in self.captured.step.branches].index(site.name)
+            score = raw
+            if steps[0][1].option("by") == "norm":
+                norms = raw.float().reshape(cut.rows, cut.tokens, -1).norm(dim=-1)
+                score = norms / norms.norm(dim=-1, keepdim=True)
+            tokens = Tokens(cut.rows, cut.tokens, raw.device, self.plan.grid)
+            selection = Selection(site.name, tuple(steps), step - self.now)
+            site.chosen = choose(selection, tokens, self.now, number, score)
+
+    def _later(self, site: Site, step: int) -> str:
+        """The symbol that a site will have: held within what is taken from the cache."""
+        outer = [*([self.output] if self.output else []), *self.ranges]
+        for other in outer:
+            symbol = other.row.actions[step]
+            taken = symbol == "." or (symbol in self.letters and self.letters[symbol].is_forecast)
+            if taken and (other is self.output or _contains(other.blocks, site.blocks)):
+                return "held"
+        return site.row.actions[step]
+
+    def _patched(self, site: Site, letter: Letter, raw: Tensor) -> Tensor:
+        """The newest value with the chosen tokens' own in it."""
+        newest = (site.history[0][1][0] if site.patched is None else site.patched).clone()
+        cut, choice = self.tokens[site.name], site.chosen[self.now]
+        values, fresh = (item.view(cut.rows, cut.tokens, -1) for item in (newest, raw.contiguous()))
+        for row in range(cut.rows):
+            places = choice.places[row]
+            if letter.option("by") == "cluster":
+                share = float(letter.option("blend"))
+                spread = fresh[row][places][choice.clusters[row]]
+                values[row] = values[row] * (1 - share) + spread * share
+            values[row][places] = fresh[row][places]
+        site.patched = newest
+        return newest.clone()
+
+    def _remembered(self, node: fx.Node, raw: Tensor) -> Tensor:
+        """Keys or values: all new where a reader computes, else the rows of the chosen tokens."""
+        memory = self.memories[node.name]
+        named = {site.name: site for site in self.branches.values()}
+        symbols = [named[name].symbol if name in named else "#" for name in memory.readers]
+        letters = [self.letters.get(symbol) for symbol in symbols]
+        if "#" in symbols or any(letter is not None and letter.is_compute for letter in letters):
+            self.remembered[node.name] = raw.clone()
+            return raw
+        kept = self.remembered.get(node.name)
+        for name in memory.sites:
+            letter = self.letters.get(named[name].symbol)
+            if kept is None or letter is None or not letter.is_tokens:
+                continue
+            cut = next(item for n, item in self.tokens[name].memory.items() if n.name == node.name)
+            axis = cut.computed[cut.value]
+            for row in range(cut.rows):
+                places = named[name].chosen[self.now].places[row] + axis.start
+                kept[row].index_copy_(axis.dim - 1, places, raw[row].index_select(axis.dim - 1, places))
+        taken = any(letter is not None and letter.is_tokens for letter in letters)
+        return kept.clone() if taken and kept is not None else raw
 
     def _weights(self, row: Row, letter: Letter, computed: Sequence[int]) -> tuple[float, ...]:
         return coefficients(

@@ -33,8 +33,9 @@ def letters(draw: st.DrawFn, tokens: bool = False) -> tuple[Letter, ...]:
     weighting = ("weighting", draw(st.sampled_from(["paper", "released"])))
     known.append(Letter("g", "frequency", (*bands.items(), weighting)))
     if tokens:
-        budget = draw(st.integers(1, 64) | st.sampled_from([0.25, 0.5]))
-        known.append(Letter("a", "tokens", (("count", budget), ("by", "random"))))
+        budget = st.integers(0, 64) | st.sampled_from([0.25, 0.5])
+        options = (("by", "random"), ("multiple", draw(st.integers(1, 3))))
+        known += [Letter(symbol, "tokens", (("count", draw(budget)), *options)) for symbol in "ab"]
     return tuple(draw(st.lists(st.sampled_from(known), unique=True, max_size=len(known))))
 
 
@@ -48,7 +49,11 @@ def rows(
 ) -> Row:
     """A legal row: it computes first, and lists no more coefficients than values computed by then."""
     site = Selector.parse(selector)
-    usable = {item.symbol: item for item in defined if item.is_frequency is site.is_guidance}
+    usable = {
+        item.symbol: item
+        for item in defined
+        if item.is_frequency is site.is_guidance and (site.is_branches or not item.is_tokens)
+    }
     actions, listed, computed = "#", [], 1
     for step in range(1, steps):
         action = draw(st.sampled_from(["#", ".", *usable]))

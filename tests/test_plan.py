@@ -17,7 +17,7 @@ from strategies import plans
 EXAMPLE = """\
 plan steps=12 preset=none
 t = taylorseer order=2
-a = tokens 64 by random
+a = tokens 64 by random multiple=16 halves=shared seed=0
 c = tuned compute
 f = fitted order=1
 @self            ####t.##t.t#
@@ -160,7 +160,7 @@ class TestText:
         ("plan steps=2\nl = linear weight=exact over=3", "linear takes weight, not 'over'"),
         ("plan steps=2\nl = linear weight=ramp over=3", "linear needs begin="),
         ("plan steps=2\nc = tuned compute order=1", "tuned compute takes no options, not 'order'"),
-        ("plan steps=2\na = tokens 0 by random", "count=0 is not a number of tokens"),
+        ("plan steps=2\na = tokens -1 by random", "count=-1 is not a number of tokens"),
         ("plan steps=2\na = tokens 1.5 by random", "count=1.5 is not a number of tokens"),
         ("plan steps=2\na = tokens 4 by 7", "by=7 is not the name of a score"),
         ("plan steps=1\nt = newton order=1\nt = newton order=2", "letter 't' is defined twice"),

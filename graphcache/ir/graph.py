@@ -43,16 +43,19 @@ class Hoisted:
 class CacheRead:
     """History entry of a site: `entry` 0 is the newest raw value, `part` tells a site's tensors apart.
 
-    An `optional` one is read as zeros where the site has no history yet.
+    An `optional` one is read as zeros where the site has no history yet; one that is `changed` is written to
+    in place.
     """
 
     site: str
     part: int
     entry: int
     optional: bool = False
+    changed: bool = False
 
     def __str__(self) -> str:
-        return f"read {self.site} part {self.part} entry {self.entry}" + (" if any" if self.optional else "")
+        suffix = " if any" * self.optional + " changed in place" * self.changed
+        return f"read {self.site} part {self.part} entry {self.entry}{suffix}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,21 @@ class Table:
         return f"{self.kind} of {self.size} radius {self.radius}"
 
 
-InPort = Input | Hoisted | CacheRead | Coefficients | Table
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The tokens of a site that a step computes: their places in the stream, int64 (rows, budget).
+
+    `clusters`: for each token of the stream the cluster that it is in, int64 (rows, tokens).
+    """
+
+    site: str
+    clusters: bool = False
+
+    def __str__(self) -> str:
+        return f"{'clusters' if self.clusters else 'chosen tokens'} of {self.site}"
+
+
+InPort = Input | Hoisted | CacheRead | Coefficients | Table | Chosen
 OutPort = Output | CacheWrite | Hoisted
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from graphcache.ir.errors import PlanError
-from graphcache.ir.plantext import is_number, is_word
+from graphcache.ir.plantext import is_number
 
 MAX_ORDER = 8
 MAX_STEPS = 100_000
@@ -33,6 +33,16 @@ _OPTIONS: dict[str, dict[str, object]] = {
         "divisor": 5,
     },
 }
+_RANKED: dict[str, object] = {"staleness": 0.25, "spread": 0, "bonus": 0.5}
+_SCORES: dict[str, dict[str, object]] = {
+    "random": {"seed": 0},
+    "stratified": {"seed": 0},
+    "influence": {**_RANKED, "queries": 1.0},
+    "entropy": _RANKED,
+    "norm": _RANKED,
+    "cluster": {"blend": 0.005, "seed": 0},
+}
+_BUDGET: dict[str, object] = {"multiple": 16, "halves": "shared"}
 _RAMP: dict[str, object] = {"begin": _REQUIRED, "over": _REQUIRED, "gain": 1.0, "floor": 0.0}
 _FORECASTS = ("newton", "taylorseer", "hermite", "linear", "linear8", "fitted", "tuned")
 _CORRECTED = ("fitted compute", "tuned compute")
@@ -43,7 +53,7 @@ def _is_order(value: object) -> bool:
 
 
 def _is_budget(value: object) -> bool:
-    return is_number(value) and (1 <= value <= 10**9 if isinstance(value, int) else 0 < value < 1)
+    return is_number(value) and (0 <= value <= 10**9 if isinstance(value, int) else 0 < value < 1)
 
 
 def _is_positive(value: object) -> bool:
@@ -56,6 +66,30 @@ def _is_step(value: object) -> bool:
 
 def _is_divisor(value: object) -> bool:
     return is_number(value) and isinstance(value, int) and value > 2
+
+
+def _is_fraction(value: object) -> bool:
+    return is_number(value) and 0 < value <= 1
+
+
+def _is_share(value: object) -> bool:
+    return is_number(value) and 0 <= value <= 1
+
+
+def _is_multiple(value: object) -> bool:
+    return is_number(value) and isinstance(value, int) and 1 <= value <= 4096
+
+
+def _is_seed(value: object) -> bool:
+    return is_number(value) and isinstance(value, int) and 0 <= value < 2**31
+
+
+def _is_spread(value: object) -> bool:
+    return is_number(value) and isinstance(value, int) and 0 <= value <= 1024
+
+
+def _is_score(value: object) -> bool:
+    return value in _SCORES
 
 
 def _is_weighting(value: object) -> bool:
@@ -75,7 +109,15 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "gain": (is_number, "a finite number"),
     "floor": (is_number, "a finite number"),
     "count": (_is_budget, "a number of tokens or a fraction of them below 1"),
-    "by": (is_word, "the name of a score"),
+    "by": (_is_score, f"the name of a score: {', '.join(_SCORES)}"),
+    "multiple": (_is_multiple, "a whole number of tokens, at least 1"),
+    "halves": (lambda value: value in ("shared", "own"), "shared or own"),
+    "staleness": (is_number, "a finite number"),
+    "spread": (_is_spread, "the side of a block of tokens, 0 for none"),
+    "bonus": (is_number, "a finite number"),
+    "queries": (_is_fraction, "a fraction of the queries, above 0 and at most 1"),
+    "blend": (_is_share, "a number from 0 to 1"),
+    "seed": (_is_seed, "a whole number below 2^31"),
     "low": (is_number, "a finite number"),
     "low_until": (_is_step, "a whole number of steps"),
     "high": (is_number, "a finite number"),
@@ -83,7 +125,7 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "weighting": (_is_weighting, "paper or released"),
     "divisor": (_is_divisor, "a whole number above 2"),
 }
-_WHOLE = ("order", "count", "low_until", "high_from", "divisor")
+_WHOLE = ("order", "count", "low_until", "high_from", "divisor", "multiple", "spread", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +138,18 @@ class Letter:
     the low band of the branches' difference is multiplied by `low` while c <= low_until, and its high band by
     `high` once c >= high_from. With `weighting=released` the factors of all such steps since the difference
     was measured multiply. The low band is a disc of radius min(H, W) // divisor.
+
+    `tokens` computes `count` of a branch's tokens, a number or a fraction of them, rounded to a `multiple`,
+    and takes the others from the cache, where the computed ones then stand. They are chosen `by` a score,
+    made where the branch was last computed whole:
+    - `random`: each token once before any one twice; `stratified`: one from each of `count` stretches;
+    - `influence`: the attention that a token receives (of a part of the `queries`), `entropy`: how evenly it
+      attends to the text, `norm`: the size of its cached value; all normalised over the tokens. A token that
+      was not computed for n steps gains `staleness`·n / (steps of the cycle); in each `spread`×`spread` block
+      of the grid of tokens the best one's score grows by the share `bonus`;
+    - `cluster`: the token next to the mean of each of `count` clusters; the others move the share `blend` of
+      the way to their cluster's new value.
+    With `halves=shared` both halves of a batch that are the same latents take the same tokens.
     """
 
     symbol: str
@@ -114,6 +168,8 @@ class Letter:
         known = _OPTIONS[self.kind]
         if given.get("weight") == "ramp" and self.is_linear:
             known = {**known, **_RAMP}
+        if self.is_tokens:
+            known = {**known, **_BUDGET, **_SCORES.get(str(given.get("by")), {})}
         for name in given:
             if name not in known:
                 takes = ", ".join(known) or "no options"
@@ -166,6 +222,11 @@ class Letter:
     @property
     def is_tokens(self) -> bool:
         return self.kind == "tokens"
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the tokens' score is computed from the step's values."""
+        return self.is_tokens and self.option("by") in ("influence", "entropy", "norm")
 
     @property
     def is_frequency(self) -> bool:

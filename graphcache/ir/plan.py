@@ -207,6 +207,10 @@ def _check_row(row: Row, plan: Plan) -> None:
                 f"{where}: guidance is computed, reused or forecast by its frequencies, and it alone; "
                 f"{action!r} is {letter.kind}"
             )
+        if letter is not None and letter.is_tokens and not row.selector.is_branches:
+            raise PlanError(
+                f"{where}: {action!r} is a token budget, which branches have and {row.selector} has not"
+            )
         if action != COMPUTE and computed == 0:
             raise PlanError(f"{where}: {action!r} comes before any compute; put '#' there or earlier")
         _check_packed(where, letter, used)

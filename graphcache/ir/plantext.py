@@ -156,9 +156,9 @@ def _read_letter(symbol: str, words: list[str]) -> tuple[str, dict[str, int | fl
         raise PlanError(f"letter {symbol!r} has no kind; write '{symbol} = newton order=2'")
     kind, rest = words[0], words[1:]
     if kind == "tokens":
-        if len(rest) != 3 or rest[1] != "by":
+        if len(rest) < 3 or rest[1] != "by":
             raise PlanError(f"letter {symbol!r}: write '{symbol} = tokens 64 by random'")
-        return kind, {"count": parse_value(rest[0]), "by": rest[2]}
+        rest = [f"count={rest[0]}", f"by={rest[2]}", *rest[3:]]
     if rest[:1] == ["compute"]:
         kind, rest = f"{kind} compute", rest[1:]
     return kind, dict(_fields(rest))
@@ -203,7 +203,9 @@ def write_text(document: Document) -> str:
 
 def _letter_text(letter: LetterLine) -> str:
     if letter.kind == "tokens":
-        return f"{letter.symbol} = tokens {letter.options['count']} by {letter.options['by']}"
+        others = {name: value for name, value in letter.options.items() if name not in ("count", "by")}
+        budget = f"tokens {letter.options['count']} by {letter.options['by']}"
+        return " ".join([f"{letter.symbol} = {budget}", *_words(others)])
     return " ".join([f"{letter.symbol} = {letter.kind}", *_words(letter.options)])
 
 

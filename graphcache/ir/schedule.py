@@ -1,11 +1,13 @@
 """A plan after lowering: few phases, and for every step which of them runs on what."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-Kind = Literal["compute", "correct", "reuse", "forecast", "hold"]
+from graphcache.ir.letter import Letter
+
+Kind = Literal["compute", "correct", "reuse", "forecast", "tokens", "hold"]
 
 Role = Literal["only", "doubled", "cond", "uncond"]
 """What calls a schedule is for: without guidance, on a batch that holds both branches, or those of one
@@ -24,12 +26,66 @@ def unconditional(site: str) -> str:
 
 def is_unconditional(history: str) -> bool:
     """Whether a history is of the unconditional half of a doubled batch."""
-    return history.endswith(unconditional(""))
+    return unconditional("") in history
 
 
 def site_of(history: str) -> str:
     """The site that a history is of."""
-    return history.removesuffix(unconditional(""))
+    return history.partition("|")[0]
+
+
+def memory(site: str, operand: int) -> str:
+    """The name of the history of an operand that chosen tokens meet whole: attention's keys or values."""
+    return f"{site}|memory.{operand}"
+
+
+def patched(site: str) -> str:
+    """The name of the history that a site's tokens are written into beside one that forecasts read."""
+    return f"{site}|patched"
+
+
+def score(site: str) -> str:
+    """The name under which the scores of a site's tokens are handed out."""
+    return f"{site}|score"
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How many tokens of a site are computed: a number or a fraction of them, rounded to a multiple.
+
+    `blend`, of clusters alone, is the share by which the other tokens move.
+    """
+
+    count: int | float
+    multiple: int = 1
+    blend: float | None = None
+
+    @staticmethod
+    def of(letter: Letter) -> "Budget":
+        options = dict(letter.options)
+        count, blend = options["count"], options.get("blend")
+        assert not isinstance(count, str)
+        return Budget(count, int(options["multiple"]), None if blend is None else float(blend))
+
+    def among(self, tokens: int) -> int:
+        """The number out of so many; at least one multiple unless none is asked for."""
+        wanted = self.count * tokens if isinstance(self.count, float) else self.count
+        rounded = max(1, int(wanted / self.multiple + 0.5)) * self.multiple if wanted else 0
+        return min(rounded, tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """The score of a site's tokens that a phase hands out; `shared`: the mean over the batch's halves."""
+
+    by: str
+    queries: float = 1.0
+    shared: bool = False
+
+    @staticmethod
+    def of(letter: Letter, shared: bool) -> "Measure":
+        options = dict(letter.options)
+        return Measure(str(options["by"]), float(options.get("queries", 1.0)), shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +94,9 @@ class Action:
 
     `reads` history entries are loaded, combined by the coefficients of `group` (-1: the newest as it
     is); `stores` hands the raw value out. What is `packed` is the newest value in bfloat16, its difference to
-    the one before in 8 bits and that one's scales. `hold` leaves the site alone: a range around it is reused.
+    the one before in 8 bits and that one's scales. `tokens` computes a `budget` of them and writes them into
+    the newest value; `patches` into a copy of it, which is then what `patched` actions read. A `measure`
+    hands scores out. `hold` leaves the site alone: a range around it is reused.
     """
 
     kind: Kind
@@ -46,14 +104,22 @@ class Action:
     group: int = -1
     stores: bool = False
     packed: bool = False
+    budget: Budget | None = None
+    patches: bool = False
+    patched: bool = False
+    measure: Measure | None = None
 
     def __str__(self) -> str:
         text: str = self.kind
+        if self.budget is not None:
+            text += f" {self.budget.count}"
         if self.reads:
             text += f" reads {self.reads}"
         if self.group >= 0:
             text += f" by {self.group}"
-        return text + (" packed" if self.packed else "") + (" stores" if self.stores else "")
+        for name in ("packed", "patched", "patches", "stores"):
+            text += f" {name}" if getattr(self, name) else ""
+        return text + (f" measures {self.measure.by}" if self.measure else "")
 
 
 @dataclass(frozen=True)
@@ -72,6 +138,14 @@ class Phase:
         return any(name == GUIDANCE and action.kind == "forecast" for name, action in self.actions)
 
 
+def _stored(phase: Phase) -> Iterator[str]:
+    for name, action in phase.actions:
+        if action.stores:
+            yield name
+        if action.patches:
+            yield patched(name)
+
+
 @dataclass(frozen=True, slots=True)
 class Guided:
     """How the branches of guidance meet in the graphs.
@@ -86,6 +160,33 @@ class Guided:
     grid: tuple[int, int, int] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """An operand of a product, kept whole so that chosen tokens of `sites` can meet it.
+
+    `name` is its history, `node` its node, `readers` are all sites whose values it goes into.
+    """
+
+    name: str
+    node: str
+    sites: tuple[str, ...]
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The tokens of a site that are chosen where it was computed whole, for the steps after it.
+
+    `steps` are those of the plan at which a budget of tokens is computed, each with its letter; `cycle` is
+    the number of steps up to the next one that computes the site whole.
+    """
+
+    site: str
+    steps: tuple[tuple[int, Letter], ...]
+    cycle: int
+    grid: tuple[int, int, int] | None = None
+
+
 @dataclass(frozen=True)
 class Step:
     """One step: its phase, the coefficients of each group, and the entries of each site live after it."""
@@ -93,6 +194,7 @@ class Step:
     phase: int
     coefficients: tuple[tuple[float, ...], ...]
     keep: Mapping[str, int]
+    selections: tuple[Selection, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,11 +205,12 @@ class Schedule:
     steps: tuple[Step, ...]
     ranges: tuple[tuple[str, int, int], ...]
     guided: Guided | None = None
+    memories: tuple[Memory, ...] = ()
 
     @cached_property
     def stores(self) -> tuple[frozenset[str], ...]:
-        """Sites that each phase stores."""
-        return tuple(frozenset(name for name, act in phase.actions if act.stores) for phase in self.phases)
+        """Histories that each phase stores."""
+        return tuple(frozenset(_stored(phase)) for phase in self.phases)
 
     def branches(self, step: int) -> int:
         """Branches of guidance that a step evaluates: one or both of a doubled batch, else one or none."""

@@ -89,6 +89,11 @@ class Selector:
     def is_guidance(self) -> bool:
         return self.kind == "guidance"
 
+    @property
+    def is_branches(self) -> bool:
+        """Whether the row speaks of branches, not of a range or a pseudo-site."""
+        return not (self.is_guidance or self.is_output or self.is_range)
+
     def matches(self, site: BranchLike) -> bool:
         """Whether the row speaks of this branch; ranges and pseudo-sites match no branch."""
         if self.kind == "name":

@@ -1,10 +1,22 @@
 """What a branch keeps between steps: history entries, newest first, as plain tensors."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 Entry = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The tokens of one step of a site.
+
+    Places int64 (rows, budget), rising; the cluster of every token int64 (rows, tokens), where it has one.
+    """
+
+    places: torch.Tensor
+    clusters: torch.Tensor
 
 
 class CacheState:
@@ -17,6 +29,7 @@ class CacheState:
         self.entries: dict[str, list[Entry]] = {}
         self.hoisted: Mapping[str, torch.Tensor] = {}
         self.half_hoisted: Mapping[str, torch.Tensor] | None = None
+        self.chosen: Mapping[str, Choice] = {}
 
     def store(self, site: str, entry: Entry) -> None:
         self.entries.setdefault(site, []).insert(0, entry)
