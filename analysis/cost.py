@@ -16,8 +16,10 @@ def flops(node: fx.Node) -> int:
     """Floating-point operations of a product; everything else counts 0, as in the papers' figures.
 
     Attention with queries (…, L, d), keys (…, S, d) and values (…, S, e) takes 2·L·S·(d + e) for each
-    batch entry and head.
+    batch entry and head. A fused kernel that is called for its log-sum-exp alone scores tokens: it counts 0.
     """
+    if node.target in ops.FUSED_ATTENTION:
+        return _attention(node) if any(user.args[1] == 0 and user.users for user in node.users) else 0
     if node.op != "call_function" or not ops.is_product(node) or not is_tensor(node):
         return 0
     tensors = [item for item in node.all_input_nodes if is_tensor(item)]
@@ -25,11 +27,15 @@ def flops(node: fx.Node) -> int:
         return 0
     out = tuple(value_of(node).shape)
     if node.target in ops.ATTENTION:
-        query, key, value = (tuple(value_of(item).shape) for item in ops.operands(node))
-        return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+        return _attention(node)
     if node.target is aten.einsum.default:
         return _einsum(node)
     return 2 * math.prod(out) * _contracted(node)
+
+
+def _attention(node: fx.Node) -> int:
+    query, key, value = (tuple(value_of(item).shape) for item in node.all_input_nodes[:3])
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 def total_flops(nodes: Iterable[fx.Node]) -> int:

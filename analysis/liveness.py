@@ -1,6 +1,6 @@
 """From a plan's rows to phases: what each step loads, stores and drops."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -28,6 +28,8 @@ from graphcache.ir.schedule import (
     unconditional,
 )
 from graphcache.ir.selector import Resolution, resolve
+
+_Column = tuple[Action, ...]
 
 
 @dataclass
@@ -203,7 +205,9 @@ def _tracks(
     for track in tracks:
         track.packed = not packed.isdisjoint(track.row.actions)
         used = [letters[symbol] for symbol in set(track.row.actions) if symbol in letters]
-        if any(letter.is_tokens for letter in used) and any(letter.is_forecast for letter in used):
+        if any(letter.is_tokens for letter in used) and any(
+            letter.is_forecast or letter.is_compute for letter in used
+        ):
             track.copy = _Track(patched(track.name), track.row, track.blocks)
     return [track for track in tracks if set(track.row.actions) != {"#"}]
 
@@ -357,7 +361,7 @@ def _assemble(
     tracks: Sequence[_Track], steps: range, guided: Guided | None = None, memories: Sequence[Memory] = ()
 ) -> Schedule:
     """Merge equal columns; a phase stores what any of its steps needs stored."""
-    columns = [tuple(track.actions[i] for track in tracks) for i in range(len(steps))]
+    columns = _merged([tuple(track.actions[i] for track in tracks) for i in range(len(steps))])
     order = {column: i for i, column in enumerate(dict.fromkeys(columns))}
     members = defaultdict(list)
     for i, column in enumerate(columns):
@@ -383,8 +387,24 @@ def _assemble(
     return Schedule(tuple(phases), result, bounds, guided, tuple(memories))
 
 
+def _merged(columns: list[_Column]) -> list[_Column]:
+    """A column of one step may measure scores that nobody reads, where that spares a graph."""
+    counts = Counter(columns)
+    result = []
+    for column in columns:
+        wider = [other for other in counts if other != column and _measures_more(other, column)]
+        result.append(wider[0] if wider and counts[column] == 1 else column)
+    return result
+
+
+def _measures_more(one: _Column, other: _Column) -> bool:
+    """Whether a column does what another does, and measures more scores."""
+    pairs = list(zip(one, other, strict=True))
+    return all(a == b or (b.measure is None and replace(a, measure=None) == b) for a, b in pairs)
+
+
 def _phase(
-    tracks: Sequence[_Track], column: tuple[Action, ...], members: Sequence[int], steps: range
+    tracks: Sequence[_Track], column: _Column, members: Sequence[int], steps: range
 ) -> tuple[Phase, list[int]]:
     """The phase of a column, and for each coefficient group a track that has its weights."""
     groups: dict[tuple[tuple[float, ...], ...], int] = {}

@@ -76,6 +76,14 @@ WRITES = frozenset({aten.scatter_.src, aten.copy_.default})
 
 ATTENTION = frozenset({aten.scaled_dot_product_attention.default})
 
+FUSED_ATTENTION = frozenset(
+    {
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+    }
+)
+"""Kernels that return the log-sum-exp of each query's row beside the result."""
+
 CONTRACTIONS = frozenset(
     {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.einsum.default}
 )

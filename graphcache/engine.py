@@ -281,7 +281,8 @@ class Engine:
         return Program(captured, backend, observers=self.options.observers).prepared()
 
     def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor]) -> Captured:
-        captured = Captured.of(self.model, spec, tensors, self.options.observers)
+        split = self.options.plan.splits_parallel
+        captured = Captured.of(self.model, spec, tensors, self.options.observers, split)
         if self._watch is None:
             # afterwards, because a first forward may fill what later ones only read
             self._watch = Watch(self.model)

@@ -1,15 +1,16 @@
 """Published schedules as plans. A preset is a function of the number of steps and knows no model."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 
 from graphcache.fastercache import generic_schedule, published_schedule
 from graphcache.ir.errors import PlanError
-from graphcache.ir.letter import Letter
+from graphcache.ir.letter import Letter, Option
 from graphcache.ir.plan import Plan, Preset, Row, Value, check_steps
 from graphcache.ir.selector import Selector
+from graphcache.toca import published_plan
 
 
 def compute(steps: int) -> Plan:
@@ -143,6 +144,87 @@ def fastercache(
     return replace(made, preset=Preset("fastercache", tuple(arguments.items())), conditional=half, grid=grid)
 
 
+def toca(
+    model: str | int = "generic",
+    steps: int | None = None,
+    ratio: float = 0.7,
+    *,
+    interval: int | None = None,
+    fresh: float | None = None,
+    by: str | None = None,
+    multiple: int = 16,
+    released_quirk: bool = False,
+) -> Plan:
+    """ToCa (arXiv 2410.05317): between steps that compute everything, MLPs compute some tokens only.
+
+    Args:
+        model: whose constants to take: "dit" (DDIM), "dit-ddpm", "pixart-alpha", "open-sora-1.2" or "flux";
+            "generic" goes by roles alone: attention is reused, every MLP computes the same share of tokens,
+            chosen at random. A number stands for `steps` and the generic plan, what follows it for `ratio`.
+        steps: of the generation, by default those that the constants were published for.
+        ratio: generic only, the paper's R: the share of tokens that partial steps take from the cache.
+        interval: steps from one full step to the next (published models vary it over the generation).
+        fresh: published models only, the share of tokens that is scaled by layer, step and kind.
+        by: the score of tokens, where it is not the published model's.
+        multiple: of which the numbers of tokens are.
+        released_quirk: published models only: the released code decides anew in every block of a full step,
+            after its first block has changed the period, so that some full steps are full there only.
+
+    The published numbers of tokens differ in every layer and step. They are replaced by two sizes a kind over
+    few contiguous groups of steps, with the same work to 3 % (`graphcache.analysis.budgets`).
+    """
+    if isinstance(model, int):
+        steps, ratio, model = model, ratio if steps is None else steps, "generic"
+    _check(1, multiple=multiple, interval=1 if interval is None else interval)
+    arguments: dict[str, Value | None]
+    if model == "generic":
+        if steps is None:
+            raise PlanError("toca(steps): say how many steps the generation has")
+        if released_quirk or fresh is not None:
+            raise PlanError("toca(steps): fresh and released_quirk are of published models")
+        share = float(1 - _fraction("ratio", ratio))
+        plan = _token_plan(steps, interval or 3, {"by": by or "random"}, share, multiple)
+        arguments = {"ratio": ratio, "interval": interval or 3}
+    else:
+        plan = published_plan(model, steps, interval, fresh, by, multiple, released_quirk)
+        arguments = {"model": model, "interval": interval, "fresh": fresh, "released_quirk": released_quirk}
+    arguments |= {"by": by, "multiple": multiple}
+    given = tuple((name, value) for name, value in arguments.items() if value is not None)
+    return replace(plan, preset=Preset("toca", given))
+
+
+def duca(steps: int, interval: int = 3, ratio: float = 0.7, by: str = "random", multiple: int = 16) -> Plan:
+    """DuCa (arXiv 2412.18911): of ToCa's partial steps every other one, first, skips all blocks.
+
+    There the change that the blocks made to the stream at the step before is added again.
+    """
+    _check(steps, interval=interval, multiple=multiple)
+    plan = _token_plan(steps, interval, {"by": by}, float(1 - _fraction("ratio", ratio)), multiple)
+    skipped = "".join("." if step % interval % 2 else "#" for step in range(steps))
+    rows = (*plan.rows, Row(Selector.parse("range(0.0..1.0)"), skipped))
+    arguments = (("interval", interval), ("ratio", ratio), ("by", by), ("multiple", multiple))
+    return replace(plan, rows=rows, preset=Preset("duca", arguments))
+
+
+def clusca(steps: int, interval: int = 3, clusters: int = 16, blend: float = 0.005) -> Plan:
+    """ClusCa: an MLP computes one token of each cluster of alike ones; the others follow it by a share."""
+    _check(steps, interval=interval, clusters=clusters)
+    plan = _token_plan(steps, interval, {"by": "cluster", "blend": blend}, clusters, 1)
+    arguments = (("interval", interval), ("clusters", clusters), ("blend", blend))
+    return replace(plan, preset=Preset("clusca", arguments))
+
+
+def _token_plan(
+    steps: int, interval: int, score: Mapping[str, Option], count: int | float, multiple: int
+) -> Plan:
+    """Full steps at an interval; between them attention is reused and MLPs compute some tokens."""
+    letter = Letter("a", "tokens", tuple({"count": count, **score, "multiple": multiple}.items()))
+    reused, partial = ("self", "cross", "joint", "parallel.attention"), ("mlp", "parallel.mlp")
+    rows = [(role, ".") for role in reused] + [(role, "a") for role in partial]
+    made = (Row(Selector.parse(f"@{role}"), _periodic(steps, interval, act)) for role, act in rows)
+    return Plan(steps, (letter,), tuple(made))
+
+
 _PRESETS: dict[str, Callable[..., Plan]] = {
     "compute": compute,
     "fora": fora,
@@ -151,6 +233,9 @@ _PRESETS: dict[str, Callable[..., Plan]] = {
     "pab": pab,
     "delta_dit": delta_dit,
     "fastercache": fastercache,
+    "toca": toca,
+    "duca": duca,
+    "clusca": clusca,
 }
 
 

@@ -37,6 +37,7 @@ from graphcache.passes.guidance import Guide
 from graphcache.passes.hoist import Hoist, Prologue
 from graphcache.passes.simplify import Simplify
 from graphcache.passes.specialize import Specialize
+from graphcache.passes.split import Split
 from graphcache.passes.tag import Tag
 
 
@@ -51,11 +52,17 @@ class Captured:
 
     @staticmethod
     def of(
-        model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor], observers: Sequence[Observer] = ()
+        model: nn.Module,
+        call: CallSpec,
+        tensors: Sequence[torch.Tensor],
+        observers: Sequence[Observer] = (),
+        split: bool = False,
     ) -> "Captured":
+        """Capture a call; `split`: fused branches as two sites."""
         examples = distinct([_dense(tensor) for tensor in tensors])
         step, output = capture(model, call, tuple(examples))
-        step = run((Simplify(), Tag()), step, observers)
+        passes: list[Pass] = [Simplify(), Tag()]
+        step = run([*passes, Split()] if split else passes, step, observers)
         strides = tuple(tensor.stride() for tensor in examples)
         return Captured(step, call, output, strides)
 
@@ -172,7 +179,8 @@ class Program:
         """
 
         def capture(rows: Sequence[torch.Tensor]) -> Captured:
-            return Captured.of(model, self.captured.call, rows, self.observers)
+            split = any(branch.role == "parallel.mlp" for branch in self.captured.step.branches)
+            return Captured.of(model, self.captured.call, rows, self.observers, split)
 
         call, step = self.captured.call, self.captured.step
         self.half = capture_half(

@@ -22,7 +22,7 @@ MOST_BYTES = 2**26
 
 
 Scores = dict[tuple[str, Measure], tuple[fx.Node, fx.Node]]
-"""What was made of a branch's attention: the score, and the node that further operations follow."""
+"""By attention: its keys' or queries' scores, and the node that further operations follow."""
 
 
 def measured(
@@ -54,12 +54,16 @@ def measured(
         scores = chain.emit(aten.linalg_vector_norm.default, wide, 2, [-1])
     else:
         branch = _attending(rewriter, name, measure)
-        if (branch.name, measure) not in known:
-            attention = _Attention.of(rewriter, flow, branch)
-            made = attention.score(measure)
-            known[branch.name, measure] = made, attention.chain.last
-        scores, last = known[branch.name, measure]
+        attention = _Attention.of(rewriter, flow, branch)
+        # text and image of one attention share what it is asked
+        key = attention.node.name, measure
+        if key not in known:
+            known[key] = attention.score(measure), attention.chain.last
+        scores, last = known[key]
         chain = rewriter.after(last)
+        if measure.by == "influence":
+            last_token = attention.start + attention.tokens
+            scores = chain.emit(aten.slice.Tensor, scores, 1, attention.start, last_token)
         if half is not None:
             scores = chain.rows(scores, half)
     if measure.shared and int(value_of(scores).shape[0]) == int(value_of(raw).shape[0]):
@@ -74,7 +78,8 @@ def _attending(rewriter: Rewriter, name: str, measure: Measure) -> Branch:
     site = next(b for b in rewriter.step.branches if b.name == site_of(name))
     roles = ("cross",) if measure.by == "entropy" else ("self", "joint", "parallel")
     for branch in (site, *rewriter.step.branches):
-        fits = branch.role.split(".")[0] in roles and branch.context == site.context
+        fits = branch.role.partition(".")[0] in roles and branch.role != "parallel.mlp"
+        fits = fits and branch.context == site.context
         if fits and branch.block == site.block:
             return branch
     kind = "cross-attention" if measure.by == "entropy" else "self-attention"
@@ -123,7 +128,7 @@ class _Attention:
         return self.entropy(measure.shared)
 
     def influence(self, queries: float) -> fx.Node:
-        """The attention that each of the stream's tokens receives, summed over queries, mean of the heads.
+        """The attention that each key receives, summed over queries, mean of the heads.
 
         With the log-sum-exp of each query's row from the ordinary call, a second call with queries and keys
         in each other's place, whose scores are lowered by it, has the sums over columns as its own.
@@ -139,8 +144,7 @@ class _Attention:
         shift = self.chain.emit(aten.mul.Tensor, self._every(lse, every), -1 / self.scale)
         sums = self._attend(self._extended(self.key, None), self._extended(query, shift))[1]
         sums = self.chain.emit(aten.exp.default, sums)
-        mean = self.chain.emit(aten.mean.dim, sums, [1])
-        return self.chain.emit(aten.slice.Tensor, mean, 1, self.start, self.start + self.tokens)
+        return self.chain.emit(aten.mean.dim, sums, [1])
 
     def entropy(self, shared: bool) -> fx.Node:
         """One more than the entropy of each token's mean map over heads, and over both halves if `shared`."""

@@ -53,7 +53,7 @@ def _is_order(value: object) -> bool:
 
 
 def _is_budget(value: object) -> bool:
-    return is_number(value) and (0 <= value <= 10**9 if isinstance(value, int) else 0 < value < 1)
+    return is_number(value) and (0 <= value <= 10**9 if isinstance(value, int) else 0 < value <= 1)
 
 
 def _is_positive(value: object) -> bool:
@@ -108,7 +108,7 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "over": (_is_positive, "a number above 0"),
     "gain": (is_number, "a finite number"),
     "floor": (is_number, "a finite number"),
-    "count": (_is_budget, "a number of tokens or a fraction of them below 1"),
+    "count": (_is_budget, "a number of tokens or a fraction of them up to 1.0"),
     "by": (_is_score, f"the name of a score: {', '.join(_SCORES)}"),
     "multiple": (_is_multiple, "a whole number of tokens, at least 1"),
     "halves": (lambda value: value in ("shared", "own"), "shared or own"),

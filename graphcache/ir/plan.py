@@ -124,6 +124,11 @@ class Plan:
         rows = [row for row in self.rows if row.selector.is_guidance]
         return bool(rows) and set(rows[-1].actions) != {COMPUTE}
 
+    @property
+    def splits_parallel(self) -> bool:
+        """Whether fused branches are taken apart into attention and MLP."""
+        return any(row.selector.splits for row in self.rows)
+
     def resample(self, steps: int) -> "Plan":
         """The grid for another number of steps: periods kept, thresholds scaled, legal again.
 

@@ -12,7 +12,17 @@ from graphcache.ir.errors import PlanError
 if TYPE_CHECKING:
     from graphcache.ir.plan import Plan, Row
 
-ROLES = ("self", "self.spatial", "self.temporal", "cross", "joint", "parallel", "mlp")
+ROLES = (
+    "self",
+    "self.spatial",
+    "self.temporal",
+    "cross",
+    "joint",
+    "parallel",
+    "parallel.attention",
+    "parallel.mlp",
+    "mlp",
+)
 SelectorKind = Literal["role", "glob", "name", "range", "guidance", "output"]
 
 _NUMBER = r"(\d{1,18}(?:\.\d+)?(?:e-?\d+)?)"
@@ -84,6 +94,11 @@ class Selector:
     @property
     def is_output(self) -> bool:
         return self.kind == "output"
+
+    @property
+    def splits(self) -> bool:
+        """Whether the row speaks of the attention or the MLP of a fused branch alone."""
+        return self.is_role and self.name.startswith("parallel.")
 
     @property
     def is_guidance(self) -> bool:
