@@ -135,7 +135,7 @@ def _print(title: str, timings: tuple[Timing, ...], others: dict[str, Any]) -> N
     Console(width=110).print(table)
     for timing in timings:
         if timing.phases:
-            print(timing.name, *(f"phase {name}: {ms:.3f} ms;" for name, ms in timing.phases))
+            print(f"{timing.name}: {'; '.join(map(str, timing.phases))}")
 
 
 def main() -> None:

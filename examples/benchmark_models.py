@@ -73,6 +73,51 @@ def compute_bound_pixart(blocks: int = 12) -> Made:
     return model.eval(), inputs
 
 
+def wide_pixart() -> Made:
+    """PixArt of hidden width 768 on 1024 tokens, 4 blocks: what a partial step costs."""
+    torch.manual_seed(0)
+    model: nn.Module = PixArtTransformer2DModel(
+        num_attention_heads=12,
+        attention_head_dim=64,
+        in_channels=4,
+        out_channels=8,
+        num_layers=4,
+        cross_attention_dim=768,
+        caption_channels=768,
+        sample_size=64,
+        use_additional_conditions=False,
+    )
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 64, 64),
+        "encoder_hidden_states": torch.randn(1, 32, 768),
+        "timestep": torch.full((1,), 999),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        "return_dict": False,
+    }
+    return model.eval(), inputs
+
+
+def compute_bound_dit(blocks: int = 12) -> Made:
+    """DiT of hidden width 384 on 256 tokens, batch 2: time is FLOPs."""
+    torch.manual_seed(0)
+    model: nn.Module = DiTTransformer2DModel(
+        num_attention_heads=6,
+        attention_head_dim=64,
+        in_channels=4,
+        num_layers=blocks,
+        sample_size=32,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 32, 32),
+        "timestep": torch.full((2,), 999),
+        "class_labels": torch.tensor([1, 1000]),
+        "return_dict": False,
+    }
+    return model.eval(), inputs
+
+
 def guided_cogvideox(heads: int, head_width: int) -> Made:
     """CogVideoX of 12 blocks on 288 tokens, both branches of guidance as one batch."""
     torch.manual_seed(0)

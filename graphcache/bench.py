@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphcache.analysis.cost import graph_flops
 from graphcache.compile import Backend, compile_plainly
 from graphcache.engine import Engine
 from graphcache.ir.errors import PlanError
@@ -18,6 +19,18 @@ from graphcache.runner import BranchState
 from graphcache.transform import transform
 
 Call = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class PhaseTiming:
+    """Steps of one phase: their median milliseconds, and those that their FLOPs promise."""
+
+    name: str
+    ms: float
+    promised: float
+
+    def __str__(self) -> str:
+        return f"phase {self.name}: {self.ms:.3f} ms, FLOPs promise {self.promised:.3f}"
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Timing:
     high: float
     speedup: float
     ideal: float | None
-    phases: tuple[tuple[str, float], ...] = ()
+    phases: tuple[PhaseTiming, ...] = ()
     graphs: int = 0
     runner_us: float | None = None
     peak_bytes: int | None = None
@@ -126,12 +139,15 @@ def _with_plan(
 ) -> Timing:
     state = _state(model)
     schedule, program = state.schedule, state.program
-    phases = []
+    plain_ms, phases = timing.ms * timing.speedup, []
+    whole = graph_flops(program.captured.step)
     for index in range(len(schedule.phases)):
         steps = [i for i, step in enumerate(schedule.steps) if step.phase == index and i > 0]
         times = [times[i] for times in rounds for i in steps]
         if times:
-            phases.append((f"{index} ({len(steps)} steps)", 1e3 * statistics.median(times)))
+            share = graph_flops(program.phase(schedule, index).step) / whole
+            name = f"{index} ({len(steps)} steps)"
+            phases.append(PhaseTiming(name, 1e3 * statistics.median(times), plain_ms * share))
     (summary,) = model.summary().branches
     return replace(
         timing,

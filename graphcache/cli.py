@@ -165,8 +165,7 @@ def _print_timings(timings: tuple[Timing, ...]) -> None:
     console.print(table)
     for t in timings:
         if t.phases:
-            phases = ", ".join(f"phase {name}: {ms:.3f} ms" for name, ms in t.phases)
-            console.print(f"{t.name}: {phases}")
+            console.print(f"{t.name}: {'; '.join(map(str, t.phases))}")
 
 
 def _json(text: str | None) -> Mapping[str, Any] | None:

@@ -5,16 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 
 import graphcache
 from graphcache import Plan, PlanError, presets
 from graphcache.analysis.budgets import assign
+from graphcache.ir.graph import storage_bytes, value_of
 from graphcache.passes.base import run
 from graphcache.passes.split import Split
 from graphcache.presets import clusca, duca, evaluate, toca
-from graphcache.program import Program
+from graphcache.program import Captured, Program
 from graphcache.toca import PUBLISHED, Part, budgets, raw_budget, timetable
-from reference import Subject, subject
+from reference import Subject, capture_call, subject
 from test_semantics import check_against_reference
 from test_tokens import assert_close
 
@@ -227,6 +229,16 @@ class TestPlans:
         plan = Plan.parse(str(_made(text)))
         assert evaluate(plan.preset, plan.steps) == plan  # type: ignore[arg-type]
 
+    def test_bytes_of_flux_at_1024_pixels(self) -> None:
+        """Foretold from shapes alone; the reference holds 7.5 GB (arXiv 2410.05317's code)."""
+        captured = meta_flux()
+        for plan in (toca("flux"), toca("flux", by="random")):
+            program = Program(captured, None)
+            schedule = program.schedule(plan)
+            assert program.prologue is not None
+            once = sum(storage_bytes(value_of(node)) for node in program.prologue.step.results())
+            assert 3.2e9 < schedule.peak(program.entry_bytes(schedule)) + once < 3.3e9
+
     def test_composed_with_forecasts_and_guidance(self) -> None:
         """MLPs on a budget, attention forecast, one branch of guidance made of the other."""
         on = subject("pixart")
@@ -253,6 +265,25 @@ class TestPlans:
         ):
             with pytest.raises(PlanError, match=reason):
                 call()
+
+
+def meta_flux() -> Captured:
+    """FLUX.1's step at 1024 x 1024, without weights."""
+    narrow = {"dtype": torch.bfloat16}
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16).eval()
+        kwargs = {
+            "hidden_states": torch.empty(1, 4096, 64, **narrow),
+            "encoder_hidden_states": torch.empty(1, 512, 4096, **narrow),
+            "pooled_projections": torch.empty(1, 768, **narrow),
+            "timestep": torch.empty(1, **narrow),
+            "img_ids": torch.empty(4096, 3),
+            "txt_ids": torch.empty(512, 3),
+            "guidance": torch.empty(1),
+            "return_dict": False,
+        }
+    captured = capture_call(model, kwargs, "timestep")
+    return replace(captured, step=run((Split(),), captured.step))
 
 
 def _made(text: str) -> Plan:
