@@ -452,7 +452,6 @@ def test_ratios_that_are_refused(ratios: Any, options: dict[str, Any], message: 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "coming-from.md").read_text()
 BLOCKS = re.findall(r"^```(python[^\n]*)\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)
 OURS = [code for kind, code in BLOCKS if kind == "python graphcache"]
-REFUSED = [code for kind, code in BLOCKS if kind == "python graphcache refused"]
 COMMANDS = re.findall(r"^    graphcache (.*)$", DOCUMENT, re.MULTILINE)
 THEIRS = [code for kind, code in BLOCKS if kind == "python" and "pipe" in code and "SmoothCache" not in code]
 
@@ -471,14 +470,6 @@ def test_every_line_of_the_document_runs(code: str, tmp_path: Path, monkeypatch:
         assert Plan.parse(str(plan)) == plan
         if all(row.selector.fractional for row in plan.rows):
             tiny.generate(names["pipe"], 6)
-
-
-@pytest.mark.parametrize("code", REFUSED)
-def test_what_the_document_calls_refused_is_a_plan(code: str) -> None:
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert Plan.parse(str(names["plan"])) == names["plan"]
-    assert names["plan"].resample(24).steps == 24
 
 
 @pytest.mark.parametrize("code", THEIRS)
