@@ -169,7 +169,8 @@ class Program:
 
     def without(self, changed: set[int]) -> "Program":
         """The same, with these inputs taken to change at every step."""
-        return Program(self.captured, self.backend, self.varying | changed, self.observers)
+        varying = self.varying | changed
+        return Program(self.captured, self.backend, varying, self.observers, tokens=self.tokens)
 
     def halve(self, model: nn.Module, tensors: Sequence[torch.Tensor], conditional: str) -> None:
         """Capture the step for the conditional half of these inputs as well.

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from graphcache.ir.schedule import GUIDANCE, PREDICTION, Schedule, is_unconditional
+from graphcache.ir.schedule import GUIDANCE, PREDICTION, Schedule, site_of
 from graphcache.program import Program
 from graphcache.session import Branch, Session
 
@@ -12,8 +12,9 @@ from graphcache.session import Branch, Session
 class StepSummary:
     """One step: how many sites it obtained in which way, and the cache bytes held after it.
 
-    Branches, ranges of the plan and `output` count; `skipped` are those inside what is taken from the cache.
-    `branches` are those of guidance that the call evaluated: of a doubled batch both or one.
+    Branches, ranges of the plan and `output` count; `partial` ones compute some of their tokens, `skipped`
+    are those inside what is taken from the cache. `branches` are those of guidance that the call evaluated:
+    of a doubled batch both or one.
     """
 
     step: int
@@ -22,6 +23,7 @@ class StepSummary:
     corrected: int
     reused: int
     forecast: int
+    partial: int
     skipped: int
     held_bytes: int
     branches: int = 1
@@ -52,10 +54,10 @@ class BranchSummary:
             f"{self.graphs} graphs built, {self.ideal_speedup:.2f} times fewer FLOPs",
             f"cache: {_size(self.held_bytes)} held now, {_size(self.peak_bytes)} at most, of which "
             f"{_size(self.hoisted_bytes)} are values hoisted out of the steps",
-            "step phase branches computed corrected reused forecast skipped      held",
+            "step phase branches computed corrected reused forecast partial skipped      held",
         ]
         for s in self.steps:
-            ways = f"{s.computed:8} {s.corrected:9} {s.reused:6} {s.forecast:8} {s.skipped:7}"
+            ways = f"{s.computed:8} {s.corrected:9} {s.reused:6} {s.forecast:8} {s.partial:7} {s.skipped:7}"
             lines.append(f"{s.step:4} {s.phase:5} {s.branches:8} {ways} {_size(s.held_bytes):>9}")
         return "\n".join(lines)
 
@@ -111,9 +113,7 @@ def _step(program: Program, schedule: Schedule, index: int, start: int, size: di
     phase = schedule.phases[step.phase]
     pseudo = (GUIDANCE, PREDICTION)
     actions = {
-        name: action.kind
-        for name, action in phase.actions
-        if name not in pseudo and not is_unconditional(name)
+        name: action.kind for name, action in phase.actions if name not in pseudo and name == site_of(name)
     }
     kinds = Counter(actions.values())
     for branch in program.captured.step.branches:
@@ -127,6 +127,7 @@ def _step(program: Program, schedule: Schedule, index: int, start: int, size: di
         corrected=kinds["correct"],
         reused=kinds["reuse"],
         forecast=kinds["forecast"],
+        partial=kinds["tokens"],
         skipped=kinds["hold"],
         held_bytes=schedule.held(index, size),
         branches=schedule.branches(index),

@@ -1,6 +1,6 @@
 """Runs one step of one branch: feeds a phase its tensors and keeps what later steps read."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,6 +111,8 @@ def halved(state: BranchState, key: Key, program: Program, plan: Plan, step: int
         return None
     kept = BranchState(key, program, program.schedule(plan, state.start), state.start, step)
     kept.cache.entries = entries
+    half = None if state.role == "doubled" else _half(program, plan)
+    kept.chosen = {later: _half_choices(choices, half) for later, choices in state.chosen.items()}
     return kept
 
 
@@ -136,7 +138,7 @@ def _own_rows(state: BranchState) -> dict[str, list[Entry]]:
 
 def _conditional_rows(state: BranchState, program: Program, plan: Plan) -> dict[str, list[Entry]] | None:
     """One half of the batch of every entry, where the batch is not folded into another dimension."""
-    half = slice(program.batch) if plan.conditional == "first" else slice(program.batch, None)
+    half = _half(program, plan)
     expected = program.entries(state.schedule)
     halves: dict[str, list[Entry]] = {}
     for site, history in state.cache.entries.items():
@@ -147,6 +149,18 @@ def _conditional_rows(state: BranchState, program: Program, plan: Plan) -> dict[
             if not outermost or [part.shape for part in half_entry] != shapes:
                 return None
     return halves
+
+
+def _half(program: Program, plan: Plan) -> slice:
+    """The conditional half of a batch twice as large as the program's."""
+    return slice(program.batch) if plan.conditional == "first" else slice(program.batch, None)
+
+
+def _half_choices(choices: Mapping[str, Choice], half: slice | None) -> dict[str, Choice]:
+    """Those of a doubled batch's conditional half, or one half of each."""
+    if half is None:
+        return {site: choice for site, choice in choices.items() if not is_unconditional(site)}
+    return {site: Choice(choice.places[half], choice.clusters[half]) for site, choice in choices.items()}
 
 
 def _run_prologue(state: BranchState, tensors: Sequence[torch.Tensor], laid: Sequence[torch.Tensor]) -> None:

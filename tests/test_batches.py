@@ -8,6 +8,7 @@ from torch import Tensor
 
 import graphcache
 from graphcache import Plan, PlanError, presets
+from graphcache.ir.state import Choice
 from reference import Reference, Subject, assert_same, runner_tensors, subject
 
 TEXT = """
@@ -31,6 +32,8 @@ def half_of(reference: Reference, on: Subject, half: slice) -> Reference:
     small.now = reference.now
     for mine, whole in zip(small.sites(), reference.sites(), strict=True):
         mine.history = [(step, tuple(part[half] for part in parts)) for step, parts in whole.history]
+        mine.patched = None if whole.patched is None else whole.patched[half]
+        mine.chosen = {s: Choice(c.places[half], c.clusters[half]) for s, c in whole.chosen.items()}
     return small
 
 
@@ -67,6 +70,20 @@ def test_the_half_that_the_plan_names_remains(name: str, conditional: str) -> No
     (branch,) = model.summary().branches
     assert len(branch.steps) == 6
     assert branch.steps[ENDS].computed == 0
+
+
+@pytest.mark.parametrize("conditional", ["first", "last"])
+def test_chosen_tokens_go_on_with_the_half_that_remains(conditional: str) -> None:
+    rows = "a = tokens 5 by random multiple=1\n@mlp #aaaaa\n@cross #.#a.a"
+    plan = Plan.parse(f"plan steps=6 conditional={conditional}\n{rows}")
+    half = slice(0, 2) if conditional == "first" else slice(2, 4)
+    results, expected = guidance_that_ends(
+        "pixart",
+        subject("pixart", batch=4).transform(plan),
+        Reference(subject("pixart", batch=4).captured, plan),
+        lambda reference, small: half_of(reference, small, half),
+    )
+    torch.testing.assert_close(results, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["pixart", "flux"])
