@@ -49,48 +49,34 @@ def launch_bound_flux() -> Made:
     return model.eval(), inputs
 
 
-def compute_bound_pixart(blocks: int = 12) -> Made:
-    """PixArt of hidden width 384 on 256 tokens, batch 2: time is FLOPs."""
+def compute_bound_pixart() -> Made:
+    """PixArt of 12 blocks of hidden width 384 on 256 tokens, batch 2: time is FLOPs."""
+    return _pixart(heads=6, blocks=12, side=32, batch=2)
+
+
+def wide_pixart() -> Made:
+    """PixArt of 4 blocks of hidden width 768 on 1024 tokens: what a partial step costs."""
+    return _pixart(heads=12, blocks=4, side=64, batch=1)
+
+
+def _pixart(heads: int, blocks: int, side: int, batch: int) -> Made:
     torch.manual_seed(0)
+    width = 64 * heads
     model: nn.Module = PixArtTransformer2DModel(
-        num_attention_heads=6,
+        num_attention_heads=heads,
         attention_head_dim=64,
         in_channels=4,
         out_channels=8,
         num_layers=blocks,
-        cross_attention_dim=384,
-        caption_channels=384,
-        sample_size=32,
+        cross_attention_dim=width,
+        caption_channels=width,
+        sample_size=side,
         use_additional_conditions=False,
     )
     inputs = {
-        "hidden_states": torch.randn(2, 4, 32, 32),
-        "encoder_hidden_states": torch.randn(2, 32, 384),
-        "timestep": torch.full((2,), 999),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-        "return_dict": False,
-    }
-    return model.eval(), inputs
-
-
-def wide_pixart() -> Made:
-    """PixArt of hidden width 768 on 1024 tokens, 4 blocks: what a partial step costs."""
-    torch.manual_seed(0)
-    model: nn.Module = PixArtTransformer2DModel(
-        num_attention_heads=12,
-        attention_head_dim=64,
-        in_channels=4,
-        out_channels=8,
-        num_layers=4,
-        cross_attention_dim=768,
-        caption_channels=768,
-        sample_size=64,
-        use_additional_conditions=False,
-    )
-    inputs = {
-        "hidden_states": torch.randn(1, 4, 64, 64),
-        "encoder_hidden_states": torch.randn(1, 32, 768),
-        "timestep": torch.full((1,), 999),
+        "hidden_states": torch.randn(batch, 4, side, side),
+        "encoder_hidden_states": torch.randn(batch, 32, width),
+        "timestep": torch.full((batch,), 999),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         "return_dict": False,
     }

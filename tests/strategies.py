@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from graphcache.ir.letter import Letter
@@ -9,6 +10,13 @@ from graphcache.ir.plan import Plan, Row
 from graphcache.ir.selector import Selector
 
 SELECTORS = ("@self", "@mlp", "*", "output", "range(0..1)")
+QUICK = settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 _MILD = st.floats(-2, 2).map(lambda value: round(value, 3))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -16,18 +16,11 @@ from graphcache.analysis.frequency import basis, disc, radius
 from graphcache.presets import fastercache
 from reference import Subject, assert_same, runner_tensors, subject
 from reference_guidance import GuidedReference, low_band
-from strategies import plans
+from strategies import QUICK, plans
 from tiny import TinyDiT
 
 SIZES = [(60, 90), (64, 64), (54, 96), (60, 106), (45, 80), (61, 91), (7, 5), (9, 4)]
 PUBLISHED = ("open-sora-1.2", "latte", "open-sora-plan-1.1", "cogvideox", "vchitect-2.0", "mochi")
-QUICK = settings(
-    max_examples=10,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
 
 
 @pytest.fixture(autouse=True)

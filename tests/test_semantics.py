@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -22,13 +22,6 @@ from reference import Subject, assert_same, capture_call, subject
 from tiny import arguments, tiny
 from zoo import CASES
 
-QUICK = settings(
-    max_examples=8,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
 ADJACENT = Plan.parse("""
     plan steps=4 preset=none
     c = fitted compute
@@ -108,7 +101,7 @@ def check_against_reference(on: Subject, plan: Plan, same: Callable[..., None] =
 
 
 def check_random_plans(on: Subject) -> None:
-    @QUICK
+    @strategies.QUICK
     @given(plan=plans(on))
     def check(plan: Plan) -> None:
         check_against_reference(on, plan)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from torch import Tensor, fx
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -19,7 +19,7 @@ from graphcache.program import Program
 from graphcache.runner import BranchState, begun, run_step
 from graphcache.selection import Tokens, choose
 from reference import Subject, assert_same, runner_tensors, subject
-from strategies import plans
+from strategies import QUICK, plans
 from test_semantics import check_against_reference
 from zoo import CASES
 
@@ -33,13 +33,6 @@ REFUSED = {
     ("factorised_dit", "cross"): "aten.view.default.* splits or merges the tokens",
     ("per_frame_mmdit", "self.temporal"): "scaled_dot_product_attention.* mixes tokens",
 }
-QUICK = settings(
-    max_examples=8,
-    deadline=None,
-    database=None,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
 
 
 @pytest.fixture(autouse=True)
