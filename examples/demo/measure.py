@@ -107,5 +107,5 @@ def _row(method: Method, runs: Runs, baseline: Runs, judge: Judge | None) -> Row
 
 
 def _frames(samples: Tensor) -> Tensor:
-    """Images (N, 1, H, W), or clips (N, 1, T, H, W) frame by frame: (N·T, 1, H, W)."""
-    return samples.reshape(-1, 1, *samples.shape[-2:])
+    """Images (N, C, H, W), or clips (N, C, T, H, W) frame by frame: (N·T, C, H, W)."""
+    return samples if samples.dim() == 4 else samples.transpose(1, 2).flatten(0, 1)

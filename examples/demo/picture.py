@@ -25,7 +25,7 @@ DPI = 120
 
 
 def draw(path: Path, rows: Sequence[Row], images: Mapping[str, Tensor], setting: Setting) -> None:
-    """Write one grid of digits (N, 1, H, W) in [-1, 1] per row of the table, titled with its numbers."""
+    """Write one grid of images (N, 1 or 3, H, W) in [-1, 1] per row of the table, titled with its numbers."""
     lines = math.ceil(len(rows) / COLUMNS)
     figure, axes = pyplot.subplots(
         lines, COLUMNS, figsize=(4 * COLUMNS, 4.75 * lines + 0.35), dpi=DPI, squeeze=False
@@ -59,14 +59,17 @@ def facts(row: Row, sample: str) -> list[str]:
 
 
 def grid(images: Tensor) -> NDArray[np.float32]:
-    """Images (N, 1, H, W) in a near-square array, with lines of paper between them."""
-    count, _, height, width = images.shape
+    """Images (N, 1 or 3, H, W) in a near-square array, with lines of paper between them.
+
+    Ink is high on one channel; colours are turned into the 0 to 1 that matplotlib shows.
+    """
+    count, channels, height, _ = images.shape
     columns = math.isqrt(count - 1) + 1
     lines = math.ceil(count / columns)
-    padded = F.pad(images[:, 0], (GAP, GAP, GAP, GAP), value=-1.0)
-    blank = torch.full((lines * columns - count, *padded.shape[1:]), -1.0)
-    tiles = torch.cat([padded, blank]).reshape(lines, columns, height + 2 * GAP, width + 2 * GAP)
-    array: NDArray[np.float32] = (
-        tiles.permute(0, 2, 1, 3).reshape(lines * (height + 2 * GAP), columns * (width + 2 * GAP)).numpy()
-    )
+    paper = -1.0 if channels == 1 else 1.0
+    padded = F.pad(images, (GAP, GAP, GAP, GAP), value=paper)
+    blank = torch.full((lines * columns - count, *padded.shape[1:]), paper)
+    tiles = torch.cat([padded, blank]).unflatten(0, (lines, columns))  # type: ignore[no-untyped-call]
+    sheet = tiles.permute(0, 3, 1, 4, 2).reshape(lines * (height + 2 * GAP), -1, channels)
+    array: NDArray[np.float32] = (sheet[..., 0] if channels == 1 else sheet / 2 + 0.5).numpy()
     return array
