@@ -83,20 +83,20 @@ def _pixart(heads: int, blocks: int, side: int, batch: int) -> Made:
     return model.eval(), inputs
 
 
-def compute_bound_dit(blocks: int = 12) -> Made:
-    """DiT of hidden width 384 on 256 tokens, batch 2: time is FLOPs."""
+def compute_bound_dit(blocks: int = 12, side: int = 32) -> Made:
+    """DiT of hidden width 384 on (side / 2)² tokens, batch 2: time is FLOPs."""
     torch.manual_seed(0)
     model: nn.Module = DiTTransformer2DModel(
         num_attention_heads=6,
         attention_head_dim=64,
         in_channels=4,
         num_layers=blocks,
-        sample_size=32,
+        sample_size=side,
         patch_size=2,
         num_embeds_ada_norm=1000,
     )
     inputs = {
-        "hidden_states": torch.randn(2, 4, 32, 32),
+        "hidden_states": torch.randn(2, 4, side, side),
         "timestep": torch.full((2,), 999),
         "class_labels": torch.tensor([1, 1000]),
         "return_dict": False,

@@ -152,6 +152,7 @@ def toca(
     interval: int | None = None,
     fresh: float | None = None,
     by: str | None = None,
+    queries: float | None = None,
     multiple: int = 16,
     released_quirk: bool = False,
 ) -> Plan:
@@ -166,6 +167,7 @@ def toca(
         interval: steps from one full step to the next (published models vary it over the generation).
         fresh: published models only, the share of tokens that is scaled by layer, step and kind.
         by: the score of tokens, where it is not the published model's.
+        queries: the part of the queries whose attention scores tokens by influence, by default all.
         multiple: of which the numbers of tokens are.
         released_quirk: published models only: the released code decides anew in every block of a full step,
             after its first block has changed the period, so that some full steps are full there only.
@@ -180,15 +182,15 @@ def toca(
     if model == "generic":
         if steps is None:
             raise PlanError("toca(steps): say how many steps the generation has")
-        if released_quirk or fresh is not None:
-            raise PlanError("toca(steps): fresh and released_quirk are of published models")
+        if released_quirk or fresh is not None or queries is not None:
+            raise PlanError("toca(steps): fresh, queries and released_quirk are of published models")
         share = float(1 - _fraction("ratio", ratio))
         plan = _token_plan(steps, interval or 3, {"by": by or "random"}, share, multiple)
         arguments = {"ratio": ratio, "interval": interval or 3}
     else:
-        plan = published_plan(model, steps, interval, fresh, by, multiple, released_quirk)
+        plan = published_plan(model, steps, interval, fresh, by, queries, multiple, released_quirk)
         arguments = {"model": model, "interval": interval, "fresh": fresh, "released_quirk": released_quirk}
-    arguments |= {"by": by, "multiple": multiple}
+    arguments |= {"by": by, "queries": queries, "multiple": multiple}
     given = tuple((name, value) for name, value in arguments.items() if value is not None)
     return replace(plan, preset=Preset("toca", given))
 

@@ -192,6 +192,7 @@ def published_plan(
     interval: int | None,
     fresh: float | None,
     by: str | None,
+    queries: float | None,
     multiple: int,
     quirk: bool,
 ) -> Plan:
@@ -203,7 +204,9 @@ def published_plan(
     steps = model.steps if steps is None else steps
     interval = model.interval if interval is None else interval
     fresh = model.fresh if fresh is None else fresh
-    score = dict(model.score) if by is None else {"by": by}
+    score: dict[str, Option] = dict(model.score) if by is None else {"by": by}
+    if queries is not None:
+        score["queries"] = queries
     times = timetable(model, steps, interval, quirk)
     letters: dict[tuple[str, float], Letter] = {}
     rows = []
