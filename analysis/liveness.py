@@ -2,10 +2,10 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from graphcache.analysis.bases import coefficients
 from graphcache.analysis.frequency import factors
+from graphcache.analysis.tracks import Track, remembered, select, simulate
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Branch
 from graphcache.ir.letter import Letter
@@ -14,14 +14,11 @@ from graphcache.ir.schedule import (
     GUIDANCE,
     PREDICTION,
     Action,
-    Budget,
     Guided,
-    Measure,
     Memory,
     Phase,
     Role,
     Schedule,
-    Selection,
     Step,
     patched,
     site_of,
@@ -30,35 +27,6 @@ from graphcache.ir.schedule import (
 from graphcache.ir.selector import Resolution, resolve
 
 _Column = tuple[Action, ...]
-
-
-@dataclass
-class _Track:
-    """One site's row while it is simulated: its actions, what they read, what must be kept.
-
-    A `packed` history has entries that hold the difference to the one before, which is read no more then.
-    `copy` is the track of the value that tokens are written into, where forecasts read the raw ones.
-    """
-
-    name: str
-    row: Row
-    blocks: range
-    packed: bool = False
-    actions: list[Action] = field(default_factory=list)
-    weights: list[tuple[float, ...]] = field(default_factory=list)
-    computed: list[int] = field(default_factory=list)
-    last_read: dict[int, int] = field(default_factory=dict)
-    copy: "_Track | None" = None
-    selections: dict[int, Selection] = field(default_factory=dict)
-
-    @property
-    def is_patched(self) -> bool:
-        """Whether the copy is newer than the newest computed value."""
-        return self.copy is not None and self.copy.computed[:1] > self.computed[:1]
-
-    def keep(self, step: int) -> int:
-        """Entries still to be read after `step`, or by another branch's call at it."""
-        return sum(1 for c, read in self.last_read.items() if c <= step < read)
 
 
 def lower(
@@ -91,16 +59,16 @@ def lower(
     if guidance is not None and resolution.output is not None:
         raise PlanError("rows guidance and output exclude each other: the output is that of both branches")
 
-    def simulated(runs: Collection[int]) -> list[_Track]:
+    def simulated(runs: Collection[int]) -> list[Track]:
         tracks = _tracks(resolution, branches, blocks, letters)
-        _simulate(tracks, steps, runs, letters, plan.steps)
+        simulate(tracks, steps, runs, letters, plan.steps)
         for track in tracks:
-            _select(track, steps, plan, shared)
+            select(track, steps, plan, shared)
             if track.copy is not None:
                 track.copy.actions = [Action("hold")] * len(steps)
                 track.copy.weights = [()] * len(steps)
         tracks += [track.copy for track in tracks if track.copy is not None]
-        return tracks + [_remembered(memory, tracks, steps) for memory in memories]
+        return tracks + [remembered(memory, tracks, steps) for memory in memories]
 
     if guidance is None:
         return _assemble(simulated(steps), steps, memories=memories)
@@ -119,49 +87,34 @@ def lower(
     return _assemble(tracks, steps, _guided(plan, letters, resolution, role), memories)
 
 
-def _simulate(
-    tracks: list[_Track], steps: range, runs: Collection[int], letters: dict[str, Letter], count: int
-) -> list[_Track]:
-    """Walk the steps; at those that the branch does not run nothing is computed and nothing ages."""
-    for step in steps:
-        if step not in runs:
-            for track in tracks:
-                _record(track, Action("hold"), ())
-            continue
-        held = _held_by(tracks, step, letters)
-        for track in tracks:
-            _advance(track, step, letters, count, held.get(track.name))
-    return tracks
-
-
-def _guidance(row: Row | None, letters: dict[str, Letter], steps: range) -> _Track | None:
+def _guidance(row: Row | None, letters: dict[str, Letter], steps: range) -> Track | None:
     """The branches' difference: measured at a step with both branches, read at those with one."""
     if row is None or set(row.actions) == {"#"}:
         return None
     split = any(symbol in letters for symbol in row.actions)
-    track = _Track(GUIDANCE, row, range(0))
+    track = Track(GUIDANCE, row, range(0))
     since: list[int] = []
     for step in steps:
         letter = letters.get(row.actions[step])
         if row.actions[step] == "#" or not track.computed:
-            _record(track, Action("compute"), ())
+            track.record(Action("compute"), ())
             track.computed.insert(0, step)
             since = []
             continue
-        _read(track, step, 1)
+        track.read(step, 1)
         weights = (1.0, 1.0) if split else (1.0,)
         if letter is not None:
             since.append(step)
             weights = factors(letter, step, since)
-        _record(track, Action("forecast", 1), weights)
+        track.record(Action("forecast", 1), weights)
     return track
 
 
-def _prediction(guidance: _Track, steps: range) -> _Track:
+def _prediction(guidance: Track, steps: range) -> Track:
     """The conditional branch's result, which the other call of the same step reads."""
-    track = _Track(PREDICTION, guidance.row, range(0))
+    track = Track(PREDICTION, guidance.row, range(0))
     for step in steps:
-        _record(track, Action("compute"), ())
+        track.record(Action("compute"), ())
         track.computed.append(step)
         track.last_read[step] = step + 1
     return track
@@ -190,17 +143,17 @@ def _refuse_split_values(resolution: Resolution, branches: Sequence[Branch]) -> 
 
 def _tracks(
     resolution: Resolution, branches: Sequence[Branch], blocks: int, letters: dict[str, Letter]
-) -> list[_Track]:
+) -> list[Track]:
     """Sites that a row ever takes from the cache, outermost first."""
     tracks = []
     if resolution.output is not None:
-        tracks.append(_Track("output", resolution.output, range(blocks)))
+        tracks.append(Track("output", resolution.output, range(blocks)))
     for row, first, last in sorted(resolution.ranges, key=lambda item: item[1] - item[2]):
-        tracks.append(_Track(f"range({first}..{last})", row, range(first, last + 1)))
+        tracks.append(Track(f"range({first}..{last})", row, range(first, last + 1)))
     for branch in branches:
         row_ = resolution.branches.get(branch.name)
         if row_ is not None:
-            tracks.append(_Track(branch.name, row_, range(branch.block, branch.block + 1)))
+            tracks.append(Track(branch.name, row_, range(branch.block, branch.block + 1)))
     packed = {symbol for symbol, letter in letters.items() if letter.is_packed}
     for track in tracks:
         track.packed = not packed.isdisjoint(track.row.actions)
@@ -208,111 +161,11 @@ def _tracks(
         if any(letter.is_tokens for letter in used) and any(
             letter.is_forecast or letter.is_compute for letter in used
         ):
-            track.copy = _Track(patched(track.name), track.row, track.blocks)
+            track.copy = Track(patched(track.name), track.row, track.blocks)
     return [track for track in tracks if set(track.row.actions) != {"#"}]
 
 
-def _held_by(tracks: Sequence[_Track], step: int, letters: dict[str, Letter]) -> dict[str, str]:
-    """Sites that neither compute nor age at a step, and the reused site around them."""
-    held: dict[str, str] = {}
-    around = [t for t in tracks if t.name == "output" or t.name.startswith("range(")]
-    for outer in around:
-        if outer.name in held or not _is_skipped(outer, step, letters):
-            continue
-        for track in tracks:
-            if track is outer or track.name in held or track.name == "output":
-                continue
-            if outer.name == "output" or set(track.blocks) <= set(outer.blocks):
-                held[track.name] = outer.name
-            elif set(track.blocks) & set(outer.blocks) and _is_skipped(track, step, letters):
-                raise PlanError(
-                    f"step {step}: {outer.name} and {track.name} overlap and are both taken from the cache; "
-                    "let one of them compute there"
-                )
-    return held
-
-
-def _is_skipped(track: _Track, step: int, letters: dict[str, Letter]) -> bool:
-    """Whether the site is taken from its history; one that has none yet computes instead."""
-    symbol = track.row.actions[step]
-    return bool(track.computed) and (symbol == "." or (symbol in letters and letters[symbol].is_forecast))
-
-
-def _advance(track: _Track, step: int, letters: dict[str, Letter], steps: int, held: str | None) -> None:
-    symbol = track.row.actions[step]
-    letter = letters.get(symbol)
-    if held is not None:
-        _record(track, Action("hold"), ())
-        return
-    if not track.computed:
-        symbol, letter = "#", None
-    if symbol == "#":
-        _record(track, Action("compute"), ())
-        track.computed.insert(0, step)
-    elif letter is None:
-        _read(_newest(track), step, 1)
-        _record(track, Action("reuse", 1, patched=track.is_patched), ())
-    elif letter.is_tokens:
-        _budgeted(track, step, letter)
-    else:
-        _weighted(track, step, letter, steps)
-
-
-def _newest(track: _Track) -> _Track:
-    """Where the newest value is: in the history, or in the copy that tokens were written into."""
-    return track.copy if track.copy is not None and track.is_patched else track
-
-
-def _budgeted(track: _Track, step: int, letter: Letter) -> None:
-    """Some tokens are computed and written into the newest value, or a copy that no forecast reads."""
-    patches = track.copy is not None and not track.is_patched
-    action = Action("tokens", 1, budget=Budget.of(letter), patches=patches, patched=track.is_patched)
-    _read(_newest(track), step, 1)
-    if patches and track.copy is not None:
-        track.copy.computed.insert(0, step)
-    _record(track, action, ())
-
-
-def _select(track: _Track, steps: range, plan: Plan, shared: bool) -> None:
-    """What is chosen where the site is computed whole, for the token budgets up to the next such step."""
-    letters = {letter.symbol: letter for letter in plan.letters}
-    whole = [i for i, action in enumerate(track.actions) if action.kind in ("compute", "correct")]
-    for first, following in zip(whole, [*whole[1:], len(steps)], strict=True):
-        budgets = [i for i in range(first + 1, following) if track.actions[i].kind == "tokens"]
-        if not budgets:
-            continue
-        chosen = tuple((steps[i], letters[track.row.actions[steps[i]]]) for i in budgets)
-        halves = shared and all(letter.option("halves") == "shared" for _, letter in chosen)
-        measures = {Measure.of(letter, halves) for _, letter in chosen}
-        if len(measures) > 1:
-            raise PlanError(
-                f"site {track.name}, steps {steps[first]} to {steps[following - 1]}: token letters by "
-                "different scores; between two computed steps a row has one"
-            )
-        track.selections[steps[first]] = Selection(track.name, chosen, following - first, plan.grid)
-        if chosen[0][1].is_measured:
-            track.actions[first] = replace(track.actions[first], measure=measures.pop())
-
-
-def _remembered(memory: Memory, tracks: Sequence[_Track], steps: range) -> _Track:
-    """An operand of attention: whole where a site that reads it computes, else the chosen tokens' part."""
-    by_name = {track.name: track for track in tracks}
-    owner = by_name[memory.sites[0]]
-    track = _Track(memory.name, owner.row, owner.blocks)
-    for i, step in enumerate(steps):
-        kinds = {by_name[name].actions[i].kind if name in by_name else "compute" for name in memory.readers}
-        if not kinds.isdisjoint(("compute", "correct")):
-            _record(track, Action("compute"), ())
-            track.computed.insert(0, step)
-        elif "tokens" in kinds:
-            _read(track, step, 1)
-            _record(track, Action("tokens", 1), ())
-        else:
-            _record(track, Action("hold"), ())
-    return track
-
-
-def _rename(track: _Track, role: Role) -> None:
+def _rename(track: Track, role: Role) -> None:
     """The histories of the unconditional half of a doubled batch have names of their own."""
     if role != "doubled":
         return
@@ -321,44 +174,8 @@ def _rename(track: _Track, role: Role) -> None:
     track.selections = {step: replace(item, site=track.name) for step, item in track.selections.items()}
 
 
-def _weighted(track: _Track, step: int, letter: Letter, steps: int) -> None:
-    symbol = letter.symbol
-    weights = coefficients(
-        letter,
-        step,
-        (step, *track.computed) if letter.is_compute else tuple(track.computed),
-        steps=steps,
-        first_forecast=track.row.actions.index(symbol),
-        listed=track.row.listed(step),
-    )
-    if letter.is_compute:
-        _read(track, step, 1)
-        _record(track, Action("correct", 1), weights)
-        track.computed.insert(0, step)
-    elif letter.is_packed:
-        _read(track, step, 1)
-        if weights[1]:
-            # the newest entry's difference was taken when it was computed
-            newest, before = track.computed[:2]
-            track.last_read[before] = max(track.last_read.get(before, newest), newest)
-        _record(track, Action("forecast", 1), (-weights[1],))
-    else:
-        _read(track, step, letter.order + 1)
-        _record(track, Action("forecast", len(weights)), weights)
-
-
-def _read(track: _Track, step: int, count: int) -> None:
-    for computed in track.computed[:count]:
-        track.last_read[computed] = step
-
-
-def _record(track: _Track, action: Action, weights: tuple[float, ...]) -> None:
-    track.actions.append(action)
-    track.weights.append(weights)
-
-
 def _assemble(
-    tracks: Sequence[_Track], steps: range, guided: Guided | None = None, memories: Sequence[Memory] = ()
+    tracks: Sequence[Track], steps: range, guided: Guided | None = None, memories: Sequence[Memory] = ()
 ) -> Schedule:
     """Merge equal columns; a phase stores what any of its steps needs stored."""
     columns = _merged([tuple(track.actions[i] for track in tracks) for i in range(len(steps))])
@@ -404,7 +221,7 @@ def _measures_more(one: _Column, other: _Column) -> bool:
 
 
 def _phase(
-    tracks: Sequence[_Track], column: _Column, members: Sequence[int], steps: range
+    tracks: Sequence[Track], column: _Column, members: Sequence[int], steps: range
 ) -> tuple[Phase, list[int]]:
     """The phase of a column, and for each coefficient group a track that has its weights."""
     groups: dict[tuple[tuple[float, ...], ...], int] = {}

@@ -11,7 +11,7 @@ from graphcache.analysis import ops
 from graphcache.analysis.dataflow import Dataflow
 from graphcache.analysis.ranges import Bypass, RangeCut, cut_range
 from graphcache.analysis.tokens import TokenCut, token_cuts
-from graphcache.ir.graph import CacheRead, CacheWrite, Chosen, Output, StepGraph, fake_mode, value_of
+from graphcache.ir.graph import CacheRead, CacheWrite, Output, StepGraph, fake_mode, value_of
 from graphcache.ir.schedule import (
     GUIDANCE,
     PREDICTION,
@@ -24,10 +24,10 @@ from graphcache.ir.schedule import (
     unconditional,
 )
 from graphcache.passes.pack import Packed
+from graphcache.passes.partial import Partial, remembered
 from graphcache.passes.prune import Prune
-from graphcache.passes.rewrite import Chain, Rewriter
+from graphcache.passes.rewrite import Rewriter
 from graphcache.passes.scores import Scores, measured
-from graphcache.passes.tokens import Tokens, changed, chosen_tokens
 
 aten = ops.aten
 
@@ -61,7 +61,9 @@ class Specialize:
         rewriter = _Sites(step, is_half=self.phase.half)
         rewriter.cuts = token_cuts(rewriter.flow, budgeted)
         for memory in self.memories:
-            rewriter.remember(memory, actions)
+            kept = remembered(rewriter, memory, actions, rewriter.cuts)
+            if kept is not None:
+                rewriter.memory[memory.node] = kept
         sites = [name for name in actions if self._is_rewritten(name, actions)]
         parts = {name: rewriter.parts(name, cuts.get(name)) for name in sites if name != "output"}
         # innermost first: what lies around a site takes its value as the site hands it on
@@ -207,83 +209,20 @@ class _Sites(Rewriter):
         assert history.action.measure is not None
         return measured(self, self.flow, self.scores, history.name, history.action.measure, raw, history.half)
 
-    def remember(self, memory: Memory, actions: Mapping[str, Action]) -> None:
-        """Store an operand of attention whole, or write the chosen tokens' part into the stored one."""
-        action, operand = actions[memory.name], self.nodes[memory.node]
-        if action.stores:
-            self.write(CacheWrite(memory.name, 0), self.after(operand).copied(operand))
-        if action.kind != "tokens":
-            return
-        chain = self.after(operand)
-        whole = self.input(changed(memory.name), value_of(operand))
-        for site in memory.sites:
-            budget = actions[site].budget if site in actions else None
-            if budget is None or actions[site].kind != "tokens":
-                continue
-            cut = next(cut for node, cut in self.cuts[site].memory.items() if node.name == memory.node)
-            chosen = chosen_tokens(self, site, cut, budget, cut.rows)
-            if chosen is not None:
-                tokens = Tokens(self, cut, chosen, chain)
-                whole = tokens.scatter(whole, cut.computed[cut.value], tokens.value())
-        self.memory[memory.node] = whole
-
     def _partial(self, histories: Sequence[_History], part: _Part) -> fx.Node:
-        """The cached value with the chosen tokens computed anew, in whole or in the halves of a batch."""
-        action, site = histories[0].action, site_of(histories[0].name)
-        assert action.budget is not None
+        """The cached value with the chosen tokens computed anew."""
+        action, names = histories[0].action, [history.name for history in histories]
         assert all(history.action == action for history in histories)
-        cut, chain = self.cuts[site], self.after(part.raw)
-        rows = cut.rows // len(histories)
-        chosen = [chosen_tokens(self, h.name, cut, action.budget, rows) for h in histories]
-        known = [node for node in chosen if node is not None]
-        computed = None
-        if known:
-            places = known[0] if len(known) == 1 else chain.emit(aten.cat.default, known)
-            computed = Tokens(self, cut, places, chain, self.memory).value()
-        halves = []
-        for half, history in enumerate(histories):
-            entry = self._entry(history, part, len(histories) > 1, written=bool(known), chain=chain)
-            if computed is not None:
-                own = computed if len(histories) == 1 else chain.rows(computed, half)
-                entry = self._written(history, cut, known[half], entry, own, chain)
-            halves.append(entry)
-        return halves[0] if len(halves) == 1 else chain.emit(aten.cat.default, halves)
-
-    def _entry(
-        self, history: _History, part: _Part, is_half: bool, *, written: bool, chain: Chain
-    ) -> fx.Node:
-        """The value that tokens are written into: a history's newest entry, or a copy of it."""
-        action = history.action
-        name = patched(history.name) if action.patched else history.name
-        like = value_of(part.raw)
-        shape = (like.shape[0] // 2, *like.shape[1:]) if is_half else like.shape
-        port = CacheRead(name, 0, 0, changed=written and not action.patches)
-        entry = self.input(port, like, shape=shape)
-        return chain.copied(entry) if action.patches else entry
-
-    def _written(
-        self,
-        history: _History,
-        cut: TokenCut,
-        chosen: fx.Node,
-        entry: fx.Node,
-        computed: fx.Node,
-        chain: Chain,
-    ) -> fx.Node:
-        budget = history.action.budget
-        assert budget is not None
-        tokens = Tokens(self, cut, chosen, chain)
-        if budget.blend is not None:
-            shape = value_of(entry).shape[:2]
-            clusters = self.input(Chosen(history.name, True), value_of(entry), shape=shape, dtype=torch.int64)
-            entry = tokens.blend(entry, computed, clusters, budget.blend)
-        axis = cut.computed[cut.value]
-        if axis.rows > 1:
-            axis = replace(axis, rows=int(value_of(chosen).shape[0]))
-        result = tokens.scatter(entry, axis, computed)
-        if history.action.patches:
-            self.write(CacheWrite(patched(history.name), 0), result)
-        return result
+        chain = self.after(part.raw)
+        partial = Partial(self, self.cuts[site_of(names[0])], self.memory, chain)
+        raws = [part.raw] if len(names) == 1 else [chain.rows(part.raw, half) for half in (0, 1)]
+        stored = replace(part, fresh=part.fresh or len(names) > 1)
+        entries = []
+        for name, raw in zip(names, raws, strict=True):
+            source = patched(name) if action.patched else name
+            entry = self._load(CacheRead(source, 0, 0, changed=not action.patches), raw, stored)
+            entries.append(chain.copied(entry) if action.patches else entry)
+        return partial.value(names, action, entries)
 
     def _packed(self, history: _History, number: int, raw: fx.Node, keep: set[fx.Node]) -> fx.Node | None:
         """The same from a value in bfloat16 and its difference to the one before in 8 bits."""

@@ -10,8 +10,7 @@ from torch import fx
 from graphcache.analysis import ops
 from graphcache.analysis.token_rules import Axis, is_passed_on
 from graphcache.analysis.tokens import TokenCut
-from graphcache.ir.graph import CacheRead, Chosen, value_of
-from graphcache.ir.schedule import Budget
+from graphcache.ir.graph import value_of
 from graphcache.passes.rewrite import Chain, Rewriter
 
 aten = ops.aten
@@ -125,17 +124,3 @@ class Tokens:
             self.made[node] = self.chain.emit(node.target, *args, **node.kwargs)
             return self.made[node]
         return self.rewriter.nodes[node.name]
-
-
-def chosen_tokens(rewriter: Rewriter, site: str, cut: TokenCut, budget: Budget, rows: int) -> fx.Node | None:
-    """The input with the places of the tokens that a site computes; None where the budget is empty."""
-    count = budget.among(cut.tokens)
-    if not count:
-        return None
-    like = value_of(next(iter(cut.gathered)))
-    return rewriter.input(Chosen(site), like, shape=(rows, count), dtype=torch.int64)
-
-
-def changed(site: str, part: int = 0) -> CacheRead:
-    """The newest entry of a site, to be written to."""
-    return CacheRead(site, part, 0, changed=True)

@@ -1,0 +1,102 @@
+"""A site on a budget of tokens: its cached value with the chosen tokens computed anew."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from graphcache.analysis import ops
+from graphcache.analysis.tokens import TokenCut
+from graphcache.ir.graph import CacheRead, CacheWrite, Chosen, value_of
+from graphcache.ir.schedule import Action, Budget, Memory, patched
+from graphcache.passes.rewrite import Chain, Rewriter
+from graphcache.passes.tokens import Tokens
+
+aten = ops.aten
+
+
+@dataclass
+class Partial:
+    """One site in a phase's graph; `memory` says what stands for operands that it meets whole."""
+
+    rewriter: Rewriter
+    cut: TokenCut
+    memory: Mapping[str, fx.Node]
+    chain: Chain
+
+    def value(self, names: Sequence[str], action: Action, entries: Sequence[fx.Node]) -> fx.Node:
+        """The newest value, in whole or in the halves of a batch that have histories of their own.
+
+        Args:
+            names: of the site's histories, one, or one for each half.
+            action: of them all.
+            entries: their newest values, to be written to.
+        """
+        assert action.budget is not None
+        halves = len(names)
+        chosen = [self._chosen(name, action.budget, halves) for name in names]
+        known = [node for node in chosen if node is not None]
+        if known:
+            places = known[0] if halves == 1 else self.chain.emit(aten.cat.default, known)
+            computed = Tokens(self.rewriter, self.cut, places, self.chain, self.memory).value()
+            rows = [computed] if halves == 1 else [self.chain.rows(computed, half) for half in range(halves)]
+            each = zip(names, entries, known, rows, strict=True)
+            entries = [self._written(name, action, *rest) for name, *rest in each]
+        return entries[0] if halves == 1 else self.chain.emit(aten.cat.default, list(entries))
+
+    def _chosen(self, name: str, budget: Budget, halves: int) -> fx.Node | None:
+        return chosen_tokens(self.rewriter, name, self.cut, budget, self.cut.rows // halves)
+
+    def _written(
+        self, name: str, action: Action, entry: fx.Node, chosen: fx.Node, computed: fx.Node
+    ) -> fx.Node:
+        tokens = Tokens(self.rewriter, self.cut, chosen, self.chain)
+        assert action.budget is not None
+        if action.budget.blend is not None:
+            value = value_of(entry)
+            port = Chosen(name, clusters=True)
+            clusters = self.rewriter.input(port, value, shape=value.shape[:2], dtype=torch.int64)
+            entry = tokens.blend(entry, computed, clusters, action.budget.blend)
+        axis = self.cut.computed[self.cut.value]
+        if axis.rows > 1:
+            axis = replace(axis, rows=int(value_of(chosen).shape[0]))
+        result = tokens.scatter(entry, axis, computed)
+        if action.patches:
+            self.rewriter.write(CacheWrite(patched(name), 0), result)
+        return result
+
+
+def chosen_tokens(rewriter: Rewriter, site: str, cut: TokenCut, budget: Budget, rows: int) -> fx.Node | None:
+    """The input with the places of the tokens that a site computes; None where the budget is empty."""
+    count = budget.among(cut.tokens)
+    if not count:
+        return None
+    like = value_of(next(iter(cut.gathered)))
+    return rewriter.input(Chosen(site), like, shape=(rows, count), dtype=torch.int64)
+
+
+def remembered(
+    rewriter: Rewriter, memory: Memory, actions: Mapping[str, Action], cuts: Mapping[str, TokenCut]
+) -> fx.Node | None:
+    """Store an operand of attention whole, or write the chosen tokens' part into the stored one.
+
+    Returns what stands for the operand, None where it is computed.
+    """
+    action, operand = actions[memory.name], rewriter.nodes[memory.node]
+    if action.stores:
+        rewriter.write(CacheWrite(memory.name, 0), rewriter.after(operand).copied(operand))
+    if action.kind != "tokens":
+        return None
+    chain = rewriter.after(operand)
+    whole = rewriter.input(CacheRead(memory.name, 0, 0, changed=True), value_of(operand))
+    for site in memory.sites:
+        budget = actions[site].budget
+        if budget is None:
+            continue
+        cut = next(cut for node, cut in cuts[site].memory.items() if node.name == memory.node)
+        chosen = chosen_tokens(rewriter, site, cut, budget, cut.rows)
+        if chosen is not None:
+            tokens = Tokens(rewriter, cut, chosen, chain)
+            whole = tokens.scatter(whole, cut.computed[cut.value], tokens.value())
+    return whole
