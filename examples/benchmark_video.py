@@ -1,6 +1,6 @@
 """Quality on the trained video model: FasterCache, diffusers' hooks, PAB and fewer steps, clip by clip.
 
-python -m examples.benchmark_video [--seeds 2]
+python -m examples.benchmark_video [--seeds 2] [--clips 10]
 """
 
 import argparse
@@ -24,7 +24,6 @@ from graphcache.metrics import psnr, ssim
 from graphcache.presets import fastercache
 
 STEPS = 50
-CLIPS = 10
 Generate = Callable[..., Tensor]
 
 
@@ -39,42 +38,44 @@ def plans() -> dict[str, Plan]:
     }
 
 
-def clips(model: Any, seed: int, steps: int = STEPS) -> Tensor:
-    """One clip of each digit."""
-    return sample(model, flow_scheduler(), torch.arange(CLIPS), steps=steps, seed=seed)
+def clips(model: Any, count: int, seed: int, steps: int = STEPS) -> Tensor:
+    """One clip of each of the first digits."""
+    return sample(model, flow_scheduler(), torch.arange(count), steps=steps, seed=seed)
 
 
-def contenders() -> dict[str, tuple[float, Generate]]:
+def contenders(count: int) -> dict[str, tuple[float, Generate]]:
     """FLOPs-ideal speed-up and generator of each method; diffusers' hooks do what FasterCache's plan does."""
     made: dict[str, tuple[float, Generate]] = {}
     for name, plan in plans().items():
         model: Any = graphcache.transform(load_model(), plan)
         sample(model, flow_scheduler(), torch.arange(1), steps=STEPS)
         ideal = model.summary().branches[0].ideal_speedup
-        made[name] = ideal, partial(clips, model)
+        made[name] = ideal, partial(clips, model, count)
     scheduler: Any = flow_scheduler()
     scheduler.set_timesteps(STEPS)
     hooked = Hooked(load_model(), fastercache("latte", STEPS), "BCFHW", scheduler.timesteps.tolist())
     latte = made["fastercache latte"][0]
-    made["diffusers FasterCache"] = math.nan, partial(clips, hooked)
+    made["diffusers FasterCache"] = math.nan, partial(clips, hooked, count)
     fewer = math.ceil(STEPS / latte)
-    made[f"{fewer} steps"] = STEPS / fewer, partial(clips, load_model(), steps=fewer)
+    made[f"{fewer} steps"] = STEPS / fewer, partial(clips, load_model(), count, steps=fewer)
     return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=2)
-    seeds = range(parser.parse_args().seeds)
+    parser.add_argument("--clips", type=int, choices=range(1, 11), default=10)
+    arguments = parser.parse_args()
+    seeds, count = range(arguments.seeds), arguments.clips
     console, plain = Console(width=100), load_model()
-    uncached = [clips(plain, seed) for seed in seeds]
+    uncached = [clips(plain, count, seed) for seed in seeds]
     table = Table("method", "in FLOPs", "PSNR dB", "by seed", "clips, std", "worst clip", "SSIM")
-    for name, (ideal, generate) in contenders().items():
+    for name, (ideal, generate) in contenders(count).items():
         scores, likeness = [], []
         for seed in seeds:
             made = generate(seed)
             frames = made.flatten(0, 2)[:, None], uncached[seed].flatten(0, 2)[:, None]
-            scores.append(psnr(*frames).view(CLIPS, -1).mean(1))
+            scores.append(psnr(*frames).view(count, -1).mean(1))
             likeness.append(ssim(*frames).mean())
         each = torch.cat(scores)
         by_seed = " ".join(f"{float(score.mean()):.1f}" for score in scores)
