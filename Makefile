@@ -43,6 +43,7 @@ bench: .venv/.with-bench
 	$(keep) $(BIN)/python -m examples.benchmark_fastercache --rivals --rounds 3
 	$(BIN)/python -m examples.benchmark_fastercache --rivals --width 32 --model latte --presets latte
 	$(BIN)/python -m examples.benchmark_video
+	$(keep) $(BIN)/python -m examples.benchmark_toca
 
 # A stamp per extra; one that includes others stamps them too.
 covers_test := examples bench
