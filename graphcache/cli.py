@@ -3,6 +3,7 @@
 import inspect as signatures
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -146,7 +147,7 @@ def bench(
         )
     _print_timings(timings)
     if output is not None:
-        rows = [{**vars(timing), "realised": timing.realised} for timing in timings]
+        rows = [{**asdict(timing), "realised": timing.realised} for timing in timings]
         output.write_text(json.dumps(rows, indent=1))
 
 

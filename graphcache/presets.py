@@ -177,7 +177,7 @@ def toca(
     """
     if isinstance(model, int):
         steps, ratio, model = model, ratio if steps is None else steps, "generic"
-    _check(1, multiple=multiple, interval=1 if interval is None else interval)
+    _check(1 if steps is None else steps, multiple=multiple, interval=1 if interval is None else interval)
     arguments: dict[str, Value | None]
     if model == "generic":
         if steps is None:

@@ -215,12 +215,13 @@ class _Sites(Rewriter):
         assert all(history.action == action for history in histories)
         chain = self.after(part.raw)
         partial = Partial(self, self.cuts[site_of(names[0])], self.memory, chain)
-        raws = [part.raw] if len(names) == 1 else [chain.rows(part.raw, half) for half in (0, 1)]
-        stored = replace(part, fresh=part.fresh or len(names) > 1)
-        entries = []
-        for name, raw in zip(names, raws, strict=True):
-            source = patched(name) if action.patched else name
-            entry = self._load(CacheRead(source, 0, 0, changed=not action.patches), raw, stored)
+        value, entries = value_of(part.raw), []
+        for name in names:
+            port = CacheRead(patched(name) if action.patched else name, 0, 0, changed=not action.patches)
+            if len(names) == 1:
+                entry = self._load(port, part.raw, part)
+            else:
+                entry = self.input(port, value, shape=(value.shape[0] // 2, *value.shape[1:]))
             entries.append(chain.copied(entry) if action.patches else entry)
         return partial.value(names, action, entries)
 

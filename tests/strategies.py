@@ -11,7 +11,7 @@ from graphcache.ir.selector import Selector
 
 SELECTORS = ("@self", "@mlp", "*", "output", "range(0..1)")
 QUICK = settings(
-    max_examples=8,
+    max_examples=5,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],

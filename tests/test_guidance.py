@@ -188,11 +188,11 @@ class TestAgainstTheReference:
 
     @pytest.mark.parametrize("name", ONE_CALL)
     def test_one_call_a_step(self, name: str) -> None:
-        self.check(name, fastercache(12), lambda pair, model: pair.one_call(model))
+        self.check(name, fastercache(9), lambda pair, model: pair.one_call(model))
 
     @pytest.mark.parametrize("name", TWO_CALLS)
     def test_two_calls_a_step(self, name: str) -> None:
-        self.check(name, fastercache(12), lambda pair, model: pair.two_calls(model))
+        self.check(name, fastercache(9), lambda pair, model: pair.two_calls(model))
 
     @pytest.mark.parametrize("model", PUBLISHED)
     def test_the_published_schedules(self, model: str) -> None:

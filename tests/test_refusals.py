@@ -261,12 +261,6 @@ def test_a_guidance_row_that_computes_is_harmless() -> None:
     assert torch.equal(cached(**arguments()), tiny()(**arguments()))
 
 
-def test_token_letters_are_not_lowered_yet() -> None:
-    message = ("site blocks.0.mlp, step 1: letter 'a' is a token budget", "use '#' or '.' there")
-    with refused(PlanError, *message):
-        attempt(tiny(), "a = tokens 2 by random\n@mlp #a.")
-
-
 def test_overlapping_ranges_taken_at_one_step() -> None:
     rows = "range(0..1) ##.\nrange(1..2) ##."
     with refused(PlanError, "step 2: range(0..1) and range(1..2) overlap", "let one of them compute there"):

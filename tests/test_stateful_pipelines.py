@@ -24,7 +24,7 @@ from reference import assert_same
 from reference_pipeline import parts, reference, shared_captures, untouched
 from test_stateful import in_thread
 
-ACTIONS = int(os.environ.get("PIPELINE_ACTIONS", "100"))
+ACTIONS = int(os.environ.get("PIPELINE_ACTIONS", "60"))
 LENGTH = 10
 NAMES = ("dit", "pixart", "flux", "wan", "chroma", "flux_img2img", "cogvideox_v2v", "sd3_skip_layers")
 SCHEDULERS = {
