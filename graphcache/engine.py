@@ -48,6 +48,7 @@ class Options:
     timestep: str = "timestep"
     branches: int | None = None
     waits: bool = True
+    offload: bool = False
     observers: Sequence[Observer] = ()
 
 
@@ -278,7 +279,8 @@ class Engine:
         twin = self.programs.get((*key[:-1], not key[-1]))
         captured = twin.captured if twin else self._captured(self._spec(key, bound), tensors)
         backend = prior_compilation(self.model) if self.backend is None else self.backend
-        return Program(captured, backend, observers=self.options.observers).prepared()
+        options = self.options
+        return Program(captured, backend, offload=options.offload, observers=options.observers).prepared()
 
     def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor]) -> Captured:
         split = self.options.plan.splits_parallel

@@ -35,6 +35,7 @@ from graphcache.ir.selector import resolve
 from graphcache.passes.base import Observer, Pass, run
 from graphcache.passes.guidance import Guide
 from graphcache.passes.hoist import Hoist, Prologue
+from graphcache.passes.offload import Offload
 from graphcache.passes.simplify import Simplify
 from graphcache.passes.specialize import Specialize
 from graphcache.passes.split import Split
@@ -101,7 +102,7 @@ def _lay(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
     return made.copy_(tensor)
 
 
-PhaseKey = tuple[Phase, tuple[tuple[str, int, int], ...], Guided | None, tuple[Memory, ...]]
+PhaseKey = tuple[Phase, tuple[tuple[str, int, int], ...], Guided | None, tuple[Memory, ...], frozenset[str]]
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ class Program:
     captured: Captured
     backend: Backend
     varying: frozenset[int] = frozenset()
+    offload: bool = False
     observers: Sequence[Observer] = ()
     half: Half | None = None
     tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -170,7 +172,7 @@ class Program:
     def without(self, changed: set[int]) -> "Program":
         """The same, with these inputs taken to change at every step."""
         varying = self.varying | changed
-        return Program(self.captured, self.backend, varying, self.observers, tokens=self.tokens)
+        return Program(self.captured, self.backend, varying, self.offload, self.observers, tokens=self.tokens)
 
     def halve(self, model: nn.Module, tensors: Sequence[torch.Tensor], conditional: str) -> None:
         """Capture the step for the conditional half of these inputs as well.
@@ -272,17 +274,24 @@ class Program:
     def phase(self, schedule: Schedule, index: int) -> Runnable:
         """The specialised graph of a phase."""
         phase, ranges, guided = schedule.phases[index], schedule.ranges, schedule.guided
-        key = phase, ranges, guided, schedule.memories
+        moved = self.moved(schedule)
+        key = phase, ranges, guided, schedule.memories, moved
         with COMPILING:
             if key not in self.phases:
                 conditional = guided.conditional if guided else None
                 passes: list[Pass] = [Specialize(phase, ranges, conditional, schedule.memories)]
                 if guided is not None:
                     passes.append(Guide(phase, guided))
+                if moved:
+                    passes.append(Offload(moved))
                 step = run(passes, self.half_step if phase.half else self.step, self.observers)
                 half = self.half if phase.half else None
                 self.phases[key] = Runnable(step, build(step, self.backend), half)
             return self.phases[key]
+
+    def moved(self, schedule: Schedule) -> frozenset[str]:
+        """Histories that are kept in host memory."""
+        return schedule.movable if self.offload else frozenset()
 
     def ideal_speedup(self, schedule: Schedule) -> float:
         """FLOPs of the plain model over all steps, by those of the plan, its prologue included."""

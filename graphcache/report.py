@@ -34,7 +34,8 @@ class BranchSummary:
     """One branch's latest generation.
 
     `held_bytes` is measured, now. `peak_bytes` is the most that a whole generation holds, hoisted values
-    included. `ideal_speedup` divides the plain model's FLOPs by the plan's.
+    included; `host_bytes` of it are in host memory by `offload`. `ideal_speedup` divides the plain model's
+    FLOPs by the plan's.
     """
 
     branch: str
@@ -45,6 +46,7 @@ class BranchSummary:
     held_bytes: int
     hoisted_bytes: int
     peak_bytes: int
+    host_bytes: int
     ideal_speedup: float
 
     def __str__(self) -> str:
@@ -53,7 +55,8 @@ class BranchSummary:
             f"{name}{len(self.steps)} of {self.plan_steps} steps, {self.phases} phases, "
             f"{self.graphs} graphs built, {self.ideal_speedup:.2f} times fewer FLOPs",
             f"cache: {_size(self.held_bytes)} held now, {_size(self.peak_bytes)} at most, of which "
-            f"{_size(self.hoisted_bytes)} are values hoisted out of the steps",
+            f"{_size(self.hoisted_bytes)} are values hoisted out of the steps"
+            + (f" and {_size(self.host_bytes)} in host memory" if self.host_bytes else ""),
             "step phase branches computed corrected reused forecast partial skipped      held",
         ]
         for s in self.steps:
@@ -85,6 +88,7 @@ def summarise(session: Session) -> Summary:
     for branch, state in session.states.items():
         program, schedule = state.program, state.schedule
         size = program.entry_bytes(schedule)
+        moved = program.moved(schedule)
         done = state.step - state.start + 1
         steps = tuple(_step(program, schedule, i, state.start, size) for i in range(done))
         branches.append(
@@ -97,6 +101,7 @@ def summarise(session: Session) -> Summary:
                 held_bytes=state.cache.held_bytes() + state.cache.hoisted_bytes(),
                 hoisted_bytes=state.hoisted_bytes,
                 peak_bytes=schedule.peak(size) + state.hoisted_bytes,
+                host_bytes=schedule.peak({name: size[name] * (name in moved) for name in size}),
                 ideal_speedup=program.ideal_speedup(schedule),
             )
         )

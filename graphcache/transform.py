@@ -97,6 +97,7 @@ def transform(
     timestep: str = "timestep",
     branches: int | None = None,
     wait: Literal["step", "never"] = "step",
+    offload: bool = False,
 ) -> Target:
     """Make a model, or the transformers of a diffusers pipeline, run under a plan.
 
@@ -117,6 +118,9 @@ def transform(
         wait: where no scheduler tells the step, "step" reads the timestep at each call, which waits for the
             device; "never" counts calls, so that generations must have as many as the plan, or begin with
             `reset`.
+        offload: keep cached features in pinned host memory. Each is sent there once it is computed, and
+            fetched while the site before the one that reads it runs. Differences of guidance stay on the
+            device, and so does what tokens are written into.
 
     Returns:
         An instance of the model's class, or the pipeline.
@@ -129,7 +133,7 @@ def transform(
             f"plan is a {type(plan).__name__}, not a Plan; use graphcache.presets, Plan.parse or Plan.load"
         )
     _check_options(branches, wait)
-    options = Options(plan, backend, timestep, branches, wait == "step")
+    options = Options(plan, backend, timestep, branches, wait == "step", offload)
     if isinstance(model_or_pipe, nn.Module):
         made: Any = _transformed(model_or_pipe, options)
         if example_inputs is not None:

@@ -212,6 +212,17 @@ class Schedule:
         """Histories that each phase stores."""
         return tuple(frozenset(_stored(phase)) for phase in self.phases)
 
+    @cached_property
+    def movable(self) -> frozenset[str]:
+        """Histories of features that nothing writes into and that later steps alone read."""
+        fixed = {GUIDANCE, PREDICTION}
+        for phase in self.phases:
+            marked = (name for name, action in phase.actions if action.budget or action.measure)
+            fixed |= {site_of(name) for name in marked}
+        stored = frozenset[str]().union(*self.stores)
+        fixed |= {site_of(selection.site) for step in self.steps for selection in step.selections}
+        return frozenset(name for name in stored if site_of(name) not in fixed and "|memory" not in name)
+
     def branches(self, step: int) -> int:
         """Branches of guidance that a step evaluates: one or both of a doubled batch, else one or none."""
         phase = self.phases[self.steps[step].phase]
