@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from graphcache.analysis.cost import flops, graph_flops
-from graphcache.analysis.dataflow import LATENT, Dataflow
+from graphcache.analysis.branches import branch_flops
+from graphcache.analysis.cost import graph_flops
 from graphcache.engine import Engine, Options, original
-from graphcache.ir.graph import Branch, StepGraph, storage_bytes, value_of
+from graphcache.ir.graph import storage_bytes, value_of
 from graphcache.ir.plan import Plan
 from graphcache.ir.text import describe
 
@@ -96,30 +96,3 @@ def inspect(
     )
     hoisted = graph_flops(program.prologue.step) if program.prologue else 0
     return Inspection(sites, step.blocks, total, hoisted, len(step.calls()))
-
-
-def branch_flops(step: StepGraph) -> dict[str, int]:
-    """FLOPs between each branch's stream and its value; what they share is divided."""
-    flow = Dataflow(step)
-    nodes = step.nodes()
-    owners: Counter[str] = Counter()
-    members: dict[str, list[str]] = {}
-    for branch in step.branches:
-        inside = _own_work(flow, branch, nodes)
-        members[branch.name] = inside
-        owners.update(inside)
-    cost = {node.name: flops(node) for node in step.graph.nodes}
-    return {name: sum(cost[item] // owners[item] for item in inside) for name, inside in members.items()}
-
-
-def _own_work(flow: Dataflow, branch: Branch, nodes: dict[str, Any]) -> list[str]:
-    """Nodes that the branch's value needs and that no residual stream carries."""
-    streams = {nodes[b.merge] for b in flow.step.branches} | {nodes[b.stream] for b in flow.step.branches}
-    todo, seen = [nodes[branch.value]], set()
-    while todo:
-        node = todo.pop()
-        if node in seen or node in streams or node.op != "call_function":
-            continue
-        seen.add(node)
-        todo.extend(node.all_input_nodes)
-    return [node.name for node in seen if flow.depends[node] & LATENT]
