@@ -111,12 +111,16 @@ class Engine:
                 hand_over(session.states.get(("cond", branch[1])), state)
             session.enter(generation, branch, state)
             try:
-                return run_step(state, tensors)
+                return self.evaluate(branch, state, tensors)
             except BaseException:
                 session.forget()
                 raise
         finally:
             session.release()
+
+    def evaluate(self, branch: Branch, state: BranchState, tensors: Sequence[torch.Tensor]) -> Any:
+        """Run the step that a branch's state is at."""
+        return run_step(state, tensors)
 
     @property
     def as_given(self) -> Options:
@@ -158,6 +162,8 @@ class Engine:
             given = self.options.plan
             plan = self.plans[steps] = presets.resample(given, steps)
             how = "resampled" if plan.preset is None else "evaluated anew"
+            if given.lists_coefficients:
+                how += "; its coefficients hold for its own steps, so values are extrapolated linearly"
             log.warning("the plan has %d steps, this generation %d: it was %s", given.steps, steps, how)
         return plan
 
@@ -200,6 +206,8 @@ class Engine:
         """The branch's state at this step; one that did not run the step before begins empty."""
         begins = generation.begins and not generation.called
         plan = self.plan_for(generation.steps)
+        if begins:
+            session.driver.refuse_other(plan)
         state = None if begins else session.states.get(branch)
         if state is None or state.step + 1 != generation.step:
             state = self._begun(plan, generation.step, call, bound, tensors, begins)

@@ -9,6 +9,7 @@ from torch import nn
 
 from graphcache.analysis.cost import graph_flops
 from graphcache.analysis.dataflow import Dataflow
+from graphcache.analysis.fingerprint import fingerprint
 from graphcache.analysis.frequency import basis, disc
 from graphcache.analysis.invariant import invariant_values
 from graphcache.analysis.liveness import lower
@@ -247,6 +248,7 @@ class Program:
         """
         key = (plan, start, role, shared)
         if key not in self._schedules:
+            self._refuse_other_model(plan)
             step, cuts = self.captured.step, self.cuts(plan)
             schedule = lower(plan, step.branches, start, role, memories(step, cuts), shared)
             self.tokens |= {name: (cut.rows, cut.tokens) for name, cut in cuts.items()}
@@ -254,6 +256,18 @@ class Program:
                 self._refuse_mixed(schedule)
             self._schedules[key] = schedule
         return self._schedules[key]
+
+    def _refuse_other_model(self, plan: Plan) -> None:
+        if plan.model is not None and plan.model != self.fingerprint:
+            raise PlanError(
+                f"the plan was made for model {plan.model}, and this one is {self.fingerprint}; profile this "
+                "model and search a plan for it, or take model= out of the plan's header to use it anyway"
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells models apart; see `graphcache.analysis.fingerprint`."""
+        return fingerprint(self.captured.step)
 
     def _refuse_mixed(self, schedule: Schedule) -> None:
         """Only what holds the branches one half after the other can be cached for each of them."""

@@ -1,6 +1,6 @@
 """Runs one step of one branch: feeds a phase its tensors and keeps what later steps read."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,17 +58,27 @@ class BranchState:
         return self.step + 1 == self.start + len(self.schedule.steps)
 
 
-def run_step(state: BranchState, tensors: Sequence[torch.Tensor]) -> Any:
-    """One evaluation: the phase of the state's current step, on flat inputs in signature order."""
+Evaluate = Callable[[Runnable, list[torch.Tensor]], Sequence[torch.Tensor]]
+
+
+def _called(runnable: Runnable, fed: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+    return runnable.call(*fed)
+
+
+def run_step(state: BranchState, tensors: Sequence[torch.Tensor], evaluate: Evaluate = _called) -> Any:
+    """One evaluation: the phase of the state's current step, on flat inputs in signature order.
+
+    `evaluate` runs a phase's graph on what it is fed, one tensor per input port.
+    """
     program, cache, step = state.program, state.cache, state.now
     inputs = laid(program.captured.strides, tensors)
     if state.watched is None:
-        _run_prologue(state, tensors, inputs)
+        run_prologue(state, tensors, inputs)
     runnable = state.ready.get(step.phase)
     if runnable is None:
         runnable = state.ready[step.phase] = program.phase(state.schedule, step.phase)
     cache.chosen = state.chosen.pop(state.step, {})
-    results = runnable.call(*_feed(cache, runnable, inputs, step))
+    results = evaluate(runnable, feed(cache, runnable, inputs, step))
     count = position = program.captured.output.count
     for site, parts in runnable.stored:
         cache.store(site, tuple(results[position : position + parts]))
@@ -77,10 +87,15 @@ def run_step(state: BranchState, tensors: Sequence[torch.Tensor]) -> Any:
         _choose(state)
     cache.trim(step.keep)
     if state.finished:
-        state.chosen.clear()
-        cache.hoisted, cache.half_hoisted = {}, None
-        state.watched = None
+        end(state)
     return program.captured.output.build(results[:count])
+
+
+def end(state: BranchState) -> None:
+    """Drop what holds for one generation."""
+    state.chosen.clear()
+    state.cache.hoisted, state.cache.half_hoisted = {}, None
+    state.watched = None
 
 
 def changed_inputs(state: BranchState, tensors: Sequence[torch.Tensor]) -> set[int]:
@@ -163,7 +178,8 @@ def _half_choices(choices: Mapping[str, Choice], half: slice | None) -> dict[str
     return {site: Choice(choice.places[half], choice.clusters[half]) for site, choice in choices.items()}
 
 
-def _run_prologue(state: BranchState, tensors: Sequence[torch.Tensor], laid: Sequence[torch.Tensor]) -> None:
+def run_prologue(state: BranchState, tensors: Sequence[torch.Tensor], laid: Sequence[torch.Tensor]) -> None:
+    """Compute what holds for the whole generation."""
     program = state.program
     prologue = program.prologue
     state.watched, state.cache.hoisted, state.cache.half_hoisted = (), {}, None
@@ -191,7 +207,7 @@ def _choose(state: BranchState) -> None:
             state.chosen.setdefault(step, {})[selection.site] = choice
 
 
-def _feed(
+def feed(
     cache: CacheState, runnable: Runnable, inputs: Sequence[torch.Tensor], step: Step
 ) -> list[torch.Tensor]:
     """One tensor per input port; on the path of every step, hence no look-up twice."""
@@ -201,7 +217,7 @@ def _feed(
         if cache.half_hoisted is None:
             cache.half_hoisted = runnable.half.hoisted_rows(hoisted)
         hoisted = cache.half_hoisted
-    feed: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
     for port in runnable.step.inputs:
         if isinstance(port, CacheRead):
             history = entries.get(port.site)
@@ -211,23 +227,23 @@ def _feed(
             if history:
                 # a history that is shorter than the forecast's order is padded with its newest at weight 0
                 index = port.entry if port.entry < len(history) else 0
-                feed.append(history[index][port.part])
+                tensors.append(history[index][port.part])
             elif port.optional:
-                feed.append(runnable.blank(port))
+                tensors.append(runnable.blank(port))
             else:
                 raise StateError(f"{port.site}: nothing is cached that this step could read; call reset()")
         elif isinstance(port, Hoisted):
-            feed.append(hoisted[port.name])
+            tensors.append(hoisted[port.name])
         elif isinstance(port, Input):
-            feed.append(inputs[port.index])
+            tensors.append(inputs[port.index])
         elif isinstance(port, Table):
-            feed.append(runnable.tables[port])
+            tensors.append(runnable.tables[port])
         elif isinstance(port, Chosen):
             choice = cache.chosen[port.site]
-            feed.append(choice.clusters if port.clusters else choice.places)
+            tensors.append(choice.clusters if port.clusters else choice.places)
         else:
-            feed.append(runnable.coefficients(port.group, step.coefficients[port.group]))
-    return feed if len(set(map(id, feed))) == len(feed) else distinct(feed)
+            tensors.append(runnable.coefficients(port.group, step.coefficients[port.group]))
+    return tensors if len(set(map(id, tensors))) == len(tensors) else distinct(tensors)
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from graphcache.ir.errors import StateError
+from graphcache.ir.errors import PlanError, StateError
+from graphcache.ir.plan import Plan
 
 _Scales = tuple[Callable[[float], float], ...]
 _SCALED: _Scales = (lambda t: t, lambda t: t / 1000)
@@ -43,9 +44,23 @@ class Driver:
         """The pipeline whose scheduler is followed, if it still exists."""
         return None if self._pipe is None else self._pipe()
 
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler as it is now, None without one."""
+        return self._scheduler if self._pipe is None else getattr(self._pipe(), "scheduler", None)
+
+    def refuse_other(self, plan: Plan) -> None:
+        """Raise PlanError if a plan was made for another kind of scheduler."""
+        found = type(self.scheduler).__name__
+        if plan.scheduler is not None and self.scheduler is not None and found != plan.scheduler:
+            raise PlanError(
+                f"the plan was made for a {plan.scheduler}, and this generation runs a {found}; "
+                "search a plan for it, or take scheduler= out of the plan's header to use it anyway"
+            )
+
     def position(self) -> Position | None:
         """Where the scheduler stands; None without one, or when it was never given timesteps."""
-        scheduler = self._scheduler if self._pipe is None else getattr(self._pipe(), "scheduler", None)
+        scheduler = self.scheduler
         if scheduler is None or getattr(scheduler, "num_inference_steps", None) is None:
             return None
         step = getattr(scheduler, "step_index", None)

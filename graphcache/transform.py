@@ -139,7 +139,7 @@ def transform(
         if example_inputs is not None:
             made._graphcache.prepare(example_inputs)
         return made  # type: ignore[no-any-return]
-    for name, part in _parts(model_or_pipe).items():
+    for name, part in pipeline_parts(model_or_pipe).items():
         setattr(model_or_pipe, name, _transformed(part, options, model_or_pipe))
     return model_or_pipe
 
@@ -152,7 +152,7 @@ def restore(model_or_pipe: Target) -> Target:
     """
     if isinstance(model_or_pipe, nn.Module):
         return _restored(model_or_pipe)  # type: ignore[return-value]
-    for name, part in _parts(model_or_pipe).items():
+    for name, part in pipeline_parts(model_or_pipe).items():
         setattr(model_or_pipe, name, _restored(part))
     return model_or_pipe
 
@@ -169,12 +169,20 @@ def _check_options(branches: int | None, wait: str) -> None:
         )
 
 
-def _parts(pipe: Any) -> dict[str, nn.Module]:
+def pipeline_parts(pipe: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline, by attribute."""
     parts = {name: getattr(pipe, name, None) for name in PIPELINE_PARTS}
     found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     if not found:
         raise GraphCacheError(f"{type(pipe).__name__} is neither a module nor a pipeline with a transformer")
     return found
+
+
+def wrapped(model: nn.Module, engine: Engine) -> nn.Module:
+    """A model that looks like another one and is run by an engine."""
+    made = _subclassed(model)
+    object.__setattr__(made, "_graphcache", engine)
+    return made
 
 
 def _transformed(given: nn.Module, options: Options, pipe: Any = None) -> nn.Module:
@@ -276,6 +284,10 @@ def _checked(engine: Engine, outer: Any) -> Any:
 
 
 def _wrap(model: nn.Module, options: Options, pipe: Any = None) -> nn.Module:
+    return wrapped(model, Engine(model, options, pipe))
+
+
+def _subclassed(model: nn.Module) -> nn.Module:
     """An instance of a same-named subclass that shares the original's attributes, weights included."""
     kind = type(model)
     names = {
@@ -291,5 +303,4 @@ def _wrap(model: nn.Module, options: Options, pipe: Any = None) -> nn.Module:
     wrapper: Any = type(kind.__name__, (Transformed, kind), names)
     made: nn.Module = object.__new__(wrapper)
     made.__dict__ = model.__dict__
-    object.__setattr__(made, "_graphcache", Engine(model, options, pipe))
     return made

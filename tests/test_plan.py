@@ -259,6 +259,8 @@ class TestFiles:
             "steps": 2,
             "preset": None,
             "conditional": None,
+            "model": None,
+            "scheduler": None,
             "grid": None,
             "letters": [],
             "rows": [],
@@ -475,12 +477,19 @@ class TestResample:
         plan = replace(Plan.parse("plan steps=2\n@self #.\nguidance ##"), preset=Preset("x"))
         assert str(plan.resample(3)) == "plan steps=3 preset=none\n@self     ##.\nguidance  ###"
 
-    def test_listed_coefficients_cannot_be_resampled(self) -> None:
-        plan = Plan.parse(EXAMPLE)
-        assert plan.resample(12) is plan
-        with pytest.raises(
-            PlanError, match=r"row @mlp\[0..0.5\] lists coefficients, which hold for 12 steps only"
-        ):
-            plan.resample(13)
+    def test_listed_coefficients_become_lines_and_corrections_plain_computing(self) -> None:
+        listed = "f = fitted order=2\nc = tuned compute\n* ##fc\n  step 2 = 1.5 -0.5\n  step 3 = 0.9 0.1"
+        plan = Plan.parse(f"plan steps=4 preset=none\n{listed}")
+        assert str(plan.resample(8)) == "plan steps=8 preset=none\nf = newton order=1\n*  ####ff##"
+        assert plan.resample(4) is plan
+
+    def test_a_plan_names_its_model_and_scheduler(self) -> None:
+        text = "plan steps=2 conditional=last model=mabc scheduler=DDIMScheduler preset=none\n*  #."
+        assert str(Plan.parse(text)) == text
+        assert Plan.parse(text).resample(4).model == "mabc"
+        with pytest.raises(PlanError, match="model='a b' is no name"):
+            Plan(2, model="a b")
+
+    def test_a_plan_has_a_step(self) -> None:
         with pytest.raises(PlanError, match="a plan has 1 to"):
             Plan(3).resample(0)

@@ -171,14 +171,32 @@ def test_another_number_of_steps_is_said_once(caplog: pytest.LogCaptureFixture) 
     assert pipe.transformer.plan == presets.fora(6)
 
 
-def test_a_plan_that_cannot_be_resampled_is_refused_and_the_next_generation_is_right() -> None:
+def test_listed_coefficients_are_replaced_for_other_steps_with_a_message(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     tiny_pipe = PIPELINES["pixart"]
     plan = Plan.parse("plan steps=6 preset=none\nf = fitted order=1\n* ##f###\n  step 2 = 1.5 -0.5")
     pipe = graphcache.transform(tiny_pipe.make(), plan)
-    expected = tiny_pipe.generate(pipe, 6)
-    with pytest.raises(PlanError, match="hold for 6 steps only"):
-        tiny_pipe.generate(pipe, 4)
-    assert_same(tiny_pipe.generate(pipe, 6), expected)
+    with caplog.at_level(logging.WARNING, logger="graphcache"):
+        made = tiny_pipe.generate(pipe, 4)
+    assert "so values are extrapolated linearly" in caplog.text
+    other = graphcache.transform(tiny_pipe.make(), plan.resample(4))
+    assert_same(made, tiny_pipe.generate(other, 4))
+
+
+def test_a_plan_for_another_scheduler_or_model_is_refused() -> None:
+    tiny_pipe = PIPELINES["pixart"]
+    pipe = tiny_pipe.make()
+    kind = type(pipe.scheduler).__name__
+    for header, message in (
+        ("scheduler=PNDMScheduler", f"made for a PNDMScheduler, and this generation runs a {kind}"),
+        ("model=mother", "the plan was made for model mother, and this one is m"),
+    ):
+        graphcache.transform(pipe, Plan.parse(f"plan steps=6 {header} preset=none\n* #.#.#."))
+        with pytest.raises(PlanError, match=message):
+            tiny_pipe.generate(pipe, 6)
+    graphcache.transform(pipe, Plan.parse(f"plan steps=6 scheduler={kind} preset=none\n* #.#.#."))
+    tiny_pipe.generate(pipe, 6)
 
 
 KINDS = (

@@ -12,6 +12,7 @@ from graphcache.ir.plantext import is_word
 from graphcache.ir.selector import Selector
 
 COMPUTE, REUSE = "#", "."
+_HEADER = ("steps", "preset", "conditional", "grid", "model", "scheduler")
 MAX_PERIOD = 16
 
 Value = bool | int | float | str
@@ -48,7 +49,7 @@ class Preset:
         if self.name == "none" or not is_word(self.name):
             raise PlanError(f"{self.name!r} cannot name a preset")
         for name, value in self.arguments:
-            if not name.isidentifier() or name in ("steps", "preset", "conditional", "grid"):
+            if not name.isidentifier() or name in _HEADER:
                 raise PlanError(f"preset {self.name}: {name!r} cannot name an argument")
             again = plantext.parse_value(plantext.print_value(value))
             if (
@@ -68,7 +69,9 @@ class Plan:
     `conditional`, "first" or "last", says which half of a doubled batch is the conditional branch's;
     diffusers' pipelines put it last. It is what goes on when guidance ends within a generation and the batch
     halves; without it the histories start empty there. `grid` holds the frames, height and width of the
-    tokens, for models that return predictions as packed tokens.
+    tokens, for models that return predictions as packed tokens. `model` is the fingerprint of the only model
+    that the plan is for, and `scheduler` the class of the only scheduler, where a pipeline has one; None is
+    any.
     """
 
     steps: int
@@ -77,6 +80,8 @@ class Plan:
     preset: Preset | None = None
     conditional: str | None = None
     grid: tuple[int, int, int] | None = None
+    model: str | None = None
+    scheduler: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "letters", tuple(self.letters))
@@ -86,6 +91,9 @@ class Plan:
             raise PlanError(
                 f"conditional={self.conditional}: the conditional half of a doubled batch is first or last"
             )
+        for name in ("model", "scheduler"):
+            if getattr(self, name) is not None and not is_word(getattr(self, name)):
+                raise PlanError(f"{name}={getattr(self, name)!r} is no name")
         symbols = [letter.symbol for letter in self.letters]
         for symbol in symbols:
             if symbols.count(symbol) > 1:
@@ -133,20 +141,24 @@ class Plan:
         """The grid for another number of steps: periods kept, thresholds scaled, legal again.
 
         The result carries no preset: `graphcache.presets.resample` evaluates a preset's plan anew.
-        Raises PlanError for listed coefficients, which hold for their own steps only.
+        Listed coefficients hold for their own steps: the line through the two newest values takes the place
+        of those that forecast, and plain computing of those that correct.
         """
         if steps == self.steps:
             return self
         check_steps(steps)
-        for row in self.rows:
-            if row.coefficients:
-                raise PlanError(
-                    f"row {row.selector} lists coefficients, which hold for {self.steps} steps only; "
-                    f"fit a plan for {steps} steps"
-                )
-        rows = tuple(Row(row.selector, _resampled(row.actions, steps)) for row in self.rows)
-        letters = tuple(_scaled(letter, steps / self.steps) for letter in self.letters)
-        return Plan(steps, letters, rows, conditional=self.conditional, grid=self.grid)
+        corrected = {letter.symbol: COMPUTE for letter in self.letters if letter.is_compute}
+        plain = str.maketrans(corrected)
+        rows = tuple(Row(row.selector, _resampled(row.actions.translate(plain), steps)) for row in self.rows)
+        letters = tuple(
+            _scaled(letter, steps / self.steps) for letter in self.letters if not letter.is_compute
+        )
+        return replace(self, steps=steps, letters=letters, rows=rows, preset=None)
+
+    @property
+    def lists_coefficients(self) -> bool:
+        """Whether some coefficients are the plan's own, made for its number of steps."""
+        return any(row.coefficients for row in self.rows)
 
     @classmethod
     def _of(cls, document: plantext.Document) -> "Plan":
@@ -158,7 +170,16 @@ class Plan:
         preset = document.preset
         call = None if preset is None else Preset(preset.name, tuple(preset.arguments.items()))
         grid = None if document.grid is None else _checked_grid(document.grid)
-        return cls(document.steps, tuple(letters), tuple(rows), call, document.conditional, grid)
+        return cls(
+            document.steps,
+            tuple(letters),
+            tuple(rows),
+            call,
+            document.conditional,
+            grid,
+            document.model,
+            document.scheduler,
+        )
 
     def _document(self) -> plantext.Document:
         letters = [plantext.LetterLine(item.symbol, item.kind, dict(item.options)) for item in self.letters]
@@ -169,7 +190,17 @@ class Plan:
         call = self.preset
         preset = None if call is None else plantext.PresetLine(call.name, dict(call.arguments))
         grid = None if self.grid is None else list(self.grid)
-        return plantext.Document(plantext.VERSION, self.steps, preset, self.conditional, grid, letters, rows)
+        return plantext.Document(
+            plantext.VERSION,
+            self.steps,
+            preset,
+            self.conditional,
+            self.model,
+            self.scheduler,
+            grid,
+            letters,
+            rows,
+        )
 
 
 def check_steps(steps: int) -> None:
@@ -251,6 +282,8 @@ def _check_listed(where: str, letter: Letter | None, values: tuple[float, ...] |
 
 def _scaled(letter: Letter, ratio: float) -> Letter:
     """A ramp stretched with the steps, so that its end points stay; turning points rounded half up."""
+    if letter.is_listed:
+        return Letter(letter.symbol, "newton", (("order", min(1, letter.order)),))
     options = []
     for name, value in letter.options:
         if name in ("begin", "over"):

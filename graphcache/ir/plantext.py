@@ -14,6 +14,8 @@ from graphcache.ir.errors import PlanError
 VERSION = 1
 MAX_BYTES = 64 * 2**20
 
+_HEADER_WORDS = ("conditional", "model", "scheduler")
+
 _INTEGER = re.compile(r"[+-]?\d{1,18}")
 _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _LISTED = re.compile(r"step\s+(\d{1,18})\s*=(.*)")
@@ -58,6 +60,8 @@ class Document(msgspec.Struct, forbid_unknown_fields=True):
     steps: int
     preset: PresetLine | None = None
     conditional: str | None = None
+    model: str | None = None
+    scheduler: str | None = None
     grid: list[int] | None = None
     letters: list[LetterLine] = []
     rows: list[RowLine] = []
@@ -115,7 +119,8 @@ def _read_header(line: str, document: Document) -> None:
         raise PlanError(f"expected 'plan steps=… preset=…', found {line[:60]!r}")
     fields = _fields(rest)
     steps, name = fields.pop("steps", None), fields.pop("preset", "none")
-    conditional, grid = fields.pop("conditional", None), fields.pop("grid", None)
+    words = {name: fields.pop(name, None) for name in _HEADER_WORDS}
+    grid = fields.pop("grid", None)
     if not isinstance(steps, int) or isinstance(steps, bool):
         raise PlanError("the header needs steps= with a whole number")
     if not is_word(name):
@@ -123,7 +128,8 @@ def _read_header(line: str, document: Document) -> None:
     if name == "none" and fields:
         raise PlanError(f"preset=none takes no arguments, found {', '.join(fields)}")
     document.steps = steps
-    document.conditional = None if conditional is None else print_value(conditional)
+    for field, value in words.items():
+        setattr(document, field, None if value is None else print_value(value))
     document.grid = None if grid is None else _read_grid(grid)
     document.preset = None if name == "none" else PresetLine(name, fields)
 
@@ -187,8 +193,9 @@ def write_text(document: Document) -> str:
     """The canonical text: aligned, nothing left out, no newline at the end."""
     preset = document.preset or PresetLine("none")
     header = [f"plan steps={document.steps}", f"preset={preset.name}", *_words(preset.arguments)]
-    if document.conditional is not None:
-        header.insert(1, f"conditional={document.conditional}")
+    for name in reversed(_HEADER_WORDS):
+        if getattr(document, name) is not None:
+            header.insert(1, f"{name}={getattr(document, name)}")
     if document.grid is not None:
         header.insert(1, f"grid={'x'.join(map(str, document.grid))}")
     lines = [" ".join(header)]
@@ -252,9 +259,14 @@ def load(path: str | os.PathLike[str]) -> Document:
 
 
 def save(document: Document, path: str | os.PathLike[str]) -> None:
+    """Writes text, or JSON where the suffix says so; the file is replaced whole or not at all."""
+    as_json = Path(path).suffix == ".json"
+    write_bytes(write_json(document) if as_json else (write_text(document) + "\n").encode(), path)
+
+
+def write_bytes(data: bytes, path: str | os.PathLike[str]) -> None:
     """Writes a temporary file beside the path and moves it there."""
     target = Path(path)
-    data = write_json(document) if target.suffix == ".json" else (write_text(document) + "\n").encode()
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         try:

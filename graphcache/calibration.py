@@ -1,0 +1,66 @@
+"""How long a compiled step takes when sites are taken from the cache: what plans are priced by."""
+
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphcache.bench import Generation
+from graphcache.compile import Backend, compile_plainly
+from graphcache.ir.letter import Letter
+from graphcache.ir.plan import Plan, Row
+from graphcache.ir.selector import Selector
+from graphcache.transform import transform
+
+ACTIONS = "##ffff##ffff"
+"""Of the plans that are timed; the first two steps are warm-up."""
+
+
+def step_seconds(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    families: Mapping[str, Sequence[str]],
+    *,
+    backend: Backend,
+    timestep: str,
+    rounds: int = 5,
+) -> dict[str, float]:
+    """Median seconds of a step: `plain`, `compute`, and every family's from the cache.
+
+    Args:
+        inputs: keyword arguments of one call.
+        families: sites that are forecast together, by name.
+        backend: that compiles the phases.
+        rounds: interleaved generations of each; one before them warms up.
+    """
+    plans = {name: _plan(sites) for name, sites in families.items()}
+    generation = Generation(inputs, timestep, len(ACTIONS))
+    calls: dict[str, Any] = {"plain": compile_plainly(model, backend)}
+    calls |= {
+        name: transform(model, plan, backend=backend, timestep=timestep) for name, plan in plans.items()
+    }
+    times: dict[str, list[list[float]]] = {name: [] for name in calls}
+    with torch.no_grad():
+        for turn in range(rounds + 1):
+            for name in random.Random(turn).sample(list(calls), len(calls)):
+                times[name].append(generation.run(calls[name]))
+    found = {"plain": _median(times["plain"], range(len(ACTIONS)))}
+    whole = [step for step, action in enumerate(ACTIONS) if action == "#" and step > 1]
+    skipped = [step for step, action in enumerate(ACTIONS) if action == "f"]
+    found["compute"] = statistics.median(_median(times[name], whole) for name in plans)
+    return found | {name: _median(times[name], skipped) for name in plans}
+
+
+def _plan(sites: Sequence[str]) -> Plan:
+    if list(sites) == ["guidance"]:
+        return Plan(len(ACTIONS), rows=(Row(Selector.parse("guidance"), ACTIONS.replace("f", ".")),))
+    letter = Letter("f", "newton", (("order", 1),))
+    return Plan(len(ACTIONS), (letter,), tuple(Row(Selector.parse(site), ACTIONS) for site in sites))
+
+
+def _median(rounds: Sequence[Sequence[float]], steps: Sequence[int]) -> float:
+    """Over all steps and all rounds but the first."""
+    return statistics.median(times[step] for times in rounds[1:] for step in steps)

@@ -1,0 +1,167 @@
+"""A model that hands out what every site computes, and its gradients, while a sampler runs it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graphcache.compile import build
+from graphcache.engine import Engine, Options
+from graphcache.ir.graph import CacheWrite, Input
+from graphcache.ir.plan import Plan
+from graphcache.passes.base import run
+from graphcache.passes.probe import Probe, handle
+from graphcache.program import Program, Runnable, laid
+from graphcache.runner import BranchState, end, feed, run_prologue
+from graphcache.session import Branch
+
+OUTPUT = "output"
+
+Values = Mapping[str, tuple[Tensor, ...]]
+"""What the sites of one evaluation computed, or its gradients: a tuple of a site's tensors."""
+
+
+class Observer(Protocol):
+    """Told of every evaluation, and of every one again on the way back, last step first."""
+
+    def saw(self, step: int, branch: Branch, values: Values) -> None: ...
+
+    def pulled(self, step: int, branch: Branch, values: Values, gradients: Values) -> None: ...
+
+
+@dataclass
+class _Evaluation:
+    """One evaluation as a function of its inputs, run again on the way back."""
+
+    step: int
+    branch: Branch
+    runnable: Runnable
+    tensors: Sequence[Tensor]
+    feed: list[Tensor]
+    count: int
+
+    def place(self, leaf: Tensor) -> int | None:
+        """Where the graph is fed one of the call's tensors; None if it does not read it."""
+        index = next(i for i, tensor in enumerate(self.tensors) if tensor is leaf)
+        ports = enumerate(self.runnable.step.inputs)
+        return next((i for i, port in ports if isinstance(port, Input) and port.index == index), None)
+
+    def again(self, places: Sequence[int]) -> "_Evaluation":
+        """The same with gradients of what it is fed at these places."""
+        fed = list(self.feed)
+        for place in places:
+            fed[place] = fed[place].detach().requires_grad_()
+        return replace(self, feed=fed)
+
+    def run(self) -> tuple[Sequence[Tensor], Values, Values]:
+        """The results, the sites' values, and what their gradients are taken of."""
+        results = self.runnable.call(*self.feed)
+        parts: dict[str, list[Tensor]] = {OUTPUT: list(results[: self.count])}
+        for port, value in zip(self.runnable.step.outputs, results, strict=True):
+            if isinstance(port, CacheWrite):
+                parts.setdefault(port.site, []).append(value)
+        values = {name: tuple(tensors) for name, tensors in parts.items() if "|" not in name}
+        sources = {name: tuple(parts.get(handle(name), tensors)) for name, tensors in values.items()}
+        return results[: self.count], values, sources
+
+
+class ProbeEngine(Engine):
+    """Runs a model as it is and shows an observer what its sites compute.
+
+    Gradients flow from the results through the evaluations to the latents. None is kept: each is computed
+    again on the way back.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        steps: int,
+        observer: Observer,
+        ranges: Sequence[tuple[str, int, int]],
+        timestep: str,
+        pipe: Any = None,
+    ) -> None:
+        super().__init__(model, Options(Plan(steps), timestep=timestep), pipe)
+        self.observer = observer
+        self.ranges = tuple(ranges)
+        self.latest: _Evaluation | None = None
+        self._runnables: dict[int, tuple[Program, Runnable]] = {}
+
+    def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            return super().__call__(args, kwargs)
+        leaves, structure = pytree.tree_flatten((list(args), kwargs))
+        anchor = torch.empty(0, requires_grad=True)
+        made: list[Any] = []
+        results = _Recomputed.apply(self, structure, made, anchor, *leaves)  # type: ignore[no-untyped-call]
+        return made[0](results)
+
+    def evaluate(self, branch: Branch, state: BranchState, tensors: Sequence[Tensor]) -> Any:
+        inputs = laid(state.program.captured.strides, tensors)
+        if state.watched is None:
+            run_prologue(state, tensors, inputs)
+        runnable = self._probe(state.program)
+        fed = feed(state.cache, runnable, inputs, state.now)
+        output = state.program.captured.output
+        self.latest = _Evaluation(state.step, branch, runnable, tensors, fed, output.count)
+        results, values, _ = self.latest.run()
+        self.observer.saw(state.step, branch, values)
+        if state.finished:
+            end(state)
+        return output.build(results)
+
+    def _probe(self, program: Program) -> Runnable:
+        known = self._runnables.get(id(program))
+        if known is None:
+            branches = tuple(branch.name for branch in program.captured.step.branches)
+            step = run((Probe(branches, self.ranges),), program.step)
+            known = self._runnables[id(program)] = program, Runnable(step, build(step, None))
+        return known[1]
+
+
+class _Recomputed(torch.autograd.Function):
+    """An evaluation that keeps its inputs alone."""
+
+    @staticmethod
+    def forward(ctx: Any, engine: ProbeEngine, structure: Any, made: list[Any], *leaves: Any) -> Any:
+        detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(detached[1:], structure)
+        results, shape = pytree.tree_flatten(Engine.__call__(engine, args, kwargs))
+        made.append(lambda values: pytree.tree_unflatten(list(values), shape))
+        assert engine.latest is not None
+        evaluation = engine.latest
+        fed = {
+            number: evaluation.place(detached[number])
+            for number, leaf in enumerate(leaves)
+            if number and isinstance(leaf, Tensor) and leaf.requires_grad
+        }
+        ctx.engine, ctx.evaluation, ctx.amount = engine, evaluation, len(leaves)
+        ctx.places = {number: place for number, place in fed.items() if place is not None}
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        places = list(ctx.places.values())
+        evaluation = ctx.evaluation.again(places)
+        with torch.enable_grad():
+            results, values, sources = evaluation.run()
+        wanted = [evaluation.feed[place] for place in places]
+        sites = [tensor for name in values for tensor in sources[name]]
+        pulled = torch.autograd.grad(results, wanted + sites, gradients, allow_unused=True)
+        found = iter(pulled[len(places) :])
+        pulled_sites = {
+            name: tuple(_or_zero(next(found), source) for source in sources[name]) for name in values
+        }
+        plain = {name: tuple(tensor.detach() for tensor in tensors) for name, tensors in values.items()}
+        ctx.engine.observer.pulled(evaluation.step, evaluation.branch, plain, pulled_sites)
+        given: list[Any] = [None] * ctx.amount
+        for number, gradient in zip(ctx.places, pulled, strict=False):
+            given[number] = gradient
+        return None, None, None, *given
+
+
+def _or_zero(gradient: Tensor | None, source: Tensor) -> Tensor:
+    return torch.zeros_like(source) if gradient is None else gradient

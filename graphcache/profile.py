@@ -1,0 +1,94 @@
+"""How sensitive each site, step, token and guidance branch of a model is."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from graphcache.ir.errors import GraphCacheError
+
+Kind = Literal["branch", "range", "output", "guidance"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a plan can take from the cache, per evaluation of one branch of guidance.
+
+    `flops` and `seconds` are those of computing it, `bytes_kept` those of one cached value. `seconds` are
+    measured eagerly, operation by operation; 0 where nobody measured.
+    """
+
+    name: str
+    kind: Kind
+    flops: int = 0
+    bytes_kept: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a profile, or a plan made from it, holds for."""
+
+    graph: str
+    steps: int
+    scheduler: str
+    samples: int
+    probes: int
+    seed: int
+    conditional: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """How sensitive a model is.
+
+    Attributes:
+        provenance: what was profiled.
+        sites: the branches, ranges of blocks, the output, and guidance's difference where there is one.
+        gram: float64 (sites, steps, steps), products of each site's values at two steps, summed over all.
+        effects: float64 (sites, steps, window + 1, probes, samples). At step t and gap d the product of the
+            site's value at step t − d with the gradient, with respect to its value at step t, of a random
+            vector's product with the result: Σ a_j·effects[t, gap_j] − effects[t, 0] is the first-order
+            effect on that product of replacing the value by Σ a_j·(value at t − gap_j).
+        drift: by site (steps, tokens), how far each token moved since the step before, in units of the
+            tokens' mean length.
+        ranking: by site (steps,), Spearman's correlation of a token's length with how far it moves next.
+        bands: (steps, 2), the same of the low and the high frequencies of guidance's difference.
+        numbers: elements of one sample's result.
+        flops: of one evaluation.
+        calls: evaluations of the model in a step: two where guidance's branches are called one by one.
+        timings: measured seconds of a compiled step: `plain`, the untouched model; `compute`, a whole step
+            whose values are kept; and, by family of sites, a step that takes them from the cache.
+    """
+
+    provenance: Provenance
+    sites: tuple[Site, ...]
+    gram: np.ndarray
+    effects: np.ndarray
+    drift: dict[str, np.ndarray]
+    ranking: dict[str, np.ndarray]
+    bands: np.ndarray | None
+    numbers: int
+    flops: int
+    calls: int = 1
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        return self.provenance.steps
+
+    @property
+    def window(self) -> int:
+        return int(self.effects.shape[2]) - 1
+
+    def index(self, site: str) -> int:
+        """Where a site stands in the arrays.
+
+        Raises:
+            GraphCacheError: the profile has no such site.
+        """
+        names = [item.name for item in self.sites]
+        if site not in names:
+            raise GraphCacheError(f"the profile has no site {site}; it has {', '.join(names)}")
+        return names.index(site)

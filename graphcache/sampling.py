@@ -1,0 +1,159 @@
+"""How a model is sampled: a pipeline by its own call, a bare module by a function that is given."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphcache.compile import unwrapped
+from graphcache.engine import original
+from graphcache.ir.errors import GraphCacheError
+from graphcache.transform import pipeline_parts
+
+Sampler = Callable[[nn.Module, Any, int], Tensor]
+"""(model, sample, steps) -> result, the batch first: a whole generation. The same sample always begins with
+the same noise. A decorator `torch.no_grad` is looked through where gradients are needed."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A model and how it is run through a generation.
+
+    Attributes:
+        model: the original one.
+        sampler: runs any model of its kind.
+        pipe: the pipeline that the sampler calls, if there is one.
+    """
+
+    model: nn.Module
+    sampler: Sampler
+    pipe: Any = None
+
+    @staticmethod
+    def of(model_or_pipe: Any, sampler: Sampler | None = None) -> "Sampling":
+        """Of a module with a sampler, or of a pipeline.
+
+        Raises:
+            GraphCacheError: a bare module comes without a sampler, or a pipeline has two transformers.
+        """
+        if isinstance(model_or_pipe, nn.Module):
+            if sampler is None:
+                raise GraphCacheError(
+                    "a bare module does not say how it is sampled; give sampler=, a function of (model, "
+                    "sample, steps) that returns the result of a whole generation"
+                )
+            return Sampling(original(unwrapped(model_or_pipe)[0]), sampler)
+        parts = pipeline_parts(model_or_pipe)
+        if set(parts) != {"transformer"}:
+            raise GraphCacheError(
+                f"{type(model_or_pipe).__name__} has {' and '.join(parts)}, which take turns; profile each "
+                "as a module, with a sampler of its own"
+            )
+        model = original(unwrapped(parts["transformer"])[0])
+        return Sampling(model, sampler or _PipelineSampler(model_or_pipe), model_or_pipe)
+
+    def generate(self, model: nn.Module, sample: Any, steps: int, *, gradients: bool = False) -> Tensor:
+        """The result of one generation; with `gradients` those of what the model's calls depend on."""
+        if not gradients:
+            with torch.no_grad():
+                return self.sampler(model, sample, steps)
+        with torch.enable_grad():
+            if isinstance(self.sampler, _PipelineSampler):
+                return self.sampler.differentiable(model, sample, steps)
+            return inspect.unwrap(self.sampler)(model, sample, steps)  # type: ignore[no-any-return]
+
+    @property
+    def scheduler(self) -> str:
+        """What makes steps of the model's results, for the record."""
+        scheduler = getattr(self.pipe, "scheduler", None)
+        if scheduler is None:
+            return getattr(self.sampler, "__qualname__", type(self.sampler).__qualname__)
+        return type(scheduler).__name__
+
+
+@dataclass(frozen=True)
+class _PipelineSampler:
+    """A sample is a mapping of the call's arguments; `seed` is that of its generator."""
+
+    pipe: Any
+
+    def __call__(self, model: nn.Module, sample: Any, steps: int) -> Tensor:
+        return self._called(type(self.pipe).__call__, model, sample, steps)
+
+    def differentiable(self, model: nn.Module, sample: Any, steps: int) -> Tensor:
+        return self._called(inspect.unwrap(type(self.pipe).__call__), model, sample, steps)
+
+    def _called(self, call: Callable[..., Any], model: nn.Module, sample: Any, steps: int) -> Tensor:
+        if not isinstance(sample, Mapping):
+            raise GraphCacheError(
+                f"a pipeline's sample is a mapping of its call's arguments, not {type(sample).__name__}"
+            )
+        arguments = {"output_type": "latent", **sample}
+        seed = arguments.pop("seed", 0)
+        arguments.setdefault("generator", torch.Generator().manual_seed(int(seed)))
+        with _in_place(self.pipe, model):
+            result = call(self.pipe, num_inference_steps=steps, return_dict=False, **arguments)[0]
+        return result if isinstance(result, Tensor) else torch.stack(list(result))
+
+
+@contextmanager
+def _in_place(pipe: Any, model: nn.Module) -> Iterator[None]:
+    before = pipe.transformer
+    pipe.transformer = model
+    try:
+        yield
+    finally:
+        pipe.transformer = before
+
+
+def refuse_random(sampling: Sampling, sample: Any, steps: int) -> None:
+    """Raise GraphCacheError if the result depends on the global random state."""
+    results = []
+    for seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            results.append(sampling.generate(sampling.model, sample, steps))
+    if not torch.equal(*results):
+        raise GraphCacheError(
+            "two runs of one sample differ, because the sampler draws random numbers; profiling and "
+            "tuning follow one deterministic run: take a scheduler without noise (eta=0), and give the "
+            "sample a seed or its latents"
+        )
+
+
+MOST_DOUBLINGS = 6
+CLOSER = 10.0
+"""Decibels by which half of a reference's steps have to be closer to it than the uncached run is."""
+
+
+def converged(sampling: Sampling, sample: Any, steps: int) -> Tensor:
+    """The result of so many steps that half of them would not change it by much.
+
+    Steps are doubled until half as many come 10 dB closer to the result than the `steps` asked for do.
+
+    Raises:
+        GraphCacheError: that is not reached, the sampler refuses so many steps, or a result is not finite.
+    """
+    uncached = before = sampling.generate(sampling.model, sample, steps)
+    for doubling in range(1, MOST_DOUBLINGS + 1):
+        count = steps * 2**doubling
+        try:
+            result = sampling.generate(sampling.model, sample, count)
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise GraphCacheError(
+                f"no converged solution: the sampler fails at {count} steps ({error}); tune against the "
+                "uncached run instead"
+            ) from error
+        if not torch.isfinite(result).all():
+            raise GraphCacheError(f"no converged solution: the result of {count} steps is not finite")
+        near, far = ((item.double() - result.double()).square().mean() for item in (before, uncached))
+        if doubling > 1 and float(far) >= 10 ** (CLOSER / 10) * float(near):
+            return result
+        before = result
+    raise GraphCacheError(
+        f"no converged solution: results still change at {count} steps; tune against the uncached run instead"
+    )

@@ -1,0 +1,263 @@
+"""`search`: the best plan that a profile promises for a speed-up, an error or a memory budget."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from graphcache.analysis.full_steps import Choice, Table, best_steps, gap_errors
+from graphcache.analysis.sensitivity import effect, fitted
+from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.letter import Letter
+from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
+from graphcache.ir.selector import Selector
+from graphcache.profile import Profile, Site
+
+MOST_ENTRIES = 3
+"""Values of a history that fitted coefficients combine at most."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan with what the profile promises of it.
+
+    Attributes:
+        family: what its skipped steps take from the cache.
+        computed: steps computed whole.
+        speedup: of the whole generation over the plain model, predicted.
+        error: root mean square error of a result's numbers, estimated; measured once `measured` is set.
+        bytes: the most that its caches hold.
+        measured: root mean square error of the profiled samples, run end to end; None before.
+    """
+
+    plan: Plan
+    family: str
+    computed: tuple[int, ...]
+    speedup: float
+    error: float
+    bytes: int
+    measured: float | None = None
+
+    @property
+    def known_error(self) -> float:
+        return self.error if self.measured is None else self.measured
+
+
+@dataclass(frozen=True)
+class Found:
+    """The chosen plan, and the candidates that no other one beats in speed-up and error, fastest first."""
+
+    chosen: Candidate
+    front: tuple[Candidate, ...]
+
+    @property
+    def plan(self) -> Plan:
+        return self.chosen.plan
+
+
+Check = Callable[[Plan], float]
+"""Runs a plan on the profiled samples: the root mean square error of their numbers."""
+
+
+def search(
+    profile: Profile,
+    *,
+    speedup: float | None = None,
+    max_error: float | None = None,
+    max_bytes: int | None = None,
+    max_phases: int = 4,
+    check: Check | None = None,
+    checked: int = 3,
+) -> Found:
+    """Solve for a plan.
+
+    Whole steps are skipped: every family of sites (all branches, ranges of blocks, the output, guidance's
+    difference) has for every number of computed steps the set with the least estimated error, by dynamic
+    programming, with coefficients fitted to the values kept.
+
+    Args:
+        profile: of the model that the plan is for.
+        speedup: at least this; of all plans that reach it the one with the least error is chosen.
+        max_error: at most this root mean square error of a result's numbers; the fastest such plan is chosen.
+        max_bytes: at most so many bytes cached, beside the others.
+        max_phases: at most so many different steps, each a compiled graph.
+        check: corrects the estimates of the best candidates end to end.
+        checked: how many of them.
+
+    Raises:
+        GraphCacheError: neither or both of speedup and max_error are given, or no plan meets them; the
+            message says what the nearest gives.
+    """
+    if (speedup is None) == (max_error is None):
+        raise GraphCacheError("give search() either speedup= or max_error=, and if needed max_bytes=")
+    known = [
+        item
+        for item in candidates(profile)
+        if _phases(item.plan) <= max_phases and (max_bytes is None or item.bytes <= max_bytes)
+    ]
+    if not known:
+        least = min(candidates(profile), key=lambda item: item.bytes)
+        raise GraphCacheError(
+            f"no plan keeps within {max_bytes:,} bytes and {max_phases} phases; the smallest cache, of "
+            f"family {least.family}, takes {least.bytes:,} bytes"
+        )
+    fits = (lambda item: item.speedup >= speedup) if speedup is not None else None
+
+    def order(item: Candidate) -> tuple[float, float]:
+        return (item.known_error, -item.speedup) if fits else (-item.speedup, item.known_error)
+
+    def allowed(item: Candidate) -> bool:
+        return fits(item) if fits else item.known_error <= max_error  # type: ignore[operator]
+
+    meeting = sorted(filter(allowed, known), key=order)
+    if not meeting:
+        raise _unmet(known, speedup, max_error)
+    if check is not None:
+        meeting = [replace(item, measured=check(item.plan)) for item in meeting[:checked]]
+        known = meeting + [item for item in known if item.plan not in [other.plan for other in meeting]]
+        meeting = sorted(filter(allowed, meeting), key=order) or meeting
+    return Found(meeting[0], pareto(known))
+
+
+def candidates(profile: Profile) -> list[Candidate]:
+    """For every family and number of computed steps the best plan by the profile's estimates."""
+    found: list[Candidate] = []
+    for family, sites in families(profile).items():
+        tables = [_table(profile, site) for site in sites]
+        chosen = best_steps(gap_errors(tables), profile.steps - 1)
+        for choice in chosen.values():
+            found.extend(_candidates(profile, family, sites, choice))
+    if any(site.kind == "guidance" for site in profile.sites):
+        found.extend(_guidance_candidates(profile))
+    return found
+
+
+def families(profile: Profile) -> dict[str, tuple[Site, ...]]:
+    """Sites that are taken from the cache together at a skipped step."""
+    found = {site.name: (site,) for site in profile.sites if site.kind in ("output", "range")}
+    branches = tuple(site for site in profile.sites if site.kind == "branch")
+    return ({"branches": branches} if branches else {}) | found
+
+
+def pareto(items: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Those that no other one beats in both speed-up and error, fastest first."""
+    front: list[Candidate] = []
+    for item in sorted(items, key=lambda item: (-item.speedup, item.known_error)):
+        if not front or item.known_error < front[-1].known_error:
+            front.append(item)
+    return tuple(front)
+
+
+def fitted_plan(profile: Profile, sites: Sequence[Site], computed: Sequence[int], entries: int) -> Plan:
+    """Sites computed at some steps; at the others fitted on the latest `entries` values."""
+    rows, steps = [], range(profile.steps)
+    actions = "".join(COMPUTE if step in computed else "f" for step in steps)
+    for site in sites:
+        gram = profile.gram[profile.index(site.name)]
+        listed = []
+        for step in steps:
+            if step not in computed:
+                history = _history(computed, step, entries)
+                listed.append((step, tuple(map(float, fitted(gram, step, history)))))
+        rows.append(Row(Selector.parse(site.name), actions, tuple(listed)))
+    letter = Letter("f", "fitted", (("order", entries - 1),))
+    return Plan(profile.steps, (letter,), tuple(rows), conditional=profile.provenance.conditional)
+
+
+def predicted_speedup(profile: Profile, family: str, computed: int) -> float:
+    """Of a generation with so many computed steps, by measured steps where there are some, else by FLOPs."""
+    if family in profile.timings:
+        whole, skipped = profile.timings["compute"], profile.timings[family]
+    else:
+        whole, skipped = float(profile.flops), float(_skipped_flops(profile, family))
+    plain = profile.timings.get("plain", whole)
+    return profile.steps * plain / (computed * whole + (profile.steps - computed) * skipped)
+
+
+def _skipped_flops(profile: Profile, family: str) -> int:
+    if family == "guidance":
+        return profile.flops // 2
+    return profile.flops - sum(site.flops for site in families(profile)[family])
+
+
+def _candidates(profile: Profile, family: str, sites: Sequence[Site], choice: Choice) -> Iterator[Candidate]:
+    speedup = predicted_speedup(profile, family, len(choice.steps))
+    kept = sum(site.bytes_kept for site in sites) * profile.calls
+    for entries in range(2, MOST_ENTRIES + 1):
+        error = choice.error
+        if entries > 2:
+            error = _refitted_error(profile, sites, choice.steps, entries)
+        plan = fitted_plan(profile, sites, choice.steps, entries)
+        yield Candidate(plan, family, choice.steps, speedup, _rms(profile, error), kept * (entries + 1))
+
+
+def _refitted_error(profile: Profile, sites: Sequence[Site], computed: Sequence[int], entries: int) -> float:
+    """The estimate of `gap_errors` with longer histories, within the window."""
+    total = 0.0
+    for newest, end in zip(computed, (*computed[1:], profile.steps), strict=True):
+        sums: np.ndarray | float = 0.0
+        for step in range(newest + 1, end):
+            for site in sites:
+                table = _table(profile, site)
+                history = tuple(
+                    item for item in _history(computed, step, entries) if step - item <= table.window
+                )
+                sums = sums + effect(table.effects, step, history, fitted(table.gram, step, history))
+        if not isinstance(sums, float):
+            total += float((sums**2).mean(axis=0).sum())
+    return total
+
+
+def _guidance_candidates(profile: Profile) -> Iterator[Candidate]:
+    """One branch at the skipped steps, the other from the newest difference."""
+    (site,) = (site for site in profile.sites if site.kind == "guidance")
+    table = _table(profile, site)
+    steps, window = profile.steps, table.window
+    errors = np.full((steps + 1,) * 3, np.inf)
+    for newest in range(steps):
+        total: np.ndarray | float = 0.0
+        for end in range(newest + 1, min(newest + window + 1, steps) + 1):
+            if end > newest + 1:
+                total = total + effect(table.effects, end - 1, (newest,), np.ones(1))
+            error = 0.0 if isinstance(total, float) else float((total**2).mean(axis=0).sum())
+            errors[: newest + 1, newest, end] = error
+    for choice in best_steps(errors, steps - 1).values():
+        actions = "".join(COMPUTE if step in choice.steps else REUSE for step in range(steps))
+        conditional = profile.provenance.conditional
+        plan = Plan(steps, rows=(Row(Selector.parse("guidance"), actions),), conditional=conditional)
+        speedup = predicted_speedup(profile, "guidance", len(choice.steps))
+        error = _rms(profile, choice.error)
+        yield Candidate(plan, "guidance", choice.steps, speedup, error, 2 * site.bytes_kept)
+
+
+def _table(profile: Profile, site: Site) -> Table:
+    place = profile.index(site.name)
+    return Table(site.name, profile.gram[place], profile.effects[place])
+
+
+def _history(computed: Sequence[int], step: int, entries: int) -> tuple[int, ...]:
+    return tuple([item for item in computed if item < step][: -entries - 1 : -1])
+
+
+def _rms(profile: Profile, error: float) -> float:
+    """Root mean square of a result's numbers, of an error summed over all samples' numbers."""
+    return math.sqrt(error / (profile.numbers * profile.effects.shape[-1]))
+
+
+def _phases(plan: Plan) -> int:
+    return len(set(zip(*(row.actions for row in plan.rows), strict=True)))
+
+
+def _unmet(known: Sequence[Candidate], speedup: float | None, max_error: float | None) -> GraphCacheError:
+    if speedup is not None:
+        nearest = max(known, key=lambda item: item.speedup)
+        wanted = f"no plan is {speedup:g} times as fast"
+    else:
+        nearest = min(known, key=lambda item: item.known_error)
+        wanted = f"no plan has an error of at most {max_error:g}"
+    return GraphCacheError(
+        f"{wanted}; the nearest computes {len(nearest.computed)} of {nearest.plan.steps} steps "
+        f"({nearest.family}): {nearest.speedup:.2f} times as fast, with an estimated error of "
+        f"{nearest.known_error:.2g}"
+    )
