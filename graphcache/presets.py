@@ -279,7 +279,7 @@ def resample(plan: Plan, steps: int) -> Plan:
 
 def _under_header(given: Plan, plan: Plan) -> Plan:
     """A plan with what another's header says of the model's calls."""
-    return replace(plan, conditional=given.conditional, grid=given.grid, model=given.model)
+    return replace(plan, conditional=given.conditional, grid=given.grid, graph=given.graph)
 
 
 def _periodic(steps: int, interval: int, between: str = ".", warmup: int = 1) -> str:

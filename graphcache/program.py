@@ -258,10 +258,10 @@ class Program:
         return self._schedules[key]
 
     def _refuse_other_model(self, plan: Plan) -> None:
-        if plan.model is not None and plan.model != self.fingerprint:
+        if plan.graph is not None and plan.graph != self.fingerprint:
             raise PlanError(
-                f"the plan was made for model {plan.model}, and this one is {self.fingerprint}; profile this "
-                "model and search a plan for it, or take model= out of the plan's header to use it anyway"
+                f"the plan was made for model {plan.graph}, and this one is {self.fingerprint}; profile this "
+                "model and search a plan for it, or take graph= out of the plan's header to use it anyway"
             )
 
     @cached_property

@@ -259,7 +259,7 @@ class TestFiles:
             "steps": 2,
             "preset": None,
             "conditional": None,
-            "model": None,
+            "graph": None,
             "scheduler": None,
             "grid": None,
             "letters": [],
@@ -484,11 +484,11 @@ class TestResample:
         assert plan.resample(4) is plan
 
     def test_a_plan_names_its_model_and_scheduler(self) -> None:
-        text = "plan steps=2 conditional=last model=mabc scheduler=DDIMScheduler preset=none\n*  #."
+        text = "plan steps=2 conditional=last graph=mabc scheduler=DDIMScheduler preset=none\n*  #."
         assert str(Plan.parse(text)) == text
-        assert Plan.parse(text).resample(4).model == "mabc"
-        with pytest.raises(PlanError, match="model='a b' is no name"):
-            Plan(2, model="a b")
+        assert Plan.parse(text).resample(4).graph == "mabc"
+        with pytest.raises(PlanError, match="graph='a b' is no name"):
+            Plan(2, graph="a b")
 
     def test_a_plan_has_a_step(self) -> None:
         with pytest.raises(PlanError, match="a plan has 1 to"):

@@ -190,7 +190,7 @@ def test_a_plan_for_another_scheduler_or_model_is_refused() -> None:
     kind = type(pipe.scheduler).__name__
     for header, message in (
         ("scheduler=PNDMScheduler", f"made for a PNDMScheduler, and this generation runs a {kind}"),
-        ("model=mother", "the plan was made for model mother, and this one is m"),
+        ("graph=mother", "the plan was made for model mother, and this one is m"),
     ):
         graphcache.transform(pipe, Plan.parse(f"plan steps=6 {header} preset=none\n* #.#.#."))
         with pytest.raises(PlanError, match=message):

@@ -12,7 +12,7 @@ from graphcache.ir.plantext import is_word
 from graphcache.ir.selector import Selector
 
 COMPUTE, REUSE = "#", "."
-_HEADER = ("steps", "preset", "conditional", "grid", "model", "scheduler")
+_HEADER = ("steps", "preset", "conditional", "grid", "graph", "scheduler")
 MAX_PERIOD = 16
 
 Value = bool | int | float | str
@@ -69,7 +69,7 @@ class Plan:
     `conditional`, "first" or "last", says which half of a doubled batch is the conditional branch's;
     diffusers' pipelines put it last. It is what goes on when guidance ends within a generation and the batch
     halves; without it the histories start empty there. `grid` holds the frames, height and width of the
-    tokens, for models that return predictions as packed tokens. `model` is the fingerprint of the only model
+    tokens, for models that return predictions as packed tokens. `graph` is the fingerprint of the only model
     that the plan is for, and `scheduler` the class of the only scheduler, where a pipeline has one; None is
     any.
     """
@@ -80,7 +80,7 @@ class Plan:
     preset: Preset | None = None
     conditional: str | None = None
     grid: tuple[int, int, int] | None = None
-    model: str | None = None
+    graph: str | None = None
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class Plan:
             raise PlanError(
                 f"conditional={self.conditional}: the conditional half of a doubled batch is first or last"
             )
-        for name in ("model", "scheduler"):
+        for name in ("graph", "scheduler"):
             if getattr(self, name) is not None and not is_word(getattr(self, name)):
                 raise PlanError(f"{name}={getattr(self, name)!r} is no name")
         symbols = [letter.symbol for letter in self.letters]
@@ -177,7 +177,7 @@ class Plan:
             call,
             document.conditional,
             grid,
-            document.model,
+            document.graph,
             document.scheduler,
         )
 
@@ -195,7 +195,7 @@ class Plan:
             self.steps,
             preset,
             self.conditional,
-            self.model,
+            self.graph,
             self.scheduler,
             grid,
             letters,

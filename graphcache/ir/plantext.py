@@ -14,7 +14,7 @@ from graphcache.ir.errors import PlanError
 VERSION = 1
 MAX_BYTES = 64 * 2**20
 
-_HEADER_WORDS = ("conditional", "model", "scheduler")
+_HEADER_WORDS = ("conditional", "graph", "scheduler")
 
 _INTEGER = re.compile(r"[+-]?\d{1,18}")
 _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -60,7 +60,7 @@ class Document(msgspec.Struct, forbid_unknown_fields=True):
     steps: int
     preset: PresetLine | None = None
     conditional: str | None = None
-    model: str | None = None
+    graph: str | None = None
     scheduler: str | None = None
     grid: list[int] | None = None
     letters: list[LetterLine] = []
