@@ -2,17 +2,23 @@
 
 import random
 import statistics
+import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from graphcache.analysis.branches import branch_members
 from graphcache.bench import Generation
 from graphcache.compile import Backend, compile_plainly
+from graphcache.ir.graph import StepGraph
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
 from graphcache.ir.selector import Selector
+from graphcache.program import Program, Runnable, laid
+from graphcache.runner import begun, feed, run_prologue
 from graphcache.transform import transform
 
 ACTIONS = "##ffff##ffff"
@@ -52,6 +58,39 @@ def step_seconds(
     skipped = [step for step, action in enumerate(ACTIONS) if action == "f"]
     found["compute"] = statistics.median(_median(times[name], whole) for name in plans)
     return found | {name: _median(times[name], skipped) for name in plans}
+
+
+class _Timed(fx.Interpreter):
+    """Adds up how long each operation takes."""
+
+    def __init__(self, step: StepGraph) -> None:
+        super().__init__(step.module)
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def run_node(self, n: fx.Node) -> Any:
+        start = time.perf_counter()
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor) and result.is_cuda:
+            torch.cuda.synchronize(result.device)
+        self.seconds[n.name] += time.perf_counter() - start
+        return result
+
+
+def site_seconds(program: Program, tensors: Sequence[torch.Tensor], rounds: int = 3) -> dict[str, float]:
+    """Seconds of each branch, and of the whole step as `output`, run operation by operation."""
+    state = begun((), program, Plan(1), 0, "only")
+    inputs = laid(program.captured.strides, tensors)
+    with torch.no_grad():
+        run_prologue(state, tensors, inputs)
+        fed = feed(state.cache, Runnable(program.step, list), inputs, state.now)
+        timed = _Timed(program.step)
+        timed.run(*fed)
+        timed.seconds.clear()
+        for _ in range(rounds):
+            timed.run(*fed)
+    members = branch_members(program.step)
+    found = {name: sum(timed.seconds[node] for node in nodes) / rounds for name, nodes in members.items()}
+    return found | {"output": sum(timed.seconds.values()) / rounds}
 
 
 def _plan(sites: Sequence[str]) -> Plan:

@@ -179,6 +179,10 @@ class Engine:
         program.check(plan, self._role(plan, name, program, tensors))
         return program
 
+    def flat(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The tensors of a call's keyword arguments, in signature order."""
+        return self.binder.signature(self.binder.bind((), dict(inputs)))[1]
+
     def compile(self, backend: Backend) -> None:
         """Compile the phases from now on; what was captured stays."""
         with self._lock:

@@ -92,3 +92,23 @@ class Profile:
         if site not in names:
             raise GraphCacheError(f"the profile has no site {site}; it has {', '.join(names)}")
         return names.index(site)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What one sample tells; arrays by site, indexed as those of `Profile`."""
+
+    gram: dict[str, np.ndarray]
+    effects: dict[str, np.ndarray]
+    drift: dict[str, np.ndarray]
+    ranking: dict[str, np.ndarray]
+    bands: np.ndarray | None
+    numbers: int
+    calls: int
+
+
+def families(profile: Profile) -> dict[str, tuple[Site, ...]]:
+    """Sites that are taken from the cache together at a skipped step."""
+    found = {site.name: (site,) for site in profile.sites if site.kind in ("output", "range")}
+    branches = tuple(site for site in profile.sites if site.kind == "branch")
+    return ({"branches": branches} if branches else {}) | found

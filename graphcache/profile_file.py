@@ -9,7 +9,7 @@ import numpy as np
 
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plantext import read_bytes, write_bytes
-from graphcache.profile import Profile, Provenance, Site
+from graphcache.profile import Part, Profile, Provenance, Site
 
 VERSION = 1
 MOST_NUMBERS = 2**28
@@ -161,6 +161,46 @@ def unpack(numbers: Numbers, where: str) -> np.ndarray:
     if not np.isfinite(values).all():
         raise GraphCacheError(f"{where}: not all numbers are finite")
     return values
+
+
+class PartDocument(msgspec.Struct, forbid_unknown_fields=True):
+    """The fields of `Part`, and what tells that it belongs to a profile."""
+
+    key: str
+    gram: dict[str, Numbers]
+    effects: dict[str, Numbers]
+    drift: dict[str, Numbers]
+    ranking: dict[str, Numbers]
+    bands: Numbers | None
+    numbers: int
+    calls: int
+
+
+_TABLES = ("gram", "effects", "drift", "ranking")
+
+
+def save_part(part: Part, key: str, path: str | os.PathLike[str]) -> None:
+    """Write what one sample tells, to be taken up by a later call."""
+    tables = {name: {site: pack(values) for site, values in getattr(part, name).items()} for name in _TABLES}
+    bands = None if part.bands is None else pack(part.bands)
+    document = PartDocument(key=key, bands=bands, numbers=part.numbers, calls=part.calls, **tables)
+    write_bytes(msgspec.json.encode(document), path)
+
+
+def load_part(key: str, path: str | os.PathLike[str]) -> Part | None:
+    """What `save_part` wrote under this key; None where there is nothing, or something else."""
+    try:
+        document = msgspec.json.decode(read_bytes(path), type=PartDocument)
+        tables = {
+            name: {site: unpack(values, site) for site, values in getattr(document, name).items()}
+            for name in _TABLES
+        }
+        bands = None if document.bands is None else unpack(document.bands, "bands")
+    except (msgspec.MsgspecError, GraphCacheError):
+        return None
+    if document.key != key:
+        return None
+    return Part(bands=bands, numbers=document.numbers, calls=document.calls, **tables)
 
 
 def _check(profile: Profile) -> None:

@@ -1,28 +1,34 @@
 """`profile`: measure a model's sensitivity along its own sampling, from few runs."""
 
+import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from graphcache.analysis.branches import branch_flops
 from graphcache.analysis.cost import graph_flops
+from graphcache.calibration import site_seconds, step_seconds
+from graphcache.compile import Backend
+from graphcache.engine import Engine, Options
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.graph import storage_bytes, value_of
+from graphcache.ir.plan import Plan
 from graphcache.ir.selector import Selector
 from graphcache.probing import OUTPUT, ProbeEngine
-from graphcache.profile import Profile, Provenance, Site
-from graphcache.program import Program
+from graphcache.profile import Part, Profile, Provenance, Site, families
+from graphcache.profile_file import load_part, save_part, save_profile
 from graphcache.recording import GUIDANCE, Recording
 from graphcache.sampling import Sampler, Sampling, refuse_random
 from graphcache.transform import wrapped
 
 Progress = Callable[[int, int], None]
+Run = Callable[[Callable[[int], Part], Sequence[int]], Iterable[Part]]
 RANGES = ((0.0, 1.0), (0.0, 0.5))
 
 
@@ -37,8 +43,10 @@ def profile(
     conditional: str | None = None,
     timestep: str = "timestep",
     seed: int = 0,
+    backend: Backend = None,
     path: str | os.PathLike[str] | None = None,
     progress: Progress = lambda done, total: None,
+    run: Run = map,
 ) -> Profile:
     """Measure a model's sensitivity along its own sampling.
 
@@ -55,8 +63,11 @@ def profile(
         conditional: "first" or "last", the conditional half of a doubled batch; two calls tell by context.
         timestep: the name of the timestep argument.
         seed: of the probes and the sketch.
+        backend: compiles and times a step of every family of sites; None leaves times out, and plans are
+            priced by their FLOPs.
         path: where to write; until then every sample's part lies beside it, and the next call takes those up.
         progress: told (samples done, samples in all).
+        run: maps a function over the samples' numbers; a cluster's map gives the same result.
 
     Raises:
         GraphCacheError: the sampler is random, or the model cannot be captured.
@@ -67,12 +78,37 @@ def profile(
     refuse_random(sampling, samples[0], steps)
     task = Task(steps, min(window, steps - 1), probes, seed, conditional, timestep)
     subject = describe(sampling, samples[0], task)
-    parts = []
-    for number, sample in enumerate(samples):
-        progress(number, len(samples))
-        parts.append(measure(sampling, sample, number, task, subject))
-    progress(len(samples), len(samples))
-    return merge(parts, subject, task, sampling)
+    key = hashlib.sha256(repr((task, subject.graph, versions())).encode()).hexdigest()
+    parts: dict[int, Part] = {}
+    places = {number: _part_path(path, number) for number in range(len(samples))}
+    for number, place in places.items():
+        known = None if place is None else load_part(f"{key} {number}", place)
+        if known is not None:
+            parts[number] = known
+    missing = [number for number in range(len(samples)) if number not in parts]
+    progress(len(parts), len(samples))
+    task_of = _Measuring(sampling, samples, task, subject)
+    for number, part in zip(missing, run(task_of, missing), strict=True):
+        place = places[number]
+        if place is not None:
+            save_part(part, f"{key} {number}", place)
+        parts[number] = part
+        progress(len(parts), len(samples))
+    made = merge([parts[number] for number in range(len(samples))], subject, task, sampling)
+    if backend is not None:
+        sites = {name: [site.name for site in group] for name, group in families(made).items()}
+        seconds = step_seconds(sampling.model, subject.inputs, sites, backend=backend, timestep=timestep)
+        made = replace(made, timings=seconds)
+    if path is not None:
+        save_profile(made, path)
+        for place in places.values():
+            assert place is not None
+            place.unlink(missing_ok=True)
+    return made
+
+
+def _part_path(path: str | os.PathLike[str] | None, number: int) -> Path | None:
+    return None if path is None else Path(path).with_name(f".{Path(path).name}.part{number}")
 
 
 @dataclass(frozen=True)
@@ -89,61 +125,79 @@ class Task:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a model looks like from outside: its fingerprint, sites and ranges."""
+    """What a model looks like from outside: its fingerprint, sites and ranges, and one call's arguments."""
 
     graph: str
     sites: tuple[Site, ...]
     ranges: tuple[tuple[str, int, int], ...]
     flops: int
+    inputs: Mapping[str, Any]
 
 
-class _Silent:
-    def saw(self, *_: Any) -> None: ...
+@dataclass(frozen=True)
+class _Measuring:
+    """Measures the sample of a number."""
 
-    def pulled(self, *_: Any) -> None: ...
+    sampling: Sampling
+    samples: Sequence[Any]
+    task: Task
+    subject: Subject
+
+    def __call__(self, number: int) -> Part:
+        return measure(self.sampling, self.samples[number], number, self.task, self.subject)
 
 
 class _Enough(Exception):
     """Ends a generation whose first evaluation was all that was needed."""
 
 
+class _FirstCall(Engine):
+    """Keeps the arguments of the first call."""
+
+    inputs: Mapping[str, Any] | None = None
+
+    def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        self.inputs = self.binder.bind(args, kwargs)
+        raise _Enough
+
+
+def first_call(sampling: Sampling, sample: Any, steps: int, timestep: str) -> Mapping[str, Any]:
+    """The arguments, by name, of the first evaluation of a sample's generation.
+
+    Raises:
+        GraphCacheError: the sampler never calls the model that it is given.
+    """
+    engine = _FirstCall(sampling.model, Options(Plan(steps), timestep=timestep), sampling.pipe)
+    try:
+        sampling.generate(wrapped(sampling.model, engine), sample, steps)
+    except _Enough:
+        assert engine.inputs is not None
+        return engine.inputs
+    raise GraphCacheError("the sampler never called the model it was given; it must call its first argument")
+
+
 def describe(sampling: Sampling, sample: Any, task: Task) -> Subject:
     """Capture the model at the first call of a sample."""
-    program = first_program(sampling, sample, task)
+    inputs = first_call(sampling, sample, task.steps, task.timestep)
+    engine = Engine(sampling.model, Options(Plan(1), timestep=task.timestep))
+    with torch.no_grad():
+        program = engine.prepare(inputs)
     step = program.step
-    work, nodes = branch_flops(step), step.nodes()
+    work, nodes, seconds = branch_flops(step), step.nodes(), site_seconds(program, engine.flat(inputs))
     sites = [
-        Site(branch.name, "branch", work[branch.name], storage_bytes(value_of(nodes[branch.value])))
-        for branch in step.branches
+        Site(b.name, "branch", work[b.name], storage_bytes(value_of(nodes[b.value])), seconds[b.name])
+        for b in step.branches
     ]
     ranges = tuple(dict.fromkeys(_bounds(depths, step.blocks) for depths in RANGES)) if step.blocks else ()
-    total = graph_flops(step)
     stream = max((site.bytes_kept for site in sites), default=0)
     for name, first, last in ranges:
-        inside = sum(work[b.name] for b in step.branches if first <= b.block <= last)
-        sites.append(Site(name, "range", inside, stream))
-    result = sum(storage_bytes(value_of(node)) for node in step.results())
-    sites.append(Site(OUTPUT, "output", total, result))
-    if task.conditional is not None:
-        sites.append(Site(GUIDANCE, "guidance", total // 2, result // 2))
-    return Subject(program.fingerprint, tuple(sites), ranges, total)
-
-
-def first_program(sampling: Sampling, sample: Any, task: Task) -> Program:
-    """The program of a sample's first call."""
-
-    class _Stopping(ProbeEngine):
-        def evaluate(self, branch: Any, state: Any, tensors: Sequence[Tensor]) -> Any:
-            found.append(state.program)
-            raise _Enough
-
-    found: list[Program] = []
-    engine = _Stopping(sampling.model, task.steps, _Silent(), (), task.timestep, sampling.pipe)
-    try:
-        sampling.generate(wrapped(sampling.model, engine), sample, task.steps)
-    except _Enough:
-        return found[0]
-    raise GraphCacheError("the sampler never called the model it was given; it must call its first argument")
+        inside = [b.name for b in step.branches if first <= b.block <= last]
+        spent = sum(work[name] for name in inside), sum(seconds[name] for name in inside)
+        sites.append(Site(name, "range", spent[0], stream, spent[1]))
+    total, result = graph_flops(step), sum(storage_bytes(value_of(node)) for node in step.results())
+    sites.append(Site(OUTPUT, "output", total, result, seconds[OUTPUT]))
+    sites.append(Site(GUIDANCE, "guidance", total // 2, result // 2, seconds[OUTPUT] / 2))
+    return Subject(program.fingerprint, tuple(sites), ranges, total, inputs)
 
 
 def _bounds(depths: tuple[float, float], blocks: int) -> tuple[str, int, int]:
@@ -151,7 +205,7 @@ def _bounds(depths: tuple[float, float], blocks: int) -> tuple[str, int, int]:
     return f"range({inside[0]}..{inside[-1]})", inside[0], inside[-1]
 
 
-def measure(sampling: Sampling, sample: Any, number: int, task: Task, subject: Subject) -> Recording:
+def measure(sampling: Sampling, sample: Any, number: int, task: Task, subject: Subject) -> Part:
     """One generation with its probes: what it tells depends on the sample and its number alone."""
     recording = Recording(task.steps, task.window, task.probes, task.seed, task.conditional)
     engine = ProbeEngine(sampling.model, task.steps, recording, subject.ranges, task.timestep, sampling.pipe)
@@ -167,10 +221,10 @@ def measure(sampling: Sampling, sample: Any, number: int, task: Task, subject: S
         direction = torch.randn(result.shape, generator=generator).to(result)
         torch.autograd.backward(result, direction, retain_graph=probe + 1 < task.probes)
         recording.next_probe()
-    return recording
+    return recording.part()
 
 
-def merge(parts: Sequence[Recording], subject: Subject, task: Task, sampling: Sampling) -> Profile:
+def merge(parts: Sequence[Part], subject: Subject, task: Task, sampling: Sampling) -> Profile:
     """The profile of all samples, in their order."""
     sites = [site for site in subject.sites if site.name in parts[0].gram]
     names = [site.name for site in sites]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from graphcache.analysis.frequency import basis
 from graphcache.probing import OUTPUT, Values
+from graphcache.profile import Part
 from graphcache.session import Branch
 
 GUIDANCE = "guidance"
@@ -90,6 +91,11 @@ class Recording:
         self._sketches.clear()
         self._last.clear()
         self._pairs.clear()
+
+    def part(self) -> Part:
+        """What was recorded, once all probes have come back."""
+        effects = {name: table.astype(np.float32) for name, table in self.effects.items()}
+        return Part(self.gram, effects, self.drift, self.ranking, self.bands, self.numbers, self.calls)
 
     def next_probe(self) -> None:
         """A probe has come back to the first step."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.compile import unwrapped
-from graphcache.engine import original
+from graphcache.engine import Engine, Options, original
 from graphcache.ir.errors import GraphCacheError
-from graphcache.transform import pipeline_parts
+from graphcache.ir.plan import Plan
+from graphcache.transform import pipeline_parts, wrapped
 
 Sampler = Callable[[nn.Module, Any, int], Tensor]
 """(model, sample, steps) -> result, the batch first: a whole generation. The same sample always begins with
@@ -65,6 +66,10 @@ class Sampling:
             if isinstance(self.sampler, _PipelineSampler):
                 return self.sampler.differentiable(model, sample, steps)
             return inspect.unwrap(self.sampler)(model, sample, steps)  # type: ignore[no-any-return]
+
+    def planned(self, plan: Plan, timestep: str = "timestep") -> nn.Module:
+        """The model under a plan, run eagerly; to be given to `generate`."""
+        return wrapped(self.model, Engine(self.model, Options(plan, timestep=timestep), self.pipe))
 
     @property
     def scheduler(self) -> str:

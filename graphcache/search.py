@@ -12,7 +12,7 @@ from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
 from graphcache.ir.selector import Selector
-from graphcache.profile import Profile, Site
+from graphcache.profile import Profile, Site, families
 
 MOST_ENTRIES = 3
 """Values of a history that fitted coefficients combine at most."""
@@ -133,13 +133,6 @@ def candidates(profile: Profile) -> list[Candidate]:
     return found
 
 
-def families(profile: Profile) -> dict[str, tuple[Site, ...]]:
-    """Sites that are taken from the cache together at a skipped step."""
-    found = {site.name: (site,) for site in profile.sites if site.kind in ("output", "range")}
-    branches = tuple(site for site in profile.sites if site.kind == "branch")
-    return ({"branches": branches} if branches else {}) | found
-
-
 def pareto(items: Sequence[Candidate]) -> tuple[Candidate, ...]:
     """Those that no other one beats in both speed-up and error, fastest first."""
     front: list[Candidate] = []
@@ -167,10 +160,8 @@ def fitted_plan(profile: Profile, sites: Sequence[Site], computed: Sequence[int]
 
 def predicted_speedup(profile: Profile, family: str, computed: int) -> float:
     """Of a generation with so many computed steps, by measured steps where there are some, else by FLOPs."""
-    if family in profile.timings:
-        whole, skipped = profile.timings["compute"], profile.timings[family]
-    else:
-        whole, skipped = float(profile.flops), float(_skipped_flops(profile, family))
+    whole = profile.timings.get("compute", float(profile.flops))
+    skipped = profile.timings.get(family, whole * _skipped_flops(profile, family) / profile.flops)
     plain = profile.timings.get("plain", whole)
     return profile.steps * plain / (computed * whole + (profile.steps - computed) * skipped)
 
