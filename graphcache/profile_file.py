@@ -196,7 +196,7 @@ def load_part(key: str, path: str | os.PathLike[str]) -> Part | None:
             for name in _TABLES
         }
         bands = None if document.bands is None else unpack(document.bands, "bands")
-    except (msgspec.MsgspecError, GraphCacheError):
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, GraphCacheError):
         return None
     if document.key != key:
         return None

@@ -227,7 +227,7 @@ def read_json(data: bytes) -> Document:
         if version != VERSION:
             raise PlanError(f"version {version} of the plan format is not known, only version {VERSION}")
         return msgspec.json.decode(data, type=Document)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise PlanError(f"not a plan in JSON: {error}") from None
 
 
