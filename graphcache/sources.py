@@ -3,7 +3,8 @@
 import importlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from graphcache.capture import forward_parameters
 from graphcache.extras import require
 from graphcache.ir.errors import GraphCacheError
+from graphcache.sampling import Sampler
 
 
 def load_object(name: str) -> Any:
@@ -127,3 +129,41 @@ def record_call(pipe: Callable[..., Any], call: Mapping[str, Any]) -> Mapping[st
     finally:
         hook.remove()
     raise GraphCacheError("the pipeline never called its transformer")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A model or pipeline, how it is sampled (None of a pipeline), and samples."""
+
+    model_or_pipe: Any
+    sampler: Sampler | None
+    samples: Sequence[Any]
+
+
+def load_sampled(name: str, call: Mapping[str, Any] | None, count: int) -> Sampled:
+    """What profiling, tuning and comparing take.
+
+    Args:
+        name: `package.module:factory`, which returns (model, sampler, samples) or (pipeline, samples); or a
+            local pipeline folder.
+        call: arguments of the pipeline of a folder.
+        count: samples of a folder's pipeline: the call with as many seeds.
+
+    Raises:
+        GraphCacheError: the name leads nowhere, or the factory returns something else.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        pipe = _diffusers().DiffusionPipeline.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True
+        )
+        return Sampled(pipe, None, [{**(call or {}), "seed": seed} for seed in range(count)])
+    made = load_object(name)()
+    if isinstance(made, tuple) and len(made) == 3:
+        return Sampled(*made)
+    if isinstance(made, tuple) and len(made) == 2:
+        return Sampled(made[0], None, made[1])
+    raise GraphCacheError(
+        f"{name} must return (model, sampler, samples), the sampler a function of (model, sample, steps), or "
+        "(pipeline, samples)"
+    )

@@ -1,0 +1,283 @@
+"""Searched and tuned plans against presets and fewer steps, on the trained models: quality at equal time.
+
+python -m examples.benchmark_search digits profile plans quality time converged table
+
+Stages write what they find into `--workdir`, and the plans beside the example; each takes up what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import graphcache
+from examples.samplers import EXAMPLES, Example
+from graphcache import Plan, PlanError, presets
+from graphcache.automatic import checker
+from graphcache.bench import Generation
+from graphcache.metrics import psnr
+from graphcache.profiling import first_call
+from graphcache.sampling import Sampling, converged
+from graphcache.search import Candidate, search
+from graphcache.tuning import tune, with_corrections
+
+SPEEDUPS = (1.5, 2.0, 3.0, 4.0)
+TRAINED, HELD, TEST = 1_000, 2_000, 3_000
+"""First seeds of what is profiled and tuned on, of what judges tuning, and of what the tables show."""
+NO_LOSS = 0.4
+"""Share of the evaluations that a plan tuned against the converged solution may use."""
+console = Console()
+
+
+class Bench:
+    """One example and the folder of its figures."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        self.example: Example = EXAMPLES[name]()
+        self.name = name
+        self.arguments = arguments
+        self.folder: Path = arguments.workdir / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.sampling = Sampling(self.example.model, self.example.sampler())
+
+    def items(self, first: int, count: int) -> list[Any]:
+        return self.example.items(count, self.arguments.size, first)
+
+    def generate(self, model: Any, item: Any, solver: str | None = None, steps: int | None = None) -> Tensor:
+        with torch.no_grad():
+            return self.example.sampler(solver)(model, item, steps or self.example.steps)
+
+    def plan_path(self, speedup: float | str) -> Path:
+        return self.example.plans / f"{speedup}.txt"
+
+    # stages
+
+    def profile(self) -> None:
+        """Profile, with times of compiled steps."""
+        graphcache.profile(
+            self.example.model,
+            self.items(TRAINED, self.arguments.samples),
+            steps=self.example.steps,
+            sampler=self.example.sampler(),
+            conditional=self.example.conditional,
+            backend="inductor",
+            path=self.folder / "profile.json",
+            progress=lambda done, total: console.print(f"profiled {done} of {total}"),
+        )
+
+    def plans(self) -> None:
+        """Search and tune a plan for every speed-up, and one against the converged solution."""
+        profile = graphcache.load_profile(self.folder / "profile.json")
+        check = checker(self.sampling, self.items(TRAINED, 1), self.example.steps, "timestep")
+        self.example.plans.mkdir(exist_ok=True)
+        for speedup in SPEEDUPS:
+            if not self.plan_path(speedup).exists():
+                found = search(profile, speedup=speedup, check=check)
+                self._tuned(found.chosen, self.plan_path(speedup), profile.provenance.graph, "uncached")
+
+    def no_loss(self) -> None:
+        """Tune a plan of few evaluations against the converged solution."""
+        profile = graphcache.load_profile(self.folder / "profile.json")
+        few = int(NO_LOSS * self.example.steps)
+        front = search(profile, speedup=1.0).front
+        chosen = next(item for item in front if item.family == "output" and len(item.computed) == few)
+        self._tuned(chosen, self.plan_path("no-loss"), profile.provenance.graph, "converged")
+
+    def _tuned(self, found: Candidate, path: Path, graph: str, reference: Any) -> None:
+        console.print(f"{path.name}: {found.family}, {len(found.computed)} computed, {found.speedup:.2f}")
+        result = tune(
+            self.example.model,
+            with_corrections(found.plan),
+            self.items(TRAINED, self.arguments.samples),
+            self.items(HELD, 2),
+            sampler=self.example.sampler(),
+            reference=reference,
+            iterations=self.arguments.iterations,
+            progress=lambda now: console.print(now) if now.held_out else None,
+        )
+        console.print(f"{result.before:.2f} -> {result.after:.2f} dB, held out")
+        replace(result.plan, graph=graph).save(path)
+
+    def quality(self) -> None:
+        """PSNR of every contender to the uncached run, seed by seed."""
+        items = self.items(TEST, self.arguments.seeds)
+        references = [self.generate(self.example.model, item) for item in items]
+        figures = self._load("quality")
+        for name, plan in self.contenders().items():
+            if name not in figures:
+                model = self.sampling.planned(plan)
+                figures[name] = [
+                    _db(self.generate(model, item), ref) for item, ref in zip(items, references, strict=True)
+                ]
+                self._save("quality", figures)
+                console.print(f"{name:32} {statistics.fmean(figures[name]):6.2f}")
+        for solver in self.example.solvers:
+            for count in self.arguments.fewer:
+                name = f"{count} steps {solver}"
+                if name not in figures:
+                    made = [self.generate(self.example.model, item, solver, count) for item in items]
+                    figures[name] = [_db(one, ref) for one, ref in zip(made, references, strict=True)]
+                    self._save("quality", figures)
+                    console.print(f"{name:32} {statistics.fmean(figures[name]):6.2f}")
+
+    def time(self) -> None:
+        """Seconds of one generation: each kind of step of each plan is timed once, compiled."""
+        item = self.items(TEST, 1)[0]
+        inputs = first_call(self.sampling, item, self.example.steps, "timestep")
+        figures = self._load("time")
+        known: dict[Any, list[float]] = {}
+        plain = torch.compile(self.example.model, dynamic=False)
+        steps = Generation(inputs, "timestep", self.example.steps)
+        base: list[float] = []
+        with torch.no_grad():
+            steps.run(plain)
+            for name, plan in self.contenders().items():
+                keys = self._keys(plan, item)
+                if not keys.keys() <= known.keys():
+                    model = graphcache.transform(self.example.model, plan, backend="inductor")
+                    for turn in range(self.arguments.rounds + 1):
+                        whole, parts = steps.run(plain), steps.run(model)
+                        if turn:
+                            base += whole
+                            for key, places in keys.items():
+                                known.setdefault(key, []).extend(parts[place] for place in places)
+                spent = sum(statistics.median(known[key]) * len(places) for key, places in keys.items())
+                figures[name] = statistics.median(base) * self.example.steps / spent
+                self._save("time", figures)
+                console.print(f"{name:32} {figures[name]:.2f}")
+
+    def _keys(self, plan: Plan, item: Any) -> dict[Any, list[int]]:
+        """Steps of the plan by what their graph does."""
+        model: Any = self.sampling.planned(plan)
+        self.generate(model, item)
+        (state,) = model._graphcache.surroundings.session.states.values()
+        schedule = state.schedule
+        places: dict[Any, list[int]] = {}
+        for place, step in enumerate(schedule.steps):
+            key = schedule.phases[step.phase], schedule.ranges, schedule.guided, schedule.memories
+            places.setdefault(key, []).append(place)
+        return places
+
+    def converged(self) -> None:
+        """Distances to the converged solution, of the uncached run, plans and fewer steps."""
+        figures: dict[str, list[float]] = {}
+        few = int(NO_LOSS * self.example.steps)
+        for item in self.items(TEST, self.arguments.seeds):
+            target = converged(self.sampling, item, self.example.steps)
+            made = {"uncached": self.generate(self.example.model, item)}
+            for path in sorted(self.example.plans.glob("*.txt")):
+                made[f"tuned {path.stem}"] = self.generate(self.sampling.planned(Plan.load(path)), item)
+            for solver in self.example.solvers:
+                made[f"{few} steps {solver}"] = self.generate(self.example.model, item, solver, few)
+            for name, result in made.items():
+                figures.setdefault(name, []).append(_db(result, target))
+            self._save("converged", figures)
+        for name, values in figures.items():
+            console.print(f"{name:32} {statistics.fmean(values):6.2f} ± {statistics.pstdev(values):.2f}")
+
+    def table(self) -> None:
+        """For every speed-up the best setting of each rival whose time is within 2 % of the plan's."""
+        quality, speed = self._load("quality"), self._load("time")
+        columns = ["method", *(f"{speedup:g}×" for speedup in SPEEDUPS)]
+        table = Table(*columns, box=None)
+        groups: dict[str, list[str]] = {}
+        for name in quality:
+            solver = name.partition(" steps ")[2]
+            groups.setdefault(f"fewer steps, {solver}" if solver else name.split()[0], []).append(name)
+        for group, names in groups.items():
+            cells = [self._best(group, names, speedup, quality, speed) for speedup in SPEEDUPS]
+            table.add_row(group, *cells)
+        console.print(table)
+
+    def _best(self, group: str, names: list[str], speedup: float, quality: Any, speed: Any) -> str:
+        least = speed[f"tuned {speedup}"] / 1.02
+        if group == "tuned":
+            fast = [f"tuned {speedup}"]
+        elif group.startswith("fewer"):
+            fast = [name for name in names if self.example.steps / int(name.split()[0]) >= least]
+        else:
+            fast = [name for name in names if speed.get(name, 0) >= least]
+        if not fast:
+            return "-"
+        best = max(fast, key=lambda name: statistics.fmean(quality[name]))
+        rate = speed.get(best) or self.example.steps / int(best.split()[0])
+        values = quality[best]
+        return f"{statistics.fmean(values):.1f} ± {statistics.pstdev(values):.1f} ({rate:.2f}×)"
+
+    def contenders(self) -> dict[str, Plan]:
+        """Tuned plans, and presets swept over their settings."""
+        found = {f"tuned {speedup}": Plan.load(self.plan_path(speedup)) for speedup in SPEEDUPS}
+        found.update(_presets(self.example.steps, self.example.conditional))
+        usable = {}
+        for name, plan in found.items():
+            try:
+                model: Any = graphcache.transform(self.example.model, plan)
+                first = first_call(self.sampling, self.items(TEST, 1)[0], self.example.steps, "timestep")
+                model._graphcache.prepare(first)
+                usable[name] = plan
+            except PlanError as error:
+                console.print(f"{name}: {error}")
+        return usable
+
+    def _load(self, name: str) -> dict[str, Any]:
+        path = self.folder / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _save(self, name: str, figures: dict[str, Any]) -> None:
+        (self.folder / f"{name}.json").write_text(json.dumps(figures, indent=1))
+
+
+def _presets(steps: int, conditional: str) -> Iterator[tuple[str, Plan]]:
+    for interval in (2, 3, 4, 5, 6):
+        yield f"fora {interval}", presets.fora(steps, interval)
+        for order in (1, 2):
+            yield f"taylorseer {interval} O{order}", presets.taylorseer(steps, interval, order)
+            lite = presets.taylorseer(steps, interval, order, lite=True)
+            yield f"taylorseer {interval} O{order} lite", lite
+        yield f"hicache {interval}", presets.hicache(steps, interval)
+    yield "pab", presets.pab(steps)
+    yield "pab long", presets.pab(steps, spatial=8, temporal=12, cross=16, start=0.1, stop=1.0)
+    yield "fastercache", replace(presets.fastercache(steps), conditional=conditional)
+    for ratio in (0.5, 0.8):
+        yield f"toca {ratio}", presets.toca(steps, ratio=ratio)
+        yield f"duca {ratio}", presets.duca(steps, ratio=ratio)
+
+
+def _db(result: Tensor, reference: Tensor) -> float:
+    return float(psnr(result, reference).mean())
+
+
+def main() -> None:
+    """Run the stages asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("example", choices=list(EXAMPLES))
+    parser.add_argument("stages", nargs="+")
+    parser.add_argument("--workdir", type=Path, default=Path(".cache/search"))
+    parser.add_argument("--size", type=int, default=8, help="samples of one generation")
+    parser.add_argument("--samples", type=int, default=4, help="generations profiled and tuned on")
+    parser.add_argument("--seeds", type=int, default=5, help="generations in the tables")
+    parser.add_argument("--iterations", type=int, default=60, help="of tuning")
+    parser.add_argument("--rounds", type=int, default=2, help="timed generations of each kind of plan")
+    parser.add_argument(
+        "--fewer", type=int, nargs="*", default=[34, 25, 17, 12], help="numbers of fewer steps"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    bench = Bench(arguments.example, arguments)
+    for stage in arguments.stages:
+        getattr(bench, stage)()
+
+
+if __name__ == "__main__":
+    main()

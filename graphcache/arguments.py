@@ -1,0 +1,58 @@
+"""Plans and options as they are written on a command line."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from graphcache import presets
+from graphcache.ir.errors import GraphCacheError, PlanError
+from graphcache.ir.plan import Plan, Preset, Value
+
+
+def plan_argument(text: str, steps: int | None) -> Plan:
+    """A plan file, or `preset[:steps[:key=value,…]]`; `steps` are those of presets that name none."""
+    name, _, rest = text.partition(":")
+    if name not in presets.names():
+        return Plan.load(text)
+    count, _, options = rest.partition(":")
+    if count and not count.isdigit():
+        raise PlanError(f"'{text}': write preset:steps:key=value, for example fora:50:interval=3")
+    if not count and steps is None:
+        raise PlanError(f"'{text}' does not say how many steps; write {name}:50")
+    return preset_argument(name, int(count or steps or 0), options.split(",") if options else [])
+
+
+def preset_argument(name: str, steps: int, options: list[str]) -> Plan:
+    """A preset evaluated with options written as name=value."""
+    return presets.evaluate(Preset(name, tuple(map(assignment, options))), steps)
+
+
+def assignment(text: str) -> tuple[str, Value]:
+    """name=value."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise PlanError(f"'{text}' is no name=value")
+    return name, value_argument(value)
+
+
+def value_argument(text: str) -> Value:
+    """A number, true, false or a word."""
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return {"true": True, "false": False}.get(text, text)
+
+
+def json_argument(text: str | None) -> Mapping[str, Any] | None:
+    """A JSON object of a call's arguments."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise GraphCacheError(f"--call is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise GraphCacheError("--call must be a JSON object of the pipeline's arguments")
+    return value

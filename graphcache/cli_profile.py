@@ -1,0 +1,221 @@
+"""The command line's part that measures: profile, search, tune, compare."""
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from graphcache.arguments import json_argument, plan_argument
+from graphcache.cluster import Cluster
+from graphcache.comparison import Row
+from graphcache.comparison import compare as compare_runs
+from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.plan import Plan
+from graphcache.profile_file import load_profile
+from graphcache.profiling import profile as profile_model
+from graphcache.search import Candidate, Found
+from graphcache.search import search as search_plan
+from graphcache.sources import Sampled, load_object, load_sampled
+from graphcache.tuning import tune as tune_plan
+from graphcache.tuning import with_corrections
+
+console = Console()
+
+Subject = Annotated[
+    str,
+    typer.Argument(
+        help="package.module:factory of (model, sampler, samples), or a local pipeline folder",
+        metavar="MODEL",
+    ),
+]
+Call = Annotated[str | None, typer.Option(help="a pipeline folder's call, as JSON", metavar="JSON")]
+Count = Annotated[int, typer.Option("--samples", help="a pipeline's samples: the call with seeds 0, 1, …")]
+Steps = Annotated[int, typer.Option(help="model evaluations of one generation")]
+Timestep = Annotated[str, typer.Option(help="forward's timestep argument")]
+Threads = Annotated[int | None, typer.Option(help="torch threads")]
+Output = Annotated[Path, typer.Option(help="write here")]
+Backend = Annotated[str, typer.Option(help="a torch.compile backend, or none")]
+
+
+def profile(
+    model: Subject,
+    steps: Steps,
+    output: Output = Path("profile.json"),
+    conditional: Annotated[
+        str | None, typer.Option(help="first or last: the conditional half of a doubled batch")
+    ] = None,
+    probes: Annotated[int, typer.Option(help="random vectors carried back")] = 2,
+    window: Annotated[int, typer.Option(help="steps back to which effects are followed")] = 12,
+    seed: Annotated[int, typer.Option(help="of the probes")] = 0,
+    backend: Backend = "inductor",
+    call: Call = None,
+    samples: Count = 2,
+    timestep: Timestep = "timestep",
+    threads: Threads = None,
+    ray: Annotated[str | None, typer.Option(help="a Ray cluster's address, or local")] = None,
+) -> None:
+    """Measure a model's sensitivity; an interrupted run goes on where it was."""
+    found = _sampled(model, call, samples, threads)
+    cluster: Any = nullcontext()
+    if ray is not None:
+        cluster = Cluster(None if ray == "local" else ray)
+    with cluster as started, Progress(console=console) as bar:
+        task = bar.add_task("profiling", total=len(found.samples))
+        made = profile_model(
+            found.model_or_pipe,
+            found.samples,
+            steps=steps,
+            sampler=found.sampler,
+            probes=probes,
+            window=window,
+            conditional=conditional,
+            timestep=timestep,
+            seed=seed,
+            backend=None if backend == "none" else backend,
+            path=output,
+            progress=lambda done, total: bar.update(task, completed=done),
+            run=map if started is None else started.map,
+        )
+    console.print(
+        f"wrote {output}: {len(made.sites)} sites, {made.steps} steps, {len(found.samples)} samples"
+    )
+
+
+def search(
+    profile: Annotated[Path, typer.Argument(help="of graphcache profile", metavar="PROFILE")],
+    output: Output = Path("plan.txt"),
+    speedup: Annotated[float | None, typer.Option(help="at least so many times as fast")] = None,
+    max_error: Annotated[float | None, typer.Option(help="at most this root mean square error")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="at most so many bytes cached")] = None,
+) -> None:
+    """Solve for the best plan that a profile promises."""
+    made = load_profile(profile)
+    found = search_plan(made, speedup=speedup, max_error=max_error, max_bytes=max_bytes)
+    _print_front(found)
+    replace(found.plan, graph=made.provenance.graph).save(output)
+    console.print(f"wrote {output}: {_describe(found.chosen)}")
+
+
+def tune(
+    model: Subject,
+    plan: Annotated[str, typer.Argument(help="a plan file with listed coefficients", metavar="PLAN")],
+    output: Output = Path("tuned.txt"),
+    reference: Annotated[str, typer.Option(help="uncached or converged")] = "uncached",
+    iterations: Annotated[int, typer.Option(help="at most")] = 80,
+    held_out: Annotated[int, typer.Option(help="samples that judge the plan, the last ones")] = 1,
+    corrections: Annotated[bool, typer.Option(help="correct computed steps too")] = True,
+    call: Call = None,
+    samples: Count = 4,
+    timestep: Timestep = "timestep",
+    threads: Threads = None,
+) -> None:
+    """Train a plan's coefficients through the sampler."""
+    found = _sampled(model, call, samples, threads)
+    if reference not in ("uncached", "converged"):
+        raise GraphCacheError(f"--reference {reference}: must be uncached or converged")
+    if not 0 < held_out < len(found.samples):
+        raise GraphCacheError(
+            f"--held-out {held_out}: there are {len(found.samples)} samples, one must be left"
+        )
+    given = Plan.load(plan)
+    with Progress(console=console) as bar:
+        task = bar.add_task("tuning", total=iterations)
+        result = tune_plan(
+            found.model_or_pipe,
+            with_corrections(given) if corrections and given.letter("c") is None else given,
+            found.samples[:-held_out],
+            found.samples[-held_out:],
+            sampler=found.sampler,
+            reference="converged" if reference == "converged" else "uncached",
+            iterations=iterations,
+            timestep=timestep,
+            progress=lambda now: bar.update(task, completed=now.number + 1),
+        )
+    result.plan.save(output)
+    console.print(f"wrote {output}: held out {result.before:.2f} dB before, {result.after:.2f} dB after")
+
+
+def compare(
+    model: Subject,
+    steps: Steps,
+    plan: Annotated[list[str] | None, typer.Option(help="preset[:steps[:key=value,…]] or a file")] = None,
+    fewer: Annotated[list[int] | None, typer.Option(help="the plain model with so many steps")] = None,
+    backend: Backend = "inductor",
+    features: Annotated[
+        str | None, typer.Option(help="package.module:function from results to features (N, D)")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
+    call: Call = None,
+    samples: Count = 2,
+    timestep: Timestep = "timestep",
+    threads: Threads = None,
+) -> None:
+    """Time plans and fewer steps against the plain compiled model, and measure how near they come to it."""
+    found = _sampled(model, call, samples, threads)
+    with console.status("starting") as status:
+        rows = compare_runs(
+            found.model_or_pipe,
+            {text: plan_argument(text, steps) for text in plan or []},
+            found.samples,
+            steps=steps,
+            sampler=found.sampler,
+            fewer={f"{count} steps": (None, count) for count in fewer or []},
+            backend=None if backend == "none" else backend,
+            timestep=timestep,
+            features=None if features is None else load_object(features),
+            progress=status.update,
+        )
+    _print_rows(rows)
+    if output is not None:
+        output.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Give an application these commands."""
+    for command in (profile, search, tune, compare):
+        app.command()(command)
+
+
+def _sampled(model: str, call: str | None, count: int, threads: int | None) -> Sampled:
+    if threads:
+        torch.set_num_threads(threads)
+    return load_sampled(model, json_argument(call), count)
+
+
+def _describe(item: Candidate) -> str:
+    computed = f"{item.family}, {len(item.computed)} of {item.plan.steps} steps computed"
+    return f"{computed}, {item.speedup:.2f}×, estimated error {item.known_error:.3g}, {item.bytes:,} bytes"
+
+
+def _print_front(found: Found) -> None:
+    table = Table("", "family", "computed", "speed-up", "error", "bytes", box=None)
+    for item in found.front:
+        mark = "→" if item.plan == found.chosen.plan else ""
+        cells = f"{item.speedup:.2f}", f"{item.known_error:.3g}", f"{item.bytes:,}"
+        table.add_row(mark, item.family, str(len(item.computed)), *cells)
+    console.print(table)
+
+
+def _print_rows(rows: Sequence[Row]) -> None:
+    table = Table("", "steps", "seconds", "speed-up", "ideal", "PSNR", "SSIM", "Fréchet", box=None)
+    for row in rows:
+        quality = "" if row.psnr is None else f"{row.psnr:.2f} ± {row.spread:.2f}"
+        table.add_row(
+            row.name,
+            str(row.steps),
+            f"{row.seconds:.3f}",
+            f"{row.speedup:.2f}",
+            f"{row.ideal:.2f}",
+            quality,
+            "" if row.ssim is None else f"{row.ssim:.4f}",
+            "" if row.frechet is None else f"{row.frechet:.3g}",
+        )
+    console.print(table)
