@@ -60,13 +60,14 @@ def profile(
     samples: Count = 2,
     timestep: Timestep = "timestep",
     threads: Threads = None,
-    ray: Annotated[str | None, typer.Option(help="a Ray cluster's address, or local")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="shard over a Ray cluster: local, auto or host:port", metavar="ADDRESS"),
+    ] = None,
 ) -> None:
     """Measure a model's sensitivity; an interrupted run goes on where it was."""
     found = _sampled(model, call, samples, threads)
-    cluster: Any = nullcontext()
-    if ray is not None:
-        cluster = Cluster(None if ray == "local" else ray)
+    cluster: Any = nullcontext() if ray is None else Cluster(ray)
     with cluster as started, Progress(console=console) as bar:
         task = bar.add_task("profiling", total=len(found.samples))
         made = profile_model(

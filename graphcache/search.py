@@ -1,7 +1,7 @@
 """`search`: the best plan that a profile promises for a speed-up, an error or a memory budget."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -69,6 +69,7 @@ def search(
     max_phases: int = 4,
     check: Check | None = None,
     checked: int = 3,
+    run: Callable[[Check, Sequence[Plan]], Iterable[float]] = map,
 ) -> Found:
     """Solve for a plan.
 
@@ -84,6 +85,7 @@ def search(
         max_phases: at most so many different steps, each a compiled graph.
         check: corrects the estimates of the best candidates end to end.
         checked: how many of them.
+        run: maps the check over plans; a cluster's map gives the same result.
 
     Raises:
         GraphCacheError: neither or both of speedup and max_error are given, or no plan meets them; the
@@ -114,7 +116,9 @@ def search(
     if not meeting:
         raise _unmet(known, speedup, max_error)
     if check is not None:
-        meeting = [replace(item, measured=check(item.plan)) for item in meeting[:checked]]
+        best = meeting[:checked]
+        measured = run(check, [item.plan for item in best])
+        meeting = [replace(item, measured=error) for item, error in zip(best, measured, strict=True)]
         known = meeting + [item for item in known if item.plan not in [other.plan for other in meeting]]
         meeting = sorted(filter(allowed, meeting), key=order) or meeting
     return Found(meeting[0], pareto(known))

@@ -16,7 +16,17 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = {"graphcache": "graphcache", "graphcache.analysis": "analysis", "graphcache.passes": "passes"}
 LAYERS = ("graphcache.ir", "graphcache.analysis", "graphcache.passes")
-OPTIONAL = ("cache_dit", "diffusers", "matplotlib", "scipy", "sklearn", "torchmetrics", "transformers")
+OPTIONAL = (
+    "cache_dit",
+    "diffusers",
+    "jinja2",
+    "matplotlib",
+    "ray",
+    "scipy",
+    "sklearn",
+    "torchmetrics",
+    "transformers",
+)
 
 
 def module_names() -> list[str]:
