@@ -1,4 +1,4 @@
-"""The command line: inspect, plan, show, bench."""
+"""The command line: inspect, plan, show, bench, report; what measures is in `cli_profile`."""
 
 import inspect as signatures
 import json
@@ -14,10 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from graphcache import importers, presets
+from graphcache.arguments import assignment, json_argument, plan_argument, preset_argument, value_argument
 from graphcache.bench import Timing, benchmark
+from graphcache.cli_profile import add_commands
 from graphcache.inspection import inspect as inspect_model
 from graphcache.ir.errors import GraphCacheError, PlanError
-from graphcache.ir.plan import Plan, Preset, Value
+from graphcache.ir.plan import Plan, Value
+from graphcache.page import save_charts, write_page
+from graphcache.profile_file import load_profile
+from graphcache.search import candidates
 from graphcache.sources import load_model, load_object
 
 app = typer.Typer(
@@ -47,7 +52,7 @@ def inspect(
     model: ModelName, inputs: Inputs = None, call: Call = None, timestep: Timestep = "timestep"
 ) -> None:
     """List a model's sites: role, shape of a cached value, share of the FLOPs."""
-    module, kwargs = load_model(model, inputs, _json(call))
+    module, kwargs = load_model(model, inputs, json_argument(call))
     found = inspect_model(module, kwargs, timestep=timestep)
     table = Table("site", "role", "cached value", "bytes", "MFLOPs", "share")
     for column in table.columns[3:]:
@@ -75,7 +80,7 @@ def plan(
 ) -> None:
     """Write out a preset, or another tool's schedule, as a plan."""
     if origin is None:
-        made = _preset(source, 50 if steps is None else steps, option or [])
+        made = preset_argument(source, 50 if steps is None else steps, option or [])
     else:
         made = _imported(origin, source, steps, option or [])
     if output is not None:
@@ -88,7 +93,7 @@ def plan(
 @app.command()
 def show(plan: Annotated[str, typer.Argument(help="a plan file, or preset:steps[:key=value,…]")]) -> None:
     """Show a plan's grid in colour."""
-    found = _plan(plan, None)
+    found = plan_argument(plan, None)
     console.print(f"{found.steps} steps" + (f", preset {found.preset.name}" if found.preset else ""))
     width = max((len(str(row.selector)) for row in found.rows), default=0)
     colours = {letter.symbol: c for letter, c in zip(found.letters, _LETTER_COLOURS * 9, strict=False)}
@@ -125,13 +130,13 @@ def bench(
     """Time plans against the plain compiled model, interleaved, as ratios of medians."""
     if threads:
         torch.set_num_threads(threads)
-    module, kwargs = load_model(model, inputs, _json(call))
-    plans = {text: _plan(text, steps) for text in plan or ["compute", "fora", "taylorseer"]}
+    module, kwargs = load_model(model, inputs, json_argument(call))
+    plans = {text: plan_argument(text, steps) for text in plan or ["compute", "fora", "taylorseer"]}
     chosen: Any = None if backend == "none" else backend
     if option:
-        chosen = {"backend": chosen, "options": dict(map(_assignment, option))}
+        chosen = {"backend": chosen, "options": dict(map(assignment, option))}
     others = {
-        name.rpartition(":")[2]: load_object(name)(load_model(model, inputs, _json(call))[0])
+        name.rpartition(":")[2]: load_object(name)(load_model(model, inputs, json_argument(call))[0])
         for name in beside or []
     }
     with console.status("starting") as status:
@@ -149,6 +154,23 @@ def bench(
     if output is not None:
         rows = [{**asdict(timing), "realised": timing.realised} for timing in timings]
         output.write_text(json.dumps(rows, indent=1))
+
+
+@app.command()
+def report(
+    profile: Annotated[Path, typer.Argument(help="what graphcache.profile wrote")],
+    plan: Annotated[list[str] | None, typer.Option(help="a file, or preset[:steps[:key=value,…]]")] = None,
+    output: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
+    charts: Annotated[Path | None, typer.Option(help="a folder for the charts as PNG")] = None,
+) -> None:
+    """Draw a profile and plans of as many steps as one HTML page."""
+    measured = load_profile(profile)
+    plans = {text: plan_argument(text, measured.steps) for text in plan or []}
+    found = candidates(measured)
+    write_page(output, measured, plans, candidates=found, title=profile.name)
+    written = save_charts(charts, measured, plans, candidates=found) if charts else ()
+    for path in (output, *written):
+        console.print(f"wrote {path}", markup=False)
 
 
 def _print_timings(timings: tuple[Timing, ...]) -> None:
@@ -169,41 +191,9 @@ def _print_timings(timings: tuple[Timing, ...]) -> None:
             console.print(f"{t.name}: {'; '.join(map(str, t.phases))}")
 
 
-def _json(text: str | None) -> Mapping[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise GraphCacheError(f"--call is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise GraphCacheError("--call must be a JSON object of the pipeline's arguments")
-    return value
-
-
-def _assignment(text: str) -> tuple[str, Value]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise PlanError(f"'{text}' is no name=value")
-    return name, _value(value)
-
-
-def _value(text: str) -> Value:
-    for convert in (int, float):
-        try:
-            return convert(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False}.get(text, text)
-
-
-def _preset(name: str, steps: int, options: list[str]) -> Plan:
-    return presets.evaluate(Preset(name, tuple(map(_assignment, options))), steps)
-
-
 def _imported(origin: str, source: str, steps: int | None, options: list[str]) -> Plan:
     """The schedule of another tool; of `smoothcache`, every option but `blocks` names a component's site."""
-    arguments = dict(map(_assignment, options))
+    arguments = dict(map(assignment, options))
     if origin == "smoothcache":
         blocks: Any = arguments.pop("blocks", None)
         rows = {name: str(value) for name, value in arguments.items()}
@@ -227,23 +217,13 @@ def _called(importer: Callable[..., Plan], source: str, arguments: Mapping[str, 
 
 
 def _numbers(text: str) -> list[Value]:
-    values = [_value(word) for word in text.split(",")]
+    values = [value_argument(word) for word in text.split(",")]
     if any(isinstance(value, (bool, str)) for value in values):
         raise PlanError(f"'{text}' is no list of numbers such as 1,0,0,1")
     return values
 
 
-def _plan(text: str, steps: int | None) -> Plan:
-    """A plan file, or `preset[:steps[:key=value,…]]`."""
-    name, _, rest = text.partition(":")
-    if name not in presets.names():
-        return Plan.load(text)
-    count, _, options = rest.partition(":")
-    if count and not count.isdigit():
-        raise PlanError(f"'{text}': write preset:steps:key=value, for example fora:50:interval=3")
-    if not count and steps is None:
-        raise PlanError(f"'{text}' does not say how many steps; write {name}:50")
-    return _preset(name, int(count or steps or 0), options.split(",") if options else [])
+add_commands(app)
 
 
 def main() -> None:
