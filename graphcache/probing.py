@@ -50,9 +50,11 @@ class _Evaluation:
         return next((i for i, port in ports if isinstance(port, Input) and port.index == index), None)
 
     def again(self, places: Sequence[int]) -> "_Evaluation":
-        """The same with gradients of what it is fed at these places."""
-        fed = list(self.feed)
-        for place in places:
+        """The same with gradients of what it is fed at these places, and of the latents."""
+        fed, ports = list(self.feed), enumerate(self.runnable.step.inputs)
+        # with frozen weights a first step's sites depend on nothing else that has a gradient
+        latents = next(i for i, port in ports if isinstance(port, Input) and port.kind == "latent")
+        for place in {*places, latents}:
             fed[place] = fed[place].detach().requires_grad_()
         return replace(self, feed=fed)
 
@@ -100,9 +102,13 @@ class ProbeEngine(Engine):
         return made[0](results)
 
     def evaluate(self, branch: Branch, state: BranchState, tensors: Sequence[Tensor]) -> Any:
-        inputs = laid(state.program.captured.strides, tensors)
+        call = state.program.captured.call
+        inputs = list(laid(state.program.captured.strides, tensors))
         if state.watched is None:
             run_prologue(state, tensors, inputs)
+        for index in (call.latent, call.timestep):
+            # samplers may change these in place before they are needed again
+            inputs[index] = inputs[index].clone()
         runnable = self._probe(state.program)
         fed = feed(state.cache, runnable, inputs, state.now)
         output = state.program.captured.output

@@ -200,10 +200,14 @@ class TuningEngine(Engine):
             return super().__call__(args, kwargs)
         bound = self.binder.bind(args, kwargs)
         key, _ = self.binder.signature(bound)
-        latent = self._spec(key, bound).leaf_names[self._spec(key, bound).latent]
+        spec = self._spec(key, bound)
+        latent = spec.leaf_names[spec.latent]
+        for name in (latent, self.options.timestep):
+            # samplers may change these in place before they are needed again
+            bound[name] = bound[name].clone()
         if not bound[latent].requires_grad:
             # whether a gradient is needed is part of a signature, and at later steps it is
-            bound[latent] = bound[latent].clone().requires_grad_()
+            bound[latent].requires_grad_()
         return super().__call__((), bound)
 
     def evaluate(self, branch: Branch, state: BranchState, tensors: Sequence[Tensor]) -> Any:

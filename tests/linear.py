@@ -1,0 +1,102 @@
+"""A diffusion transformer that is affine in its latents, and samplers that are linear: effects are exact."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphcache import Plan, transform
+
+DIM = 4
+
+
+class LinearBlock(nn.Module):
+    """Two residual branches without an activation; the first has a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(DIM, DIM)
+        self.up = nn.Linear(DIM, 2 * DIM, bias=False)
+        self.down = nn.Linear(2 * DIM, DIM, bias=False)
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        x = x + gate * self.one(x)
+        return x + self.down(self.up(x * gate))
+
+
+class LinearDiT(nn.Module):
+    """Tokens (batch, any number, DIM), one time per sample and one text vector per sample."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.time = nn.Linear(1, DIM)
+        self.text = nn.Linear(DIM, DIM)
+        self.blocks = nn.ModuleList(LinearBlock() for _ in range(depth))
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        gate = torch.cos(4 * self.time(timestep[:, None]) + self.text(text))[:, None]
+        for block in self.blocks:
+            x = block(x, gate)
+        return x
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """As diffusers' models have one; a transformed model puts its own in its place."""
+        yield
+
+
+def linear(depth: int = 3) -> LinearDiT:
+    """A model with fixed weights, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(depth)
+        return LinearDiT(depth).eval()
+
+
+class Sampler:
+    """Euler's steps from seeded noise (2, tokens, DIM), guided as `mode` says.
+
+    `mode` is None, "first" or "last" for the conditional half of a doubled batch, or "calls" for two calls in
+    cache contexts. `directions` are the gradients that came back to the results, one tensor each.
+    """
+
+    def __init__(self, mode: str | None = None, tokens: int = 3) -> None:
+        self.mode, self.tokens = mode, tokens
+        self.runs = 0
+        self.directions: list[Tensor] = []
+
+    def __call__(self, model: Callable[..., Any], sample: int, steps: int) -> Tensor:
+        self.runs += 1
+        made = torch.Generator().manual_seed(sample)
+        x = torch.randn(2, self.tokens, DIM, generator=made)
+        text, empty = torch.randn(2, DIM, generator=made), torch.zeros(2, DIM)
+        both = {"first": torch.cat([text, empty]), "last": torch.cat([empty, text])}
+        for step in range(steps):
+            time = torch.full((2,), 1 - step / steps)
+            if self.mode in both:
+                halves = model(x.repeat(2, 1, 1), timestep=time.repeat(2), text=both[self.mode]).chunk(2)
+                given, free = halves if self.mode == "first" else reversed(halves)
+            elif self.mode == "calls":
+                with model.cache_context("cond"):
+                    given = model(x, timestep=time, text=text)
+                with model.cache_context("uncond"):
+                    free = model(x, timestep=time, text=empty)
+            else:
+                given = free = model(x, timestep=time, text=text)
+            x = x - (free + 1.5 * (given - free)) / steps
+        if x.requires_grad:
+            x.register_hook(self.directions.append)
+        return x
+
+
+class Replanned:
+    """A transformed model whose plan can be replaced between generations; it is captured once."""
+
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        self.model: Any = transform(model, Plan(steps))
+
+    def under(self, plan: Plan) -> nn.Module:
+        self.model.reset()
+        self.model._graphcache.plans[plan.steps] = plan
+        return self.model

@@ -1,0 +1,481 @@
+"""Profiles against real runs: what an estimate says of a site is what happens when it is replaced."""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphcache
+from examples.digits.model import ddim_scheduler, load_model
+from examples.digits.sample import sample as sample_digits
+from graphcache import GraphCacheError, Plan, Profile, load_profile
+from graphcache.ir.letter import Letter
+from graphcache.ir.plan import Row
+from graphcache.ir.selector import Selector
+from linear import Replanned, Sampler, linear
+from pipelines import PIPELINES
+
+STEPS, WINDOW = 6, 3
+MODES = [None, "first", "last", "calls"]
+
+
+class Measured:
+    """The profile of the linear model, with what came back as probes."""
+
+    def __init__(self, mode: str | None, seed: int = 0) -> None:
+        self.mode, self.sampler, self.model = mode, Sampler(mode), linear()
+        conditional = mode if mode in ("first", "last") else None
+        self.samples, self.probes = (5, 8), 2
+        self.profile = graphcache.profile(
+            self.model,
+            self.samples,
+            steps=STEPS,
+            sampler=self.sampler,
+            probes=self.probes,
+            window=WINDOW,
+            conditional=conditional,
+            seed=seed,
+        )
+        self.replanned = Replanned(self.model, STEPS)
+
+    def run(self, sample: int, plan: Plan | None) -> Tensor:
+        with torch.no_grad():
+            return self.sampler(self.replanned.under(plan or Plan(STEPS)), sample, STEPS)
+
+    def effects(self, plan: Plan) -> np.ndarray:
+        """(probes, samples): the probes' products with what a plan changes, by real runs."""
+        parts = []
+        for number, sample in enumerate(self.samples):
+            change = (self.run(sample, plan) - self.run(sample, None)).double()
+            directions = self.sampler.directions[number * self.probes :][: self.probes]
+            parts.append(torch.stack([(d.double() * change).flatten(1).sum(1) for d in directions]))
+        return torch.cat(parts, dim=1).numpy()
+
+
+@cache
+def measured(mode: str | None) -> Measured:
+    return Measured(mode)
+
+
+def replacing(site: str, step: int, weights: Sequence[float], conditional: str | None) -> Plan:
+    """The site computed at all steps but one, where the values before it are combined."""
+    actions = "#" * step + "f" + "#" * (STEPS - step - 1)
+    if site == "guidance":
+        return Plan(
+            STEPS, rows=(Row(Selector.parse(site), actions.replace("f", ".")),), conditional=conditional
+        )
+    row = Row(Selector.parse(site), actions, ((step, tuple(weights)),))
+    return Plan(STEPS, (Letter("f", "fitted", (("order", WINDOW - 1),)),), (row,))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_effects_of_a_linear_model_are_those_of_real_runs(mode: str | None) -> None:
+    on = measured(mode)
+    table = on.profile.effects
+    names = [site.name for site in on.profile.sites]
+    assert ("guidance" in names) is (mode is not None)
+    assert {"blocks.0.mlp", "blocks.2.mlp.1", "range(0..2)", "range(0..1)", "output"} < set(names)
+    for site in names:
+        place = on.profile.index(site)
+        for step, weights in ((1, (1.0,)), (4, (0.0, 0.0, 1.0)), (5, (1.7, -0.4, -0.2))):
+            used = (1.0,) if site == "guidance" else weights
+            plan = replacing(site, step, used, on.profile.provenance.conditional)
+            real = on.effects(plan)
+            estimated = (
+                sum(w * table[place, step, gap] for gap, w in enumerate(used, 1)) - table[place, step, 0]
+            )
+            assert np.abs(real).max() > 1e-4, (site, step)
+            np.testing.assert_allclose(estimated, real, rtol=1e-4, atol=1e-4 * np.abs(real).max())
+
+
+def test_effects_before_the_first_step_are_none() -> None:
+    table = measured(None).profile.effects
+    assert table.dtype == np.float32
+    assert table.shape[2:] == (WINDOW + 1, 2, 4)
+    for step in range(STEPS):
+        assert not table[:, step, step + 1 :].any()
+
+
+def values_by_hand(mode: str | None, sample: int) -> dict[str, list[list[Tensor]]]:
+    """By site and step what modules computed, one tensor for every call."""
+    model, found = linear(), dict[str, list[list[Tensor]]]()
+    calls = 2 if mode == "calls" else 1
+    latest: dict[str, Tensor] = {}
+
+    def keep(site: str, value: Tensor) -> None:
+        steps = found.setdefault(site, [[]])
+        if len(steps[-1]) == calls:
+            steps.append([])
+        steps[-1].append(value)
+
+    def block(number: int) -> Callable[..., None]:
+        def before(module: nn.Module, args: Any) -> None:
+            latest[str(number)] = args[0]
+
+        model.blocks[number].register_forward_pre_hook(before)
+
+        def after(module: nn.Module, args: Any, result: Tensor) -> None:
+            if number in (1, 2):
+                keep(f"range(0..{number})", result - latest["0"])
+            if number == 2:
+                keep("output", result)
+
+        return after
+
+    for number in range(3):
+        model.blocks[number].register_forward_hook(block(number))
+        model.blocks[number].one.register_forward_hook(
+            lambda module, args, result, site=f"blocks.{number}.mlp": keep(site, result)
+        )
+        model.blocks[number].down.register_forward_hook(
+            lambda module, args, result, site=f"blocks.{number}.mlp.1": keep(site, result)
+        )
+    with torch.no_grad():
+        Sampler(mode)(model, sample, STEPS)
+    if mode is not None:
+        pairs = [tensors if mode == "calls" else tensors[0].chunk(2) for tensors in found["output"]]
+        found["guidance"] = [[one - other] for one, other in pairs]
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gram_matrices_are_products_of_the_values(mode: str | None) -> None:
+    on = measured(mode)
+    expected: dict[str, Any] = dict.fromkeys([site.name for site in on.profile.sites], 0)
+    for sample in on.samples:
+        for name, steps in values_by_hand(mode, sample).items():
+            flat = torch.stack([torch.cat([item.flatten() for item in step]) for step in steps]).double()
+            expected[name] = expected[name] + (flat @ flat.T).numpy()
+    for name, gram in expected.items():
+        np.testing.assert_allclose(on.profile.gram[on.profile.index(name)], gram, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_profile_says_what_it_is_of(mode: str | None) -> None:
+    found = measured(mode).profile
+    assert found.steps == STEPS
+    assert found.window == WINDOW
+    assert found.calls == (2 if mode == "calls" else 1)
+    assert found.numbers == 3 * 4
+    assert found.provenance.samples == 2
+    assert found.provenance.versions["torch"] == torch.__version__
+    assert found.timings == {}
+    sites = {site.name: site for site in found.sites}
+    rows = 4 if mode in ("first", "last") else 2
+    assert sites["blocks.0.mlp"].bytes_kept == rows * 3 * 4 * 4
+    assert sites["blocks.0.mlp"].flops == 2 * rows * 3 * 4 * 4
+    assert sites["blocks.0.mlp.1"].flops == 2 * 2 * rows * 3 * 4 * 8
+    with pytest.raises(GraphCacheError, match=r"no site blocks\.9\.mlp; it has blocks\.0\.mlp"):
+        found.index("blocks.9.mlp")
+
+
+def test_drift_and_ranking_are_those_of_the_tokens() -> None:
+    on = measured("calls")
+    drift, ranking = np.zeros((STEPS, 3)), np.zeros(STEPS)
+    for sample in on.samples:
+        steps = values_by_hand("calls", sample)["blocks.1.mlp"]
+        for step in range(1, STEPS):
+            for before, now in zip(steps[step - 1], steps[step], strict=True):
+                moved, size = (now - before).norm(dim=-1), now.norm(dim=-1)
+                drift[step] += (moved.square().mean(0).sqrt() / size.mean()).numpy() / 2
+                pairs = zip(before.norm(dim=-1).numpy(), moved.numpy(), strict=True)
+                ranking[step] += np.mean([spearman(one, other) for one, other in pairs]) / 2
+    np.testing.assert_allclose(on.profile.drift["blocks.1.mlp"], drift, rtol=1e-4)
+    np.testing.assert_allclose(on.profile.ranking["blocks.1.mlp"], ranking, rtol=1e-6, atol=1e-9)
+
+
+def spearman(one: np.ndarray, other: np.ndarray) -> float:
+    ranks = [np.argsort(np.argsort(item)) for item in (one, other)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def test_products_of_large_values_are_kept_by_the_sketch() -> None:
+    sampler, model = Sampler(tokens=700), linear(1)
+    found = graphcache.profile(model, [0], steps=4, sampler=sampler, probes=1)
+    values: list[Tensor] = []
+    model.blocks[0].register_forward_hook(lambda module, args, result: values.append(result.flatten()))
+    with torch.no_grad():
+        sampler(model, 0, 4)
+    stacked = torch.stack(values).double()
+    gram, sketched = (stacked @ stacked.T).numpy(), found.gram[found.index("output")]
+    np.testing.assert_allclose(sketched, gram, atol=0.05 * gram.max())
+    spread, sketched_spread = (g[0, 0] + g[3, 3] - 2 * g[0, 3] for g in (gram, sketched))
+    assert sketched_spread == pytest.approx(spread, rel=0.1)
+
+
+class InPlace(Sampler):
+    """Updates latents and time where they lie."""
+
+    def __call__(self, model: Callable[..., Any], sample: int, steps: int) -> Tensor:
+        made = torch.Generator().manual_seed(sample)
+        x, time = torch.randn(2, 3, 4, generator=made), torch.ones(2)
+        text = torch.randn(2, 4, generator=made)
+        for _ in range(steps):
+            x -= model(x, timestep=time, text=text) / steps
+            time -= 1 / steps
+        if x.requires_grad:
+            x.register_hook(self.directions.append)
+        return x
+
+
+class OutOfPlace(InPlace):
+    def __call__(self, model: Callable[..., Any], sample: int, steps: int) -> Tensor:
+        return super().__call__(
+            lambda x, timestep, text: model(x.clone(), timestep.clone(), text), sample, steps
+        )
+
+
+def test_a_sampler_may_update_its_latents_in_place() -> None:
+    apart, within = (
+        graphcache.profile(linear(), [0], steps=4, sampler=kind()) for kind in (OutOfPlace, InPlace)
+    )
+    assert_same_profile(within, apart)
+
+
+def assert_same_profile(one: Profile, other: Profile) -> None:
+    """Bit for bit, but for the seconds that sites took."""
+    assert [site.name for site in one.sites] == [site.name for site in other.sites]
+    for name in ("gram", "effects"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name), strict=True)
+    for name in ("drift", "ranking"):
+        assert getattr(one, name).keys() == getattr(other, name).keys()
+        for site, table in getattr(one, name).items():
+            np.testing.assert_array_equal(table, getattr(other, name)[site], strict=True)
+    assert (one.numbers, one.flops, one.calls) == (other.numbers, other.flops, other.calls)
+
+
+def profiled(mode: str | None = "first", samples: Sequence[int] = (5, 8, 2), **options: Any) -> Profile:
+    conditional = mode if mode in ("first", "last") else None
+    options = {"sampler": Sampler(mode), "probes": 1, "conditional": conditional, **options}
+    return graphcache.profile(linear(1), samples, steps=3, **options)
+
+
+def test_a_seed_gives_the_same_profile_and_another_one_other_probes() -> None:
+    assert_same_profile(profiled(seed=3), profiled(seed=3))
+    one, other = profiled(seed=3), profiled(seed=4)
+    np.testing.assert_array_equal(one.gram, other.gram)
+    assert not np.isclose(one.effects, other.effects)[one.effects != 0].any()
+
+
+def test_samples_may_be_measured_in_any_order() -> None:
+    def reversed_map(measure: Callable[[int], Any], numbers: Sequence[int]) -> Iterable[Any]:
+        return [measure(number) for number in reversed(numbers)][::-1]
+
+    assert_same_profile(profiled(run=reversed_map), profiled())
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    profiled(samples=(5,))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class _Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_a_profile_that_was_interrupted_goes_on_where_it_stopped(tmp_path: Path, stop: int) -> None:
+    path, told = tmp_path / "profile.json", []
+
+    def stopping(done: int, total: int) -> None:
+        if done == stop:
+            raise _Stopped
+
+    with pytest.raises(_Stopped):
+        profiled(path=path, progress=stopping)
+    assert sorted(item.name for item in tmp_path.iterdir()) == [
+        f".profile.json.part{number}" for number in range(stop)
+    ]
+    sampler = Sampler("first")
+    resumed = profiled(path=path, sampler=sampler, progress=lambda done, total: told.append((done, total)))
+    assert told == [(done, 3) for done in range(stop, 4)]
+    assert len(sampler.directions) == 3 - stop
+    assert [item.name for item in tmp_path.iterdir()] == ["profile.json"]
+    whole = profiled()
+    assert_same_profile(resumed, whole)
+    assert_same_profile(load_profile(path), whole)
+
+
+def test_parts_of_another_task_or_model_are_not_taken_up(tmp_path: Path) -> None:
+    def stopping(done: int, total: int) -> None:
+        if done == 1:
+            raise _Stopped
+
+    with pytest.raises(_Stopped):
+        profiled(path=tmp_path / "profile.json", progress=stopping)
+    for options in ({"seed": 1}, {"mode": "last"}):
+        assert_same_profile(profiled(path=tmp_path / "profile.json", **options), profiled(**options))
+        with pytest.raises(_Stopped):
+            profiled(path=tmp_path / "profile.json", progress=stopping)
+
+
+def test_no_gradient_is_left_and_the_model_stays_as_it_is() -> None:
+    model = linear()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    graphcache.profile(model, [1], steps=3, sampler=Sampler(), probes=1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not model._forward_hooks
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_frozen_weights_and_a_transformed_model_make_no_difference() -> None:
+    plain = profiled(samples=(5,))
+    frozen = graphcache.transform(
+        linear(1).requires_grad_(False), Plan.parse("plan steps=3 preset=none\n* #..")
+    )
+    conditional = {"conditional": "first"}
+    found = graphcache.profile(frozen, (5,), steps=3, sampler=Sampler("first"), probes=1, **conditional)
+    assert_same_profile(found, plain)
+
+
+def test_a_sampler_without_gradients_is_looked_through() -> None:
+    plain = profiled(samples=(5,), mode=None)
+    decorated = torch.no_grad()(lambda model, sample, steps: Sampler()(model, sample, steps))
+    assert_same_profile(profiled(samples=(5,), mode=None, sampler=decorated), plain)
+
+
+def noisy(model: nn.Module, sample: int, steps: int) -> Tensor:
+    return Sampler()(model, sample, steps) + 1e-3 * torch.randn(2, 3, 4)
+
+
+def elsewhere(model: nn.Module, sample: int, steps: int) -> Tensor:
+    return Sampler()(linear(1), sample, steps)
+
+
+def detached(model: nn.Module, sample: int, steps: int) -> Tensor:
+    return Sampler()(model, sample, steps).detach()
+
+
+def rounded(model: nn.Module, sample: int, steps: int) -> Tensor:
+    return Sampler()(model, sample, steps).mul(255).to(torch.uint8)
+
+
+def without_gradients(model: nn.Module, sample: int, steps: int) -> Tensor:
+    with torch.no_grad():
+        return Sampler()(model, sample, steps)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        (noisy, "two runs of one sample differ, because the sampler draws random numbers"),
+        (elsewhere, "never called the model it was given"),
+        (detached, "does not depend on the model's evaluations through differentiable operations"),
+        (rounded, "does not depend on the model's evaluations through differentiable operations"),
+        (without_gradients, "does not depend on the model's evaluations through differentiable operations"),
+        (None, "give sampler=, a function of"),
+    ],
+)
+def test_samplers_that_cannot_be_followed_are_refused(sampler: Any, message: str) -> None:
+    with pytest.raises(GraphCacheError, match=message):
+        profiled(samples=(5,), mode=None, sampler=sampler)
+
+
+def test_no_samples_are_refused() -> None:
+    with pytest.raises(GraphCacheError, match="samples is empty"):
+        profiled(samples=())
+
+
+def test_a_pipeline_with_two_transformers_is_refused() -> None:
+    class WanPipeline:
+        transformer, transformer_2 = linear(1), linear(1)
+
+    with pytest.raises(
+        GraphCacheError, match="WanPipeline has transformer and transformer_2, which take turns"
+    ):
+        graphcache.profile(WanPipeline(), [{}], steps=3)
+
+
+def test_a_pipelines_sample_is_a_mapping() -> None:
+    class Pipeline:
+        transformer = linear(1)
+
+    with pytest.raises(GraphCacheError, match="a mapping of its call's arguments, not str"):
+        graphcache.profile(Pipeline(), ["a cat"], steps=3)
+
+
+@pytest.mark.parametrize(("name", "calls"), [("pixart", 1), ("flux", 2)])
+def test_a_pipeline_is_its_own_sampler(name: str, calls: int) -> None:
+    case = PIPELINES[name]
+    pipe = case.make()
+    transformer, before = pipe.transformer, case.generate(pipe, 4)
+    sample = {**case.arguments(1, True, False), "seed": 0}
+    conditional = "last" if calls == 1 else None
+    found = graphcache.profile(pipe, [sample], steps=4, probes=2, conditional=conditional)
+    assert pipe.transformer is transformer
+    assert torch.equal(case.generate(pipe, 4), before)
+    assert all(parameter.grad is None for parameter in transformer.parameters())
+    assert found.provenance.scheduler == type(pipe.scheduler).__name__
+    assert found.calls == calls
+    assert found.numbers == before[0].numel()
+    assert found.sites[-1].kind == "guidance"
+    assert np.isfinite(found.effects).all()
+    assert (np.abs(found.effects[:, 1:, :2]).max(axis=(1, 2, 3, 4)) > 0).all()
+
+
+STEPS_OF_DIGITS, LABELS = 10, (3, 8)
+"""A generation of two images."""
+
+
+class Digits:
+    """Guided images of labels; `directions` are the gradients that came back to the results."""
+
+    def __init__(self) -> None:
+        self.directions: list[Tensor] = []
+
+    def __call__(self, model: nn.Module, sample: Sequence[int], steps: int) -> Tensor:
+        # the example's loop without its torch.no_grad
+        loop: Any = sample_digits.__wrapped__
+        result: Tensor = loop(model, ddim_scheduler(), torch.tensor(sample), steps=steps, seed=1)
+        if result.requires_grad:
+            result.register_hook(self.directions.append)
+        return result
+
+
+def with_the_value_before(model: nn.Module, module: nn.Module, step: int) -> Tensor:
+    """The result where a module's value at one step is that of the step before."""
+    values: list[Tensor] = []
+
+    def hook(module: nn.Module, args: Any, result: Tensor) -> Tensor:
+        values.append(result)
+        return values[-2] if len(values) == step + 1 else result
+
+    handle = module.register_forward_hook(hook)
+    with torch.no_grad():
+        result = Digits()(model, LABELS, STEPS_OF_DIGITS)
+    handle.remove()
+    return result.double()
+
+
+def test_estimates_on_a_trained_model_rank_sites_and_steps_as_real_runs_do() -> None:
+    model, sampler = load_model(), Digits()
+    found = graphcache.profile(
+        model, [LABELS], steps=STEPS_OF_DIGITS, sampler=sampler, probes=6, window=1, conditional="first"
+    )
+    with torch.no_grad():
+        plain = sampler(model, LABELS, STEPS_OF_DIGITS).double()
+    along = torch.stack(sampler.directions).double().flatten(2)
+    effects, products, errors = [], [], []
+    for block in (0, 2, 5, 7):
+        inside = model.transformer_blocks[block]
+        for kind, module in (("self", inside.attn1), ("mlp", inside.ff)):
+            for step in (1, 4, 9):
+                change = (with_the_value_before(model, module, step) - plain).flatten(1)
+                site = found.effects[found.index(f"transformer_blocks.{block}.{kind}"), step]
+                effects.append(site[1] - site[0])
+                products.append((along * change).sum(dim=-1).numpy())
+                errors.append(float(change.square().sum()))
+    estimated = [float((effect**2).mean(axis=0).sum()) for effect in effects]
+    ranks = spearman(np.array(estimated), np.array(errors))
+    signed = spearman(np.stack(effects).flatten(), np.stack(products).flatten())
+    assert ranks >= 0.9
+    assert signed >= 0.9
