@@ -27,8 +27,9 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def sources(folder: str) -> list[Path]:
-    deep = folder != "graphcache"
-    return sorted((ROOT / folder).rglob("*.py") if deep else (ROOT / folder).glob("*.py"))
+    if folder != "graphcache":
+        return sorted((ROOT / folder).rglob("*.py"))
+    return sorted([*(ROOT / folder).glob("*.py"), *(ROOT / folder / "page").glob("*.py")])
 
 
 @pytest.mark.parametrize(("own", "folder"), [*enumerate(FOLDERS)], ids=FOLDERS)

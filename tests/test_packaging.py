@@ -60,6 +60,14 @@ def test_every_package_is_declared_and_has_an_init_file() -> None:
         assert (folder / "__init__.py").is_file()
 
 
+def test_files_that_are_no_modules_are_declared() -> None:
+    declared = PROJECT["tool"]["setuptools"]["package-data"]
+    for package in PROJECT["tool"]["setuptools"]["packages"]:
+        folder = ROOT.joinpath(*package.split("."))
+        other = {file for file in folder.iterdir() if file.is_file() and file.suffix != ".py"}
+        assert other == {file for pattern in declared.get(package, ()) for file in folder.glob(pattern)}
+
+
 def test_the_installed_version_is_the_declared_one() -> None:
     assert metadata.version("graphcache-dit") == PROJECT["project"]["version"]
 

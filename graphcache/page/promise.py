@@ -1,0 +1,108 @@
+"""What a profile promises of any plan."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from graphcache.analysis.sensitivity import effect
+from graphcache.ir.plan import COMPUTE
+from graphcache.ir.schedule import GUIDANCE
+from graphcache.page.course import HOLD, Course
+from graphcache.profile import Profile, families
+from graphcache.search import Candidate
+
+Source = tuple[tuple[int, ...], tuple[float, ...]]
+"""Steps of the values that stand in for a site's, and their weights."""
+
+
+def promise(course: Course) -> Candidate | None:
+    """Speed-up and error of a plan, predicted as those of searched ones are; None where they cannot be.
+
+    The effects of neighbouring steps that take something from the cache add up with their signs, since they
+    continue one another; stretches between them are taken for independent, as in `graphcache.search`.
+
+    Not to be predicted: token budgets, guidance beside other sites or split in bands, sites that the profile
+    did not measure, and values older than its window.
+    """
+    if course.unknown or not _is_linear(course):
+        return None
+    sources = {name: _sources(course, name) for name in course.symbols}
+    squared, total = 0.0, np.zeros(course.profile.effects.shape[-2:])
+    for step in range(course.plan.steps):
+        taken = {name: line[step] for name, line in sources.items() if line[step] is not None}
+        if not taken:
+            squared, total = squared + _square(total), np.zeros_like(total)
+        for name, source in taken.items():
+            assert source is not None
+            found = _effect(course.profile, name, step, source)
+            if found is None:
+                return None
+            total = total + found
+    numbers = course.profile.numbers * course.profile.effects.shape[-1]
+    error = math.sqrt((squared + _square(total)) / numbers)
+    return Candidate(course.plan, course.name, course.whole, speedup(course), error, course.peak)
+
+
+def speedup(course: Course) -> float:
+    """Over the plain model: measured steps where a whole family is taken from the cache, else by FLOPs."""
+    profile = course.profile
+    whole = profile.timings.get("compute", float(profile.flops))
+    plain = profile.timings.get("plain", whole)
+    spent = sum(_cost(profile, course.taken(step), whole) for step in range(profile.steps))
+    return profile.steps * plain / spent if spent else float("inf")
+
+
+def _cost(profile: Profile, taken: Sequence[str], whole: float) -> float:
+    if not taken:
+        return whole
+    sets = {family: {site.name for site in sites} for family, sites in families(profile).items()}
+    family = next((name for name, sites in sets.items() if sites == {*taken}), "")
+    flops = {site.name: site.flops for site in profile.sites} | {GUIDANCE: profile.flops // 2}
+    left = 1 - sum(flops[name] for name in taken) / profile.flops
+    return profile.timings.get(family, whole * left)
+
+
+def _is_linear(course: Course) -> bool:
+    if any(letter.is_tokens or letter.is_frequency for letter in course.plan.letters):
+        return False
+    others = {symbol for name, line in course.symbols.items() if name != GUIDANCE for symbol in line}
+    return GUIDANCE not in course.symbols or not course.plan.is_guided or others <= {COMPUTE}
+
+
+def _sources(course: Course, name: str) -> list[Source | None]:
+    """What each step makes a site's value of; None where it computes it, or does without."""
+    history: list[int] = []
+    found: list[Source | None] = []
+    for step, symbol in enumerate(course.symbols[name]):
+        letter = course.plan.letter(symbol)
+        if symbol in (COMPUTE, HOLD):
+            found.append(None)
+        else:
+            entries = (step, *history) if letter and letter.is_compute else tuple(history)
+            read = [pair for pair in zip(entries, _weights(course, name, step), strict=False) if pair[1]]
+            found.append((tuple(entry for entry, _ in read), tuple(weight for _, weight in read)))
+        if symbol == COMPUTE or (letter and letter.is_compute):
+            history.insert(0, step)
+    return found
+
+
+def _weights(course: Course, name: str, step: int) -> tuple[float, ...]:
+    """Those of the history, newest first; of `linear8` the schedule has only the difference's."""
+    made = course.schedule.steps[step]
+    action = dict(course.schedule.phases[made.phase].actions).get(name)
+    if name == GUIDANCE or action is None or action.group < 0:
+        return (1.0,)
+    listed = made.coefficients[action.group]
+    return (1 + listed[0], -listed[0]) if action.packed else listed
+
+
+def _effect(profile: Profile, name: str, step: int, source: Source) -> np.ndarray | None:
+    entries, weights = source
+    if step - min(entries, default=step) > profile.window:
+        return None
+    return effect(profile.effects[profile.index(name)], step, entries, np.array(weights))
+
+
+def _square(total: np.ndarray) -> float:
+    return float((total**2).mean(axis=0).sum())
