@@ -17,6 +17,7 @@ from graphcache import importers, presets
 from graphcache.arguments import assignment, json_argument, plan_argument, preset_argument, value_argument
 from graphcache.bench import Timing, benchmark
 from graphcache.cli_profile import add_commands
+from graphcache.comparison import load_rows
 from graphcache.inspection import inspect as inspect_model
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan, Value
@@ -160,6 +161,7 @@ def bench(
 def report(
     profile: Annotated[Path, typer.Argument(help="what graphcache.profile wrote")],
     plan: Annotated[list[str] | None, typer.Option(help="a file, or preset[:steps[:key=value,…]]")] = None,
+    rows: Annotated[Path | None, typer.Option(help="what graphcache compare --output wrote")] = None,
     output: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
     charts: Annotated[Path | None, typer.Option(help="a folder for the charts as PNG")] = None,
 ) -> None:
@@ -167,8 +169,9 @@ def report(
     measured = load_profile(profile)
     plans = {text: plan_argument(text, measured.steps) for text in plan or []}
     found = candidates(measured)
-    write_page(output, measured, plans, candidates=found, title=profile.name)
-    written = save_charts(charts, measured, plans, candidates=found) if charts else ()
+    measured_rows = load_rows(rows) if rows else ()
+    write_page(output, measured, plans, rows=measured_rows, candidates=found, title=profile.name)
+    written = save_charts(charts, measured, plans, rows=measured_rows, candidates=found) if charts else ()
     for path in (output, *written):
         console.print(f"wrote {path}", markup=False)
 

@@ -206,17 +206,10 @@ def _print_front(found: Found) -> None:
 
 
 def _print_rows(rows: Sequence[Row]) -> None:
-    table = Table("", "steps", "seconds", "speed-up", "ideal", "PSNR", "SSIM", "Fréchet", box=None)
+    table = Table("", "steps", "ms", "speed-up", "ideal", "PSNR", "±", "SSIM", "Fréchet", box=None)
+    forms = ("{}", "{:.1f}", "{:.2f}", "{:.2f}", "{:.2f}", "{:.2f}", "{:.4f}", "{:.3g}")
     for row in rows:
-        quality = "" if row.psnr is None else f"{row.psnr:.2f} ± {row.spread:.2f}"
-        table.add_row(
-            row.name,
-            str(row.steps),
-            f"{row.seconds:.3f}",
-            f"{row.speedup:.2f}",
-            f"{row.ideal:.2f}",
-            quality,
-            "" if row.ssim is None else f"{row.ssim:.4f}",
-            "" if row.frechet is None else f"{row.frechet:.3g}",
-        )
+        values = (row.steps, row.ms, row.speedup, row.ideal, row.psnr, row.spread, row.ssim, row.frechet)
+        cells = ["" if v is None else form.format(v) for form, v in zip(forms, values, strict=True)]
+        table.add_row(row.name, *cells)
     console.print(table)

@@ -1,50 +1,72 @@
 """`compare`: plans, presets and fewer steps on one model, by time and by quality."""
 
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor
 
 from graphcache.compile import Backend, compile_plainly
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
+from graphcache.ir.plantext import read_bytes
 from graphcache.metrics import frechet_distance, psnr, ssim
 from graphcache.sampling import Sampler, Sampling, refuse_random
 from graphcache.transform import transform
 
-Kind = Literal["plain", "plan", "fewer steps"]
+Kind = Literal["preset", "searched", "fewer steps", "plain"]
+KINDS: tuple[Kind, ...] = ("preset", "searched", "fewer steps", "plain")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender.
+    """One measured contender.
 
     Attributes:
-        steps: of a generation.
-        seconds: of a generation, the median.
-        speedup: the plain model's median by this one.
-        ideal: the same ratio in FLOPs.
-        psnr: mean over the samples to the plain model's results, in decibels; None of those themselves.
-        spread: standard deviation of the generations' means.
+        name: also that of its picture.
+        kind: where it comes from; `plain` is the untouched model, which the others are compared with.
+        speedup: the plain model's median time by this one's.
+        psnr: dB to the plain model's results, mean over the samples; None of those themselves.
         ssim: likewise; None where results are no images of 7x7 pixels or more.
-        frechet: distance of the results' features to those of the plain results; None without features.
+        frechet: Fréchet distance of the results' features; None where it was not measured.
+        ms: milliseconds of one generation, the median.
+        steps: of a generation.
+        ideal: speed-up in FLOPs.
+        spread: standard deviation of the generations' mean PSNR.
     """
 
     name: str
     kind: Kind
-    steps: int
-    seconds: float
     speedup: float
-    ideal: float
     psnr: float | None
-    spread: float | None
-    ssim: float | None
-    frechet: float | None
+    ssim: float | None = None
+    frechet: float | None = None
+    ms: float | None = None
+    steps: int | None = None
+    ideal: float | None = None
+    spread: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise GraphCacheError(f"row {self.name}: kind={self.kind!r}; kinds are {', '.join(KINDS)}")
+
+
+def load_rows(path: str | os.PathLike[str]) -> tuple[Row, ...]:
+    """Read what `graphcache compare --output` wrote.
+
+    Raises:
+        GraphCacheError: the file holds something else.
+    """
+    try:
+        return tuple(msgspec.json.decode(read_bytes(path), type=list[Row]))
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise GraphCacheError(f"{os.fspath(path)}: no comparison in JSON: {error}") from None
 
 
 def compare(
@@ -111,30 +133,36 @@ def compare(
     rows = []
     for name in runs:
         count = counts.get(name, steps)
-        ideal = steps / count
+        ideal, kind = steps / count, _kind(name, plans, counts)
         if name in made:
             ideal = made[name].summary().branches[0].ideal_speedup
-        kind: Kind = "plan" if name in made else "fewer steps" if name in counts else "plain"
         spent = statistics.median(seconds[name])
-        speedup = statistics.median(seconds["plain"]) / spent
-        quality = _quality(results[name], results["plain"], data_range, features)
-        rows.append(
-            Row(name, kind, count, spent, speedup, ideal, *(quality if name != "plain" else [None] * 4))
-        )
+        row = Row(name, kind, statistics.median(seconds["plain"]) / spent, None)
+        if kind != "plain":
+            row = _judged(row, results[name], results["plain"], data_range, features)
+        rows.append(replace(row, ms=1e3 * spent, steps=count, ideal=ideal))
     return tuple(rows)
+
+
+def _kind(name: str, plans: Mapping[str, Plan], counts: Mapping[str, int]) -> Kind:
+    if name in counts:
+        return "fewer steps"
+    if name not in plans:
+        return "plain"
+    return "searched" if plans[name].preset is None else "preset"
 
 
 def _run(sampling: Sampling, model: Any, steps: int) -> Callable[[Any], Tensor]:
     return lambda sample: sampling.generate(model, sample, steps)
 
 
-def _quality(
+def _judged(
+    row: Row,
     results: Sequence[Tensor],
     references: Sequence[Tensor],
     data_range: float,
     features: Callable[[Tensor], Tensor] | None,
-) -> tuple[float, float, float | None, float | None]:
-    """PSNR, its spread over generations, SSIM and Fréchet distance."""
+) -> Row:
     pairs = list(zip(results, references, strict=True))
     means = [float(psnr(result, target, data_range).mean()) for result, target in pairs]
     made, wanted = _frames(torch.cat(list(results))), _frames(torch.cat(list(references)))
@@ -142,7 +170,8 @@ def _quality(
     if made.dim() == 4 and min(made.shape[-2:]) >= 7:
         alike = float(ssim(made, wanted, data_range).mean())
     distance = None if features is None else frechet_distance(features(made), features(wanted))
-    return statistics.fmean(means), statistics.pstdev(means), alike, distance
+    mean, spread = statistics.fmean(means), statistics.pstdev(means)
+    return replace(row, psnr=mean, spread=spread, ssim=alike, frechet=distance)
 
 
 def _frames(results: Tensor) -> Tensor:

@@ -16,13 +16,14 @@ from graphcache.analysis.cost import graph_flops
 from graphcache.calibration import site_seconds, step_seconds
 from graphcache.compile import Backend
 from graphcache.engine import Engine, Options
-from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.graph import storage_bytes, value_of
-from graphcache.ir.plan import Plan
+from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
 from graphcache.ir.selector import Selector
 from graphcache.probing import OUTPUT, ProbeEngine
 from graphcache.profile import Part, Profile, Provenance, Site, families
 from graphcache.profile_file import load_part, save_part, save_profile
+from graphcache.program import Program
 from graphcache.recording import GUIDANCE, Recording
 from graphcache.sampling import Sampler, Sampling, refuse_random
 from graphcache.transform import wrapped
@@ -188,16 +189,30 @@ def describe(sampling: Sampling, sample: Any, task: Task) -> Subject:
         Site(b.name, "branch", work[b.name], storage_bytes(value_of(nodes[b.value])), seconds[b.name])
         for b in step.branches
     ]
-    ranges = tuple(dict.fromkeys(_bounds(depths, step.blocks) for depths in RANGES)) if step.blocks else ()
-    stream = max((site.bytes_kept for site in sites), default=0)
-    for name, first, last in ranges:
-        inside = [b.name for b in step.branches if first <= b.block <= last]
-        spent = sum(work[name] for name in inside), sum(seconds[name] for name in inside)
-        sites.append(Site(name, "range", spent[0], stream, spent[1]))
     total, result = graph_flops(step), sum(storage_bytes(value_of(node)) for node in step.results())
+    ranges = []
+    for name, first, last in dict.fromkeys(_bounds(depths, step.blocks) for depths in RANGES if step.blocks):
+        try:
+            left, kept = _reused(program, name)
+        except PlanError:
+            continue
+        spent = sum(seconds[b.name] for b in step.branches if first <= b.block <= last)
+        ranges.append((name, first, last))
+        sites.append(Site(name, "range", total - left, kept, spent))
     sites.append(Site(OUTPUT, "output", total, result, seconds[OUTPUT]))
     sites.append(Site(GUIDANCE, "guidance", total // 2, result // 2, seconds[OUTPUT] / 2))
-    return Subject(program.fingerprint, tuple(sites), ranges, total, inputs)
+    return Subject(program.fingerprint, tuple(sites), tuple(ranges), total, inputs)
+
+
+def _reused(program: Program, name: str) -> tuple[int, int]:
+    """FLOPs of a step that reuses a site, and the bytes that are kept for it.
+
+    Raises:
+        PlanError: the site cannot be cached.
+    """
+    schedule = program.schedule(Plan(2, rows=(Row(Selector.parse(name), COMPUTE + REUSE),)))
+    left = graph_flops(program.phase(schedule, schedule.steps[1].phase).step)
+    return left, program.entry_bytes(schedule)[name]
 
 
 def _bounds(depths: tuple[float, float], blocks: int) -> tuple[str, int, int]:

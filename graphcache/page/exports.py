@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from graphcache.comparison import KINDS, Row
 from graphcache.extras import require
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import COMPUTE, REUSE, Plan
@@ -14,7 +15,7 @@ from graphcache.page.course import HOLD, Course, meet
 from graphcache.page.heatmap import colour_scale
 from graphcache.page.names import common_prefix, shortened
 from graphcache.page.promise import promise
-from graphcache.page.rows import KINDS, Row, unbeaten
+from graphcache.page.rows import unbeaten
 from graphcache.page.scales import colour, is_light
 from graphcache.page.sensitivity import sensitivity
 from graphcache.profile import Profile

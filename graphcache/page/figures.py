@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from graphcache.comparison import KINDS, Row
 from graphcache.page.charts import (
     Chart,
     Strip,
@@ -18,7 +19,7 @@ from graphcache.page.charts import (
 )
 from graphcache.page.course import Course
 from graphcache.page.names import shortened
-from graphcache.page.rows import KINDS, Row, unbeaten
+from graphcache.page.rows import unbeaten
 from graphcache.page.scales import Axis, linear, logarithmic
 from graphcache.page.units import number, size
 from graphcache.profile import Profile

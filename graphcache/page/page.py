@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from graphcache.comparison import Row
 from graphcache.extras import require
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import write_bytes
@@ -16,7 +17,6 @@ from graphcache.page.course import meet
 from graphcache.page.figures import bands_chart, byte_strips, measured_front, promised_front
 from graphcache.page.heatmap import heat_map
 from graphcache.page.promise import promise
-from graphcache.page.rows import Row
 from graphcache.page.scales import VIRIDIS
 from graphcache.page.tokens import token_maps
 from graphcache.page.units import duration, fixed, number, size, work
