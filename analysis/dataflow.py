@@ -6,12 +6,18 @@ from functools import cached_property
 
 from torch import fx
 
-from graphcache.ir.graph import Input, StepGraph
+from graphcache.ir.graph import Hoisted, InPort, Input, StepGraph
 
 LATENT, TIMESTEP, CONSTANT = 1, 2, 4
 """What a value may depend on; 0 is a function of the weights alone."""
 
 _KINDS = {"latent": LATENT, "timestep": TIMESTEP, "constant": CONSTANT}
+
+
+def _kind(port: InPort) -> int:
+    if isinstance(port, Hoisted):
+        return CONSTANT
+    return _KINDS[port.kind] if isinstance(port, Input) else LATENT
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Dataflow:
         """Which kinds of input reach a node: an or of LATENT, TIMESTEP and CONSTANT."""
         found = dict.fromkeys(self.nodes, 0)
         for port, node in self.step.ports():
-            found[node] = _KINDS[port.kind] if isinstance(port, Input) else LATENT
+            found[node] = _kind(port)
         for node in self.nodes:
             for operand in node.all_input_nodes:
                 found[node] |= found[operand]
