@@ -84,7 +84,7 @@ def search(
         max_bytes: at most so many bytes cached, beside the others.
         max_phases: at most so many different steps, each a compiled graph.
         check: corrects the estimates of the best candidates end to end.
-        checked: how many of them.
+        checked: how many of them at a time, until one meets `max_error`.
         run: maps the check over plans; a cluster's map gives the same result.
 
     Raises:
@@ -93,16 +93,20 @@ def search(
     """
     if (speedup is None) == (max_error is None):
         raise GraphCacheError("give search() either speedup= or max_error=, and if needed max_bytes=")
+    made = candidates(profile)
+    if not made:
+        raise GraphCacheError("a generation of one step has none to skip")
     known = [
         item
-        for item in candidates(profile)
+        for item in made
         if _phases(item.plan) <= max_phases and (max_bytes is None or item.bytes <= max_bytes)
     ]
     if not known:
-        least = min(candidates(profile), key=lambda item: item.bytes)
+        least = min(made, key=lambda item: item.bytes)
+        most = "any number of" if max_bytes is None else f"{max_bytes:,}"
         raise GraphCacheError(
-            f"no plan keeps within {max_bytes:,} bytes and {max_phases} phases; the smallest cache, of "
-            f"family {least.family}, takes {least.bytes:,} bytes"
+            f"no plan keeps within {most} bytes and {max_phases} phases; the smallest cache, of family "
+            f"{least.family}, takes {least.bytes:,} bytes, with {_phases(least.plan)} phases"
         )
     fits = (lambda item: item.speedup >= speedup) if speedup is not None else None
 
@@ -116,12 +120,31 @@ def search(
     if not meeting:
         raise _unmet(known, speedup, max_error)
     if check is not None:
-        best = meeting[:checked]
-        measured = run(check, [item.plan for item in best])
-        meeting = [replace(item, measured=error) for item, error in zip(best, measured, strict=True)]
-        known = meeting + [item for item in known if item.plan not in [other.plan for other in meeting]]
-        meeting = sorted(filter(allowed, meeting), key=order) or meeting
+        measured = _measured(meeting, allowed, check, max(1, checked), run)
+        known = measured + [item for item in known if item.plan not in [other.plan for other in measured]]
+        meeting = sorted(filter(allowed, measured), key=order)
+        if not meeting:
+            raise _unmet(measured, speedup, max_error)
     return Found(meeting[0], pareto(known))
+
+
+def _measured(
+    meeting: Sequence[Candidate],
+    allowed: Callable[[Candidate], bool],
+    check: Check,
+    checked: int,
+    run: Callable[[Check, Sequence[Plan]], Iterable[float]],
+) -> list[Candidate]:
+    """The best candidates with their errors, so many at a time, until one of them is allowed."""
+    found: list[Candidate] = []
+    for start in range(0, len(meeting), checked):
+        best = meeting[start : start + checked]
+        errors = run(check, [item.plan for item in best])
+        for item, error in zip(best, errors, strict=True):
+            found.append(replace(item, measured=math.inf if math.isnan(error) else error))
+        if any(map(allowed, found)):
+            break
+    return found
 
 
 def candidates(profile: Profile) -> list[Candidate]:
@@ -208,6 +231,8 @@ def _guidance_candidates(profile: Profile) -> Iterator[Candidate]:
     """One branch at the skipped steps, the other from the newest difference."""
     (site,) = (site for site in profile.sites if site.kind == "guidance")
     table = _table(profile, site)
+    # of two calls the difference is as large as each one's result, and the first one's is kept for the other
+    kept = 2 * site.bytes_kept * profile.calls**2
     steps, window = profile.steps, table.window
     errors = np.full((steps + 1,) * 3, np.inf)
     for newest in range(steps):
@@ -223,7 +248,7 @@ def _guidance_candidates(profile: Profile) -> Iterator[Candidate]:
         plan = Plan(steps, rows=(Row(Selector.parse("guidance"), actions),), conditional=conditional)
         speedup = predicted_speedup(profile, "guidance", len(choice.steps))
         error = _rms(profile, choice.error)
-        yield Candidate(plan, "guidance", choice.steps, speedup, error, 2 * site.bytes_kept)
+        yield Candidate(plan, "guidance", choice.steps, speedup, error, kept)
 
 
 def _table(profile: Profile, site: Site) -> Table:
@@ -253,6 +278,6 @@ def _unmet(known: Sequence[Candidate], speedup: float | None, max_error: float |
         wanted = f"no plan has an error of at most {max_error:g}"
     return GraphCacheError(
         f"{wanted}; the nearest computes {len(nearest.computed)} of {nearest.plan.steps} steps "
-        f"({nearest.family}): {nearest.speedup:.2f} times as fast, with an estimated error of "
-        f"{nearest.known_error:.2g}"
+        f"({nearest.family}): {nearest.speedup:.2f} times as fast, with "
+        f"{'an estimated' if nearest.measured is None else 'a measured'} error of {nearest.known_error:.2g}"
     )
