@@ -14,11 +14,13 @@ import graphcache
 from examples.digits.model import ddim_scheduler, load_model
 from examples.digits.sample import sample as sample_digits
 from graphcache import GraphCacheError, Plan, Profile, load_profile
+from graphcache.ir.graph import value_of
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Row
 from graphcache.ir.selector import Selector
-from linear import Replanned, Sampler, linear
+from linear import LinearDiT, Replanned, Sampler, linear
 from pipelines import PIPELINES
+from reference import subject
 
 STEPS, WINDOW = 6, 3
 MODES = [None, "first", "last", "calls"]
@@ -172,6 +174,45 @@ def test_a_profile_says_what_it_is_of(mode: str | None) -> None:
     assert sites["blocks.0.mlp.1"].flops == 2 * 2 * rows * 3 * 4 * 8
     with pytest.raises(GraphCacheError, match=r"no site blocks\.9\.mlp; it has blocks\.0\.mlp"):
         found.index("blocks.9.mlp")
+
+
+def test_a_range_is_kept_with_every_stream_that_leaves_it() -> None:
+    on = subject("sd3")
+    static = on.static()
+
+    def sampler(model: nn.Module, sample: int, steps: int) -> Tensor:
+        x = on.latents()
+        for step in range(steps):
+            x = x - on.case.prediction(model(**on.case.call(static, x, 1 - step / steps))) / steps
+        return x
+
+    found = graphcache.profile(on.model, [0], steps=2, sampler=sampler, probes=1)
+    sites = {site.name: site for site in found.sites}
+    nodes, branches = on.captured.step.nodes(), on.captured.step.branches
+    bytes_of = {branch.context: value_of(nodes[branch.merge]).nbytes for branch in branches}
+    image, text = bytes_of[False], bytes_of[True]
+    assert image != text
+    assert sites["range(0..0)"].bytes_kept == image + text
+    # the last block makes no text
+    assert sites["range(0..1)"].bytes_kept == image
+    inside = sum(site.flops for site in found.sites if site.name.startswith("transformer_blocks.0."))
+    assert inside <= sites["range(0..0)"].flops < found.flops
+
+
+def test_ranges_that_project_the_stream_are_left_out() -> None:
+    class Projected(LinearDiT):
+        def __init__(self) -> None:
+            super().__init__()
+            self.between = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+            gate = torch.cos(self.time(timestep[:, None]) + self.text(text))[:, None]
+            x = self.between(self.blocks[0](x, gate))
+            return self.blocks[2](self.blocks[1](x, gate), gate)
+
+    found = graphcache.profile(Projected().eval(), [0], steps=2, sampler=Sampler(), probes=1)
+    assert {site.kind for site in found.sites} == {"branch", "output"}
+    assert len(found.sites) == 7
 
 
 def test_drift_and_ranking_are_those_of_the_tokens() -> None:
