@@ -80,7 +80,7 @@ class Bench:
         profile = graphcache.load_profile(self.folder / "profile.json")
         check = checker(self.sampling, self.items(TRAINED, 1), self.example.steps, "timestep")
         self.example.plans.mkdir(exist_ok=True)
-        for speedup in SPEEDUPS:
+        for speedup in self.arguments.speedups:
             if not self.plan_path(speedup).exists():
                 found = search(profile, speedup=speedup, check=check)
                 self._tuned(found.chosen, self.plan_path(speedup), profile.provenance.graph, "uncached")
@@ -103,6 +103,7 @@ class Bench:
             sampler=self.example.sampler(),
             reference=reference,
             iterations=self.arguments.iterations,
+            rate=self.arguments.rate,
             progress=lambda now: console.print(now) if now.held_out else None,
         )
         console.print(f"{result.before:.2f} -> {result.after:.2f} dB, held out")
@@ -188,14 +189,14 @@ class Bench:
     def table(self) -> None:
         """For every speed-up the best setting of each rival whose time is within 2 % of the plan's."""
         quality, speed = self._load("quality"), self._load("time")
-        columns = ["method", *(f"{speedup:g}×" for speedup in SPEEDUPS)]
+        columns = ["method", *(f"{speedup:g}×" for speedup in self.arguments.speedups)]
         table = Table(*columns, box=None)
         groups: dict[str, list[str]] = {}
         for name in quality:
             solver = name.partition(" steps ")[2]
             groups.setdefault(f"fewer steps, {solver}" if solver else name.split()[0], []).append(name)
         for group, names in groups.items():
-            cells = [self._best(group, names, speedup, quality, speed) for speedup in SPEEDUPS]
+            cells = [self._best(group, names, speedup, quality, speed) for speedup in self.arguments.speedups]
             table.add_row(group, *cells)
         console.print(table)
 
@@ -216,7 +217,7 @@ class Bench:
 
     def contenders(self) -> dict[str, Plan]:
         """Tuned plans, and presets swept over their settings."""
-        found = {f"tuned {speedup}": Plan.load(self.plan_path(speedup)) for speedup in SPEEDUPS}
+        found = {f"tuned {speedup}": Plan.load(self.plan_path(speedup)) for speedup in self.arguments.speedups}
         found.update(_presets(self.example.steps, self.example.conditional))
         usable = {}
         for name, plan in found.items():
@@ -271,6 +272,8 @@ def main() -> None:
     parser.add_argument(
         "--fewer", type=int, nargs="*", default=[34, 25, 17, 12], help="numbers of fewer steps"
     )
+    parser.add_argument("--speedups", type=float, nargs="*", default=SPEEDUPS, help="that plans are made for")
+    parser.add_argument("--rate", type=float, default=0.01, help="of tuning")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
