@@ -61,19 +61,26 @@ class Sampler:
     cache contexts. `directions` are the gradients that came back to the results, one tensor each.
     """
 
-    def __init__(self, mode: str | None = None, tokens: int = 3) -> None:
-        self.mode, self.tokens = mode, tokens
+    def __init__(
+        self,
+        mode: str | None = None,
+        tokens: int = 3,
+        dtype: torch.dtype = torch.float32,
+        in_place: bool = False,
+    ) -> None:
+        self.mode, self.tokens, self.dtype, self.in_place = mode, tokens, dtype, in_place
         self.runs = 0
         self.directions: list[Tensor] = []
 
     def __call__(self, model: Callable[..., Any], sample: int, steps: int) -> Tensor:
         self.runs += 1
         made = torch.Generator().manual_seed(sample)
-        x = torch.randn(2, self.tokens, DIM, generator=made)
-        text, empty = torch.randn(2, DIM, generator=made), torch.zeros(2, DIM)
+        x = torch.randn(2, self.tokens, DIM, generator=made).to(self.dtype)
+        text = torch.randn(2, DIM, generator=made).to(self.dtype)
+        empty, time = torch.zeros_like(text), torch.empty(2, dtype=self.dtype)
         both = {"first": torch.cat([text, empty]), "last": torch.cat([empty, text])}
         for step in range(steps):
-            time = torch.full((2,), 1 - step / steps)
+            time = (time if self.in_place else time.clone()).fill_(1 - step / steps)
             if self.mode in both:
                 halves = model(x.repeat(2, 1, 1), timestep=time.repeat(2), text=both[self.mode]).chunk(2)
                 given, free = halves if self.mode == "first" else reversed(halves)
@@ -84,7 +91,8 @@ class Sampler:
                     free = model(x, timestep=time, text=empty)
             else:
                 given = free = model(x, timestep=time, text=text)
-            x = x - (free + 1.5 * (given - free)) / steps
+            change = (free + 1.5 * (given - free)) / steps
+            x = x.sub_(change) if self.in_place else x - change
         if x.requires_grad:
             x.register_hook(self.directions.append)
         return x

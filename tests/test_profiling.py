@@ -249,32 +249,10 @@ def test_products_of_large_values_are_kept_by_the_sketch() -> None:
     assert sketched_spread == pytest.approx(spread, rel=0.1)
 
 
-class InPlace(Sampler):
-    """Updates latents and time where they lie."""
-
-    def __call__(self, model: Callable[..., Any], sample: int, steps: int) -> Tensor:
-        made = torch.Generator().manual_seed(sample)
-        x, time = torch.randn(2, 3, 4, generator=made), torch.ones(2)
-        text = torch.randn(2, 4, generator=made)
-        for _ in range(steps):
-            x -= model(x, timestep=time, text=text) / steps
-            time -= 1 / steps
-        if x.requires_grad:
-            x.register_hook(self.directions.append)
-        return x
-
-
-class OutOfPlace(InPlace):
-    def __call__(self, model: Callable[..., Any], sample: int, steps: int) -> Tensor:
-        return super().__call__(
-            lambda x, timestep, text: model(x.clone(), timestep.clone(), text), sample, steps
-        )
-
-
-def test_a_sampler_may_update_its_latents_in_place() -> None:
-    apart, within = (
-        graphcache.profile(linear(), [0], steps=4, sampler=kind()) for kind in (OutOfPlace, InPlace)
-    )
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sampler_may_update_latents_and_time_in_place(mode: str | None) -> None:
+    samplers = Sampler(mode, in_place=True), Sampler(mode)
+    within, apart = (profiled(mode, samples=(5,), sampler=sampler) for sampler in samplers)
     assert_same_profile(within, apart)
 
 
