@@ -80,6 +80,9 @@ def tune(
     Raises:
         GraphCacheError: the plan lists no coefficients, or the sampler is random or does not converge.
     """
+    for name, given in (("samples", samples), ("held_out", held_out)):
+        if not given:
+            raise GraphCacheError(f"{name} is empty: tuning needs at least one sample there")
     sampling = Sampling.of(model_or_pipe, sampler)
     refuse_random(sampling, samples[0], plan.steps)
     chosen = {"uncached": _uncached, "converged": converged}[reference]
@@ -105,7 +108,7 @@ def tune(
         if not math.isfinite(reached):
             raise GraphCacheError(f"iteration {number}: PSNR is {reached}; lower rate=")
         optimiser.zero_grad()
-        (-error).backward()  # type: ignore[no-untyped-call]
+        (-error).backward(inputs=list(weights.parameters()))  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
         held = None
@@ -122,11 +125,17 @@ def tune(
 
 
 def with_corrections(plan: Plan, symbol: str = "c") -> Plan:
-    """The plan with every computed step but a row's first corrected: a·new + b·previous, at first 1 and 0."""
+    """The plan with every computed step but a row's first corrected: a·new + b·previous, at first 1 and 0.
+
+    Guidance stays as it is.
+    """
     if plan.letter(symbol) is not None:
         raise PlanError(f"the plan has a letter {symbol!r} already; give symbol=")
     rows = []
     for row in plan.rows:
+        if row.selector.is_guidance:
+            rows.append(row)
+            continue
         corrected = [step for step in range(1, plan.steps) if row.actions[step] == COMPUTE]
         actions = "".join(symbol if step in corrected else action for step, action in enumerate(row.actions))
         listed = (*row.coefficients, *((step, (1.0, 0.0)) for step in corrected))
