@@ -233,10 +233,10 @@ def test_plans_for_a_trained_model_run_as_promised() -> None:
     chosen = search(profile, speedup=2.0).chosen
     made: Any = transform(model, replace(chosen.plan, graph=profile.provenance.graph))
     errors = {}
-    every = [item for item in candidates(profile) if len(item.computed) == 4 and len(item.plan.rows)]
+    every = {item.family: item for item in reversed(candidates(profile)) if len(item.computed) == 4}
     with torch.no_grad():
         plain = digits(model, digits.labels, digits.steps)
-        for item in (chosen, *every):
+        for item in (chosen, *every.values()):
             made.reset()
             made._graphcache.plans[digits.steps] = item.plan
             result = digits(made, digits.labels, digits.steps)
