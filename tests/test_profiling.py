@@ -504,7 +504,7 @@ class Replayed:
 def test_estimates_on_a_trained_model_rank_sites_and_steps_as_real_runs_do() -> None:
     model, sampler = load_model(), Digits()
     found = graphcache.profile(
-        model, [LABELS], steps=STEPS_OF_DIGITS, sampler=sampler, probes=4, window=1, conditional="first"
+        model, [LABELS], steps=STEPS_OF_DIGITS, sampler=sampler, probes=8, window=1, conditional="first"
     )
     along = torch.stack(sampler.directions).double().flatten(2)
     blocks = [(number, model.transformer_blocks[number]) for number in (0, 2, 5, 7)]
