@@ -206,7 +206,7 @@ def test_tuning_leaves_the_model_as_it_is(trainable: bool) -> None:
 
 
 def test_tuning_a_trained_model_raises_the_psnr() -> None:
-    def digits(model: nn.Module, labels: tuple[int, int], steps: int) -> Tensor:
+    def digits(model: nn.Module, labels: tuple[int, ...], steps: int) -> Tensor:
         # the example's loop without its torch.no_grad
         loop: Any = sample_digits.__wrapped__
         result: Tensor = loop(model, ddim_scheduler(), torch.tensor(labels), steps=steps, seed=sum(labels))
@@ -214,7 +214,7 @@ def test_tuning_a_trained_model_raises_the_psnr() -> None:
 
     listed = "\n".join(f"step {step} = 1.5 -0.5" for step in (3, 5, 7, 9))
     plan = Plan.parse(f"plan steps=10 preset=none\nf = fitted order=1\noutput ###f#f#f#f\n{listed}")
-    found = tune(load_model(), plan, [(3, 8)], [(5, 0)], sampler=digits, iterations=4, every=4, rate=0.1)
+    found = tune(load_model(), plan, [(3,)], [(5,)], sampler=digits, iterations=4, every=4, rate=0.1)
     assert found.after > found.before + 0.5
 
 
