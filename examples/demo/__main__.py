@@ -23,7 +23,7 @@ def main() -> None:
     console = Console()
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in arguments.only or PARTS:
-        part = PARTS[name](arguments.small)
+        part = PARTS[name](arguments.small, arguments.output, console)
         written = part.run(arguments.output, arguments.seed, console)
         if arguments.readme:
             README_IMAGES.mkdir(parents=True, exist_ok=True)

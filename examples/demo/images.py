@@ -1,11 +1,14 @@
-"""Images of digits: plans that reuse and forecast, and fewer steps of two schedulers."""
+"""Images of digits: a plan found for the model, a published one, and fewer steps of two schedulers."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from examples.demo import picture
+from examples.demo import picture, searched
 from examples.demo.measure import Judge
 from examples.demo.methods import Method
 from examples.demo.part import Part
@@ -15,41 +18,38 @@ from examples.digits.model import (
     ddim_scheduler,
     dpm_solver_scheduler,
     load_classifier,
-    load_model,
 )
 from examples.digits.sample import sample
-from graphcache import Plan, presets
+from examples.samplers import digits_example
+from graphcache import presets
 from graphcache.metrics import frechet_distance
 
 STEPS = 50
-INTERVAL = 3
+SPEEDUP = 3.0
 
 
-def image_part(small: bool) -> Part:
-    """The images' part with 64 digits, or 16 if `small`."""
+def image_part(small: bool, folder: Path, console: Console) -> Part:
+    """The images' part with 64 digits, or 16 if `small`; its own plan is found first."""
     labels = balanced_labels(16 if small else 64)
+    example = digits_example()
+    found = searched.find(example, SPEEDUP, 4 if small else 20, folder, console)
     return Part(
         sample="image",
-        plain=Method("uncached", load_model(), sample, ddim_scheduler, STEPS),
-        plans=plans(),
+        plain=Method("uncached", example.model, sample, ddim_scheduler, STEPS),
+        plans={
+            "searched and tuned": found.plan,
+            "TaylorSeer": presets.taylorseer(STEPS, interval=3, order=2),
+        },
         fewer={"fewer DDIM steps": ddim_scheduler, "DPM-Solver++": dpm_solver_scheduler},
-        warm_up_steps=5,
+        warm_up_steps=STEPS,
         labels=labels,
         rounds=2 if small else 4,
-        shown=2,
+        shown=1,
         judge=_judge(load_classifier(), labels),
         draw=picture.draw,
         files=("demo.png", "table.txt", "demo.json"),
+        searched=found,
     )
-
-
-def plans() -> dict[str, Plan]:
-    """The plans shown, by the name they have in the table."""
-    return {
-        "FORA": presets.fora(STEPS, interval=INTERVAL),
-        "TaylorSeer": presets.taylorseer(STEPS, interval=INTERVAL, order=2),
-        "TaylorSeer lite": presets.taylorseer(STEPS, interval=INTERVAL, order=2, lite=True),
-    }
 
 
 @torch.no_grad()

@@ -10,9 +10,10 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from examples.demo import measure, results
+from examples.demo import measure, report, results
 from examples.demo.methods import Method
 from examples.demo.progress import Progress, stage
+from examples.demo.searched import Searched
 from graphcache import Plan
 
 Draw = Callable[[Path, Sequence[measure.Row], Mapping[str, Tensor], results.Setting], None]
@@ -35,6 +36,7 @@ class Part:
         rounds: generations of each method.
         shown: position of the method whose plan and summary are printed.
         files: names of the picture, the table and the data.
+        searched: how the first plan was found, for a page about it.
     """
 
     sample: str
@@ -48,6 +50,7 @@ class Part:
     judge: measure.Judge | None
     draw: Draw
     files: tuple[str, str, str]
+    searched: Searched | None = None
 
     def run(self, folder: Path, seed: int, console: Console) -> list[Path]:
         """Sample, compare and print; returns the files written, the picture first."""
@@ -57,7 +60,8 @@ class Part:
         self.draw(picture, rows, samples, setting)
         console.print(results.table(rows, setting))
         results.write(text, data, rows, setting)
-        return [picture, text, data]
+        pages = [] if self.searched is None else [report.write(folder, self.searched, rows, samples)]
+        return [picture, text, data, *pages]
 
     def _compare(self, seed: int, console: Console) -> tuple[list[measure.Row], dict[str, Tensor]]:
         """The table's rows, and each method's samples of the first round."""

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from rich.console import Console
+
+from examples import moving_digits
 from examples.demo import animation
 from examples.demo.methods import Method
 from examples.demo.part import Part
@@ -10,28 +15,28 @@ from examples.moving_digits.model import flow_scheduler, load_model
 from examples.moving_digits.sample import sample
 from graphcache import Plan, presets
 
+STEPS = 50
+PLANS = Path(moving_digits.__file__).parent / "plans"
+"""Found for this model by `examples.benchmark_search`."""
 
-def video_part(small: bool) -> Part:
-    """The clips' part with 50 steps, or 20 and fewer plans if `small`."""
-    steps = 20 if small else 50
+
+def video_part(small: bool, folder: Path, console: Console) -> Part:
+    """The clips' part, or fewer of them if `small`."""
     return Part(
         sample="clip",
-        plain=Method("uncached", load_model(), sample, flow_scheduler, steps),
-        plans=plans(steps, small),
+        plain=Method("uncached", load_model(), sample, flow_scheduler, STEPS),
+        plans={
+            "searched and tuned": Plan.load(PLANS / "2.0.txt"),
+            "FasterCache": presets.fastercache("latte", STEPS),
+            "PAB": presets.pab(STEPS),
+        },
         fewer={"fewer steps": flow_scheduler},
         # some phases come only late
-        warm_up_steps=steps,
-        labels=balanced_labels(2 if small else 3),
-        rounds=2 if small else 3,
-        shown=1,
+        warm_up_steps=STEPS,
+        labels=balanced_labels(1 if small else 3),
+        rounds=1 if small else 3,
+        shown=2,
         judge=None,
         draw=animation.draw,
         files=("video.gif", "video.txt", "video.json"),
     )
-
-
-def plans(steps: int, small: bool) -> dict[str, Plan]:
-    """The plans shown, by the name they have in the table."""
-    published = {"FasterCache": presets.fastercache("latte", steps)}
-    generic = {} if small else {"FasterCache generic": presets.fastercache(steps)}
-    return {**published, **generic, "PAB": presets.pab(steps)}
