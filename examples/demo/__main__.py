@@ -1,4 +1,4 @@
-"""``python -m examples.demo``: sample digits, still and moving, under several plans and compare them."""
+"""``python -m examples.demo``: find a plan for a model, and sample three models under several plans."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from rich.console import Console
 
 from examples.demo.images import image_part
 from examples.demo.video import video_part
+from examples.demo.words import word_part
 
 README_IMAGES = Path(__file__).parents[2] / "docs" / "images"
-PARTS = {"images": image_part, "video": video_part}
+PARTS = {"images": image_part, "video": video_part, "words": word_part}
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
     parser.add_argument("--small", action="store_true", help="fewer digits and rounds; fewer steps of clips")
-    parser.add_argument("--only", action="append", choices=list(PARTS), help="leave the other part out")
+    parser.add_argument("--only", action="append", choices=list(PARTS), help="leave the other parts out")
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder of the results")
     parser.add_argument("--seed", type=int, default=0, help="of the noise of the first round")
     parser.add_argument("--readme", action="store_true", help="also write the pictures in docs/images")
