@@ -12,6 +12,7 @@ from graphcache.passes.offload import Offload
 from graphcache.passes.transfer import arrive, fetch, send
 from graphcache.program import Program
 from reference import assert_same, subject
+from tiny import arguments, tiny
 
 PLAN = Plan.parse("""
     plan steps=8 preset=none
@@ -20,6 +21,7 @@ PLAN = Plan.parse("""
     @cross  #.#.#.#.
     @mlp    #l.##.l.
 """)
+EVERYWHERE = Plan.parse("plan steps=8 preset=none\nl = linear weight=0.5\n* ##l.##.l")
 SEND, FETCH, ARRIVE = send._opoverload, fetch._opoverload, arrive._opoverload
 
 
@@ -37,18 +39,20 @@ def phases(plan: Plan = PLAN) -> list[tuple[StepGraph, StepGraph]]:
     return [(step, Offload(schedule.movable)(step)) for step in before]
 
 
-@pytest.mark.parametrize("backend", [None, "inductor"])
 @pytest.mark.parametrize("name", ["pixart", "latte", "flux"])
-def test_the_results_are_those_without(name: str, backend: str | None) -> None:
+def test_the_results_are_those_without(name: str) -> None:
     on = subject(name)
-    plan = (
-        PLAN
-        if name == "pixart"
-        else Plan.parse("plan steps=8 preset=none\nl = linear weight=0.5\n* ##l.##.l")
-    )
-    model = graphcache.transform(on.model, plan, backend=backend, offload=True)
-    plain = graphcache.transform(on.model, plan, backend=backend)
-    assert_same(on.sample(model, 8), on.sample(plain, 8))
+    plan = PLAN if name == "pixart" else EVERYWHERE
+    model = graphcache.transform(on.model, plan, offload=True)
+    assert_same(on.sample(model, 8), on.sample(graphcache.transform(on.model, plan), 8))
+
+
+def test_compiled_graphs_keep_the_transfers() -> None:
+    results = []
+    for offload in (False, True):
+        model = graphcache.transform(tiny(), EVERYWHERE, backend="inductor", offload=offload)
+        results.append([model(**arguments(1 - step / 8)) for step in range(8)])
+    assert_same(*results)
 
 
 def test_every_entry_is_fetched_once_and_waited_for_before_it_is_read() -> None:

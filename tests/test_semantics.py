@@ -286,14 +286,14 @@ def test_after_an_exception_the_next_generation_starts_afresh(
     error: type[BaseException], step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on = subject("chunked_dit")
-    model, feed = on.transform(MIXED), runner._feed
+    model, feed = on.transform(MIXED), runner.feed
 
     def failing(cache: Any, runnable: Any, laid: Any, now: Any) -> Any:
         if only_state(model).step == step:
             raise error
         return feed(cache, runnable, laid, now)
 
-    monkeypatch.setattr(runner, "_feed", failing)
+    monkeypatch.setattr(runner, "feed", failing)
     with pytest.raises(error):
         on.sample(model, 6)
     monkeypatch.undo()

@@ -220,7 +220,7 @@ class BareModule(RuleBasedStateMachine):
             now = self.begin(session, SHAPES[0])
         self.advance(session)
         kwargs = now.call(self.noise(*now.shape, 4), "cond")
-        with mock.patch.object(runner, "_feed", side_effect=error), pytest.raises(error):
+        with mock.patch.object(runner, "feed", side_effect=error), pytest.raises(error):
             self.within(session, lambda: self.call("cond", kwargs))
         held = self.within(session, lambda: self.cached.summary().held_bytes)
         assert held == 0

@@ -68,7 +68,7 @@ class Stopped(Exception):
 @contextmanager
 def stopping(pipe: Any, after: int, inside: bool) -> Iterator[None]:
     """Raise in the middle of an evaluation, or in the scheduler's step that follows one."""
-    target, name = (runner, "_feed") if inside else (pipe.scheduler, "step")
+    target, name = (runner, "feed") if inside else (pipe.scheduler, "step")
     original, left = getattr(target, name), iter(range(after))
 
     def stop(*args: Any, **kwargs: Any) -> Any:
