@@ -89,7 +89,8 @@ class Part:
 
 
 def _show_plan(method: Method, console: Console) -> None:
-    """A plan's text, and the head of the summary of its latest generation."""
+    """A plan's text without listed coefficients, and the head of the summary of its latest generation."""
     (branch,) = method.model.summary().branches
     head = "\n".join(str(branch).splitlines()[:2])
-    console.print(f"\n{method.name}\n{str(method.plan).rstrip()}\n{head}", highlight=False, markup=False)
+    lines = [line for line in str(method.plan).splitlines() if not line.startswith("  step ")]
+    console.print("\n".join(["", method.name, *lines, head]), highlight=False, markup=False)
