@@ -26,7 +26,7 @@ def video_part(small: bool, folder: Path, console: Console) -> Part:
         sample="clip",
         plain=Method("uncached", load_model(), sample, flow_scheduler, STEPS),
         plans={
-            "searched and tuned": Plan.load(PLANS / "2.0.txt"),
+            "searched": Plan.load(PLANS / "2.0.txt"),
             "FasterCache": presets.fastercache("latte", STEPS),
             "PAB": presets.pab(STEPS),
         },

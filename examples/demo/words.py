@@ -52,7 +52,7 @@ def word_part(small: bool, folder: Path, console: Console) -> Part:
         sample="picture",
         plain=Method("uncached", model.transformer, draw, flow_scheduler, STEPS),
         plans={
-            "searched and tuned": Plan.load(PLANS / "2.0.txt"),
+            "searched": Plan.load(PLANS / "2.0.txt"),
             "ToCa": presets.toca(STEPS, ratio=0.5),
         },
         fewer={"fewer steps": flow_scheduler},
