@@ -23,30 +23,58 @@ Made = tuple[nn.Module, dict[str, Any]]
 
 def launch_bound_flux() -> Made:
     """FLUX of hidden width 32 with 4 double and 8 single blocks: every kernel is shorter than its launch."""
+    return _flux(heads=2, head_width=16, blocks=(4, 8), tokens=16, text=8)
+
+
+def _flux(heads: int, head_width: int, blocks: tuple[int, int], tokens: int, text: int) -> Made:
     torch.manual_seed(0)
+    width = heads * head_width
     model: nn.Module = FluxTransformer2DModel(
         patch_size=1,
         in_channels=4,
-        num_layers=4,
-        num_single_layers=8,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
+        num_layers=blocks[0],
+        num_single_layers=blocks[1],
+        attention_head_dim=head_width,
+        num_attention_heads=heads,
+        joint_attention_dim=width,
         pooled_projection_dim=32,
         guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
+        axes_dims_rope=(head_width // 4, head_width // 4, head_width // 2),
     )
     inputs = {
-        "hidden_states": torch.randn(1, 16, 4),
-        "encoder_hidden_states": torch.randn(1, 8, 32),
+        "hidden_states": torch.randn(1, tokens, 4),
+        "encoder_hidden_states": torch.randn(1, text, width),
         "pooled_projections": torch.randn(1, 32),
         "timestep": torch.ones(1),
-        "img_ids": torch.randn(16, 3).round(),
-        "txt_ids": torch.zeros(8, 3),
+        "img_ids": torch.randn(tokens, 3).round(),
+        "txt_ids": torch.zeros(text, 3),
         "guidance": torch.full((1,), 3.5),
         "return_dict": False,
     }
     return model.eval(), inputs
+
+
+def device_sized_pixart() -> Made:
+    """PixArt of 8 blocks of hidden width 1152 on 4096 tokens, batch 2: some of a 1024² model for a GPU."""
+    return _pixart(heads=18, blocks=8, side=128, batch=2)
+
+
+def device_sized_flux() -> Made:
+    """FLUX's width of 3072 and 1024²'s 4096 + 512 tokens, with 2 of 19 double and 4 of 38 single blocks."""
+    return _flux(heads=24, head_width=128, blocks=(2, 4), tokens=4096, text=512)
+
+
+def on_cuda(made: Made) -> Made:
+    """In bfloat16 on a CUDA device; times and positions keep their precision."""
+    model, inputs = made
+
+    def moved(name: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        exact = name == "timestep" or name.endswith("_ids") or not value.is_floating_point()
+        return value.to("cuda", None if exact else torch.bfloat16)
+
+    return model.to("cuda", torch.bfloat16), {name: moved(name, value) for name, value in inputs.items()}
 
 
 def compute_bound_pixart() -> Made:
@@ -104,23 +132,23 @@ def compute_bound_dit(blocks: int = 12, side: int = 32) -> Made:
     return model.eval(), inputs
 
 
-def guided_cogvideox(heads: int, head_width: int) -> Made:
-    """CogVideoX of 12 blocks on 288 tokens, both branches of guidance as one batch."""
+def guided_cogvideox(heads: int, head_width: int, blocks: int = 12, side: int = 16) -> Made:
+    """CogVideoX on side² + 32 tokens, both branches of guidance as one batch."""
     torch.manual_seed(0)
     model: nn.Module = CogVideoXTransformer3DModel(
         num_attention_heads=heads,
         attention_head_dim=head_width,
         in_channels=4,
         out_channels=4,
-        num_layers=12,
+        num_layers=blocks,
         time_embed_dim=64,
         text_embed_dim=64,
-        sample_width=16,
-        sample_height=16,
+        sample_width=side,
+        sample_height=side,
         sample_frames=13,
         max_text_seq_length=32,
     )
-    return model.eval(), _guided_inputs()
+    return model.eval(), _guided_inputs(side)
 
 
 def guided_latte(heads: int, head_width: int) -> Made:
@@ -146,9 +174,9 @@ def guided_latte(heads: int, head_width: int) -> Made:
     return model.eval(), _guided_inputs()
 
 
-def _guided_inputs() -> dict[str, Any]:
-    """Four channels by four frames, or frames by channels, of 16×16; both branches have the same latents."""
-    latents = torch.randn(1, 4, 4, 16, 16)
+def _guided_inputs(side: int = 16) -> dict[str, Any]:
+    """Four channels by four frames, or frames by channels; both branches have the same latents."""
+    latents = torch.randn(1, 4, 4, side, side)
     return {
         "hidden_states": torch.cat([latents, latents]),
         "encoder_hidden_states": torch.randn(2, 32, 64),

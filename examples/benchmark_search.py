@@ -26,7 +26,6 @@ from graphcache import Plan, PlanError, presets
 from graphcache.automatic import checker
 from graphcache.bench import Generation
 from graphcache.metrics import psnr
-from graphcache.profiling import first_call
 from graphcache.sampling import Sampling, converged
 from graphcache.search import Candidate, search
 from graphcache.tuning import tune, with_corrections
@@ -135,7 +134,7 @@ class Bench:
     def time(self) -> None:
         """Seconds of one generation: each kind of step of each plan is timed once, compiled."""
         item = self.items(TEST, 1)[0]
-        inputs = first_call(self.sampling, item, self.example.steps, "timestep")
+        inputs = self.sampling.first_call(item, self.example.steps)
         figures = self._load("time")
         known: dict[Any, list[float]] = {}
         plain = torch.compile(self.example.model, dynamic=False)
@@ -228,7 +227,7 @@ class Bench:
         for name, plan in found.items():
             try:
                 model: Any = graphcache.transform(self.example.model, plan)
-                first = first_call(self.sampling, self.items(TEST, 1)[0], self.example.steps, "timestep")
+                first = self.sampling.first_call(self.items(TEST, 1)[0], self.example.steps)
                 model._graphcache.prepare(first)
                 usable[name] = plan
             except PlanError as error:

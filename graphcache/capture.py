@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -65,6 +66,17 @@ def capture(
         tuple(Output(index) for index in range(output.count)),
     )
     return step, output
+
+
+@contextlib.contextmanager
+def quiet_shapes() -> Iterator[None]:
+    """Where sizes are tried, those that do not fit are an answer: PyTorch's log of them stays empty."""
+    tracer = logging.getLogger("torch._subclasses.fake_tensor")
+    before, tracer.disabled = tracer.disabled, True
+    try:
+        yield
+    finally:
+        tracer.disabled = before
 
 
 @contextlib.contextmanager

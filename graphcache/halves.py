@@ -1,9 +1,7 @@
 """The conditional half of a doubled batch: the inputs that carry the batch, and a capture for half of it."""
 
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphcache.capture import quiet_shapes
 from graphcache.ir.call import CallSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, StepGraph, has_static_shape
@@ -118,7 +117,7 @@ def capture_half(
     for carriers in _hypotheses(call, tensors):
         rows = Rows(frozenset(carriers), conditional == "first")
         try:
-            with _quiet():
+            with quiet_shapes():
                 captured = capture([tensor.contiguous() for tensor in rows.inputs(tensors)])
             return _compared(whole, held, captured, rows, tensors)
         except CaptureError as error:
@@ -128,17 +127,6 @@ def capture_half(
         "guidance at every step, or call the branches one by one, each in its model.cache_context('cond') or "
         "('uncond')"
     ) from reason
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Shapes that do not fit are an answer here: PyTorch's log of them stays empty."""
-    tracer = logging.getLogger("torch._subclasses.fake_tensor")
-    before, tracer.disabled = tracer.disabled, True
-    try:
-        yield
-    finally:
-        tracer.disabled = before
 
 
 def _hypotheses(call: CallSpec, tensors: Sequence[torch.Tensor]) -> Iterator[set[int]]:

@@ -148,38 +148,9 @@ class _Measuring:
         return measure(self.sampling, self.samples[number], number, self.task, self.subject)
 
 
-class _Enough(Exception):
-    """Ends a generation whose first evaluation was all that was needed."""
-
-
-class _FirstCall(Engine):
-    """Keeps the arguments of the first call."""
-
-    inputs: Mapping[str, Any] | None = None
-
-    def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        self.inputs = self.binder.bind(args, kwargs)
-        raise _Enough
-
-
-def first_call(sampling: Sampling, sample: Any, steps: int, timestep: str) -> Mapping[str, Any]:
-    """The arguments, by name, of the first evaluation of a sample's generation.
-
-    Raises:
-        GraphCacheError: the sampler never calls the model that it is given.
-    """
-    engine = _FirstCall(sampling.model, Options(Plan(steps), timestep=timestep), sampling.pipe)
-    try:
-        sampling.generate(wrapped(sampling.model, engine), sample, steps)
-    except _Enough:
-        assert engine.inputs is not None
-        return engine.inputs
-    raise GraphCacheError("the sampler never called the model it was given; it must call its first argument")
-
-
 def describe(sampling: Sampling, sample: Any, task: Task) -> Subject:
     """Capture the model at the first call of a sample."""
-    inputs = first_call(sampling, sample, task.steps, task.timestep)
+    inputs = sampling.first_call(sample, task.steps)
     engine = Engine(sampling.model, Options(Plan(1), timestep=task.timestep))
     with torch.no_grad():
         program = engine.prepare(inputs)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphcache.capture import forward_parameters
 from graphcache.compile import unwrapped
 from graphcache.engine import Engine, Options, original
 from graphcache.ir.errors import GraphCacheError
@@ -67,6 +68,19 @@ class Sampling:
                 return self.sampler.differentiable(model, sample, steps)
             return inspect.unwrap(self.sampler)(model, sample, steps)  # type: ignore[no-any-return]
 
+    def first_call(self, sample: Any, steps: int) -> Mapping[str, Any]:
+        """The arguments, by name, of the first evaluation of a sample's generation.
+
+        Raises:
+            GraphCacheError: the sampler never calls the model that it is given.
+        """
+        inputs = first_call(self.model, lambda: self.sampler(self.model, sample, steps))
+        if inputs is None:
+            raise GraphCacheError(
+                "the sampler never called the model it was given; it must call its first argument"
+            )
+        return inputs
+
     def planned(self, plan: Plan, timestep: str = "timestep") -> nn.Module:
         """The model under a plan, run eagerly; to be given to `generate`."""
         return wrapped(self.model, Engine(self.model, Options(plan, timestep=timestep), self.pipe))
@@ -103,6 +117,33 @@ class _PipelineSampler:
         with _in_place(self.pipe, model):
             result = call(self.pipe, num_inference_steps=steps, return_dict=False, **arguments)[0]
         return result if isinstance(result, Tensor) else torch.stack(list(result))
+
+
+class _Recorded(Exception):
+    """Ends a generation whose first evaluation was all that was needed."""
+
+
+def first_call(model: nn.Module, generate: Callable[[], object]) -> Mapping[str, Any] | None:
+    """The arguments, by name, of the first call of a model in a generation, which ends there.
+
+    None if the model is never called.
+    """
+    seen: dict[str, Any] = {}
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = list(forward_parameters(module))
+        seen.update(zip(names, args, strict=False), **kwargs)
+        raise _Recorded
+
+    hook = model.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            generate()
+    except _Recorded:
+        return seen
+    finally:
+        hook.remove()
+    return None
 
 
 @contextmanager

@@ -1,10 +1,8 @@
 """Which sizes of a call can be changed, found by trial: captures of a model at several of them."""
 
 import itertools
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 
 from graphcache.analysis.symbolic import BATCH, CostError, Sized, solve
+from graphcache.capture import quiet_shapes
 from graphcache.engine import Engine
 from graphcache.ir.call import CallSpec
 from graphcache.ir.errors import GraphCacheError
@@ -307,7 +306,7 @@ class _Search:
 
     def _captured(self, sizes: Mapping[str, int]) -> SizedProgram:
         grown = self._grown({self.found[name]: size for name, size in sizes.items()})
-        with _silent():
+        with quiet_shapes():
             return SizedProgram(sizes, self.engine.prepare(_arguments(self.spec, grown)))
 
 
@@ -316,14 +315,3 @@ def _arguments(spec: CallSpec, tensors: Sequence[torch.Tensor]) -> dict[str, Any
     args, kwargs = spec.arguments(tensors)
     positional = [name for name in spec.template if name in spec.positional_only]
     return dict(zip(positional, args, strict=True)) | kwargs
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Sizes that the model refuses are an answer here: PyTorch's log of them stays empty."""
-    tracer = logging.getLogger("torch._subclasses.fake_tensor")
-    before, tracer.disabled = tracer.disabled, True
-    try:
-        yield
-    finally:
-        tracer.disabled = before

@@ -3,18 +3,16 @@
 import importlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from graphcache.capture import forward_parameters
 from graphcache.extras import require
 from graphcache.ir.errors import GraphCacheError
-from graphcache.sampling import Sampler
+from graphcache.sampling import Sampler, first_call
 
 
 def load_object(name: str) -> Any:
@@ -88,10 +86,6 @@ def _from_folder(folder: Path) -> nn.Module:
     return model
 
 
-class _Recorded(Exception):
-    """Ends a pipeline's run once its first transformer call is known."""
-
-
 def _from_pipeline(folder: Path, call: Mapping[str, Any]) -> tuple[nn.Module, Mapping[str, Any]]:
     pipe = _diffusers().DiffusionPipeline.from_pretrained(
         str(folder), local_files_only=True, use_safetensors=True
@@ -101,34 +95,22 @@ def _from_pipeline(folder: Path, call: Mapping[str, Any]) -> tuple[nn.Module, Ma
     return pipe.transformer, record_call(pipe, call)
 
 
-def record_call(pipe: Callable[..., Any], call: Mapping[str, Any]) -> Mapping[str, Any]:
+def record_call(pipe: Any, call: Mapping[str, Any]) -> Mapping[str, Any]:
     """The keyword arguments of the first transformer call that a pipeline makes for these arguments.
 
     Raises:
         GraphCacheError: the pipeline fails before that, for instance because an argument is missing.
     """
-    transformer: Any = pipe.transformer  # type: ignore[attr-defined]
-    seen: dict[str, Any] = {}
-
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = list(forward_parameters(module))
-        seen.update(zip(names, args, strict=False), **kwargs)
-        raise _Recorded
-
-    hook = transformer.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        with torch.no_grad():
-            pipe(**{"num_inference_steps": 2, **call})
-    except _Recorded:
-        return seen
+        seen = first_call(pipe.transformer, lambda: pipe(**{"num_inference_steps": 2, **call}))
     except Exception as error:
         raise GraphCacheError(
             f"the pipeline failed before it called its transformer: {error}; "
             'give its arguments, such as --call \'{"prompt": "a cat"}\''
         ) from error
-    finally:
-        hook.remove()
-    raise GraphCacheError("the pipeline never called its transformer")
+    if seen is None:
+        raise GraphCacheError("the pipeline never called its transformer")
+    return seen
 
 
 @dataclass(frozen=True)

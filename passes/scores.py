@@ -189,17 +189,17 @@ class _Attention:
 
     def _attend(self, query: fx.Node, key: fx.Node, value: fx.Node | None = None) -> tuple[fx.Node, fx.Node]:
         """Result and log-sum-exp, fp32 (rows, heads, queries), of PyTorch's fused attention."""
-        cuda = value_of(query).device.type == "cuda"
-        count = int(value_of(query).shape[-2])
-        scale = self.scale
-        if cuda:
-            target: Any = aten._scaled_dot_product_efficient_attention.default
-            both = self.chain.several(
-                target, query, key, key if value is None else value, None, True, scale=scale
-            )
+        like = value_of(query)
+        further: tuple[Any, ...] = ()
+        count = int(like.shape[-2])
+        if like.device.type != "cuda":
+            target: Any = aten._scaled_dot_product_flash_attention_for_cpu.default
+        elif like.dtype == torch.float32:
+            target, further = aten._scaled_dot_product_efficient_attention.default, (None, True)
         else:
-            target = aten._scaled_dot_product_flash_attention_for_cpu.default
-            both = self.chain.several(target, query, key, key if value is None else value, scale=scale)
+            target = aten._scaled_dot_product_flash_attention.default
+        values = key if value is None else value
+        both = self.chain.several(target, query, key, values, *further, scale=self.scale)
         lse = self.chain.emit(aten.slice.Tensor, both[1], 2, 0, count)
         return both[0], self.chain.cast(lse, torch.float32)
 

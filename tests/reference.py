@@ -352,18 +352,23 @@ class Subject:
     captured: Captured
     batch: int = 2
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
     def static(self) -> dict[str, Any]:
-        return cast(self.case.static(self.batch), self.dtype)
+        return cast(self.case.static(self.batch), self.dtype, self.device)
 
     def latents(self, seed: int = 0) -> Tensor:
-        return self.case.latents(self.batch, seed).to(self.dtype)
+        return self.case.latents(self.batch, seed).to(self.device, self.dtype)
+
+    def call(self, static: dict[str, Any], latents: Tensor, t: float) -> dict[str, Any]:
+        """All keyword arguments of one step; those of `static` stay the same objects."""
+        return cast(self.case.call(static, latents, t), None, self.device)
 
     def transform(self, plan: Plan, **options: Any) -> nn.Module:
         """`graphcache.transform` with the capture already made, the plan checked as with example inputs."""
         made = graphcache.transform(self.model, plan, timestep=self.case.timestep, **options)
         engine = made._graphcache
-        kwargs = self.case.call(self.static(), self.latents(), 1.0)
+        kwargs = self.call(self.static(), self.latents(), 1.0)
         key, _ = engine.binder.signature(engine.binder.bind((), kwargs))
         program = Program(self.captured, engine.backend)
         program.check(plan)
@@ -384,19 +389,18 @@ class Subject:
         fixed = self.static() if static is None else static
         latents, results = self.latents(), []
         for step in range(start, steps):
-            results.append(call(**self.case.call(fixed, latents, 1 - step / steps)))
+            results.append(call(**self.call(fixed, latents, 1 - step / steps)))
             latents = latents - self.case.prediction(results[-1]) / steps
         return results
 
 
 @functools.cache
-def subject(name: str, batch: int = 2, dtype: torch.dtype = torch.float32) -> Subject:
+def subject(name: str, batch: int = 2, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Subject:
     case = CASES[name]
-    model = case.make().to(dtype)
+    model = case.make().to(device, dtype)
     static, latents = cast(case.static(batch), dtype), case.latents(batch).to(dtype)
-    return Subject(
-        case, model, capture_call(model, case.call(static, latents, 1.0), case.timestep), batch, dtype
-    )
+    call = cast(case.call(static, latents, 1.0), None, device)
+    return Subject(case, model, capture_call(model, call, case.timestep), batch, dtype, device)
 
 
 def capture_call(model: nn.Module, kwargs: Mapping[str, Any], timestep: str) -> Captured:
@@ -412,11 +416,13 @@ def runner_tensors(model: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
     return binder.signature(binder.bind((), dict(kwargs)))[1]
 
 
-def cast(arguments: Any, dtype: torch.dtype) -> Any:
-    """Every floating-point tensor in another dtype."""
+def cast(arguments: Any, dtype: torch.dtype | None, device: str = "cpu") -> Any:
+    """Every tensor on a device, and every floating-point tensor in another dtype."""
 
     def convert(leaf: Any) -> Any:
-        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(device, dtype if leaf.is_floating_point() else None)
 
     return torch.utils._pytree.tree_map(convert, arguments)
 

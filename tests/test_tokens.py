@@ -66,7 +66,7 @@ def run(on: Subject, plan: Plan, tensors: list[list[Tensor]]) -> list[Tensor]:
 
 
 def inputs(on: Subject, t: float = 1.0, seed: int = 0) -> list[Tensor]:
-    return runner_tensors(on.model, on.case.call(on.static(), on.latents(seed), t))
+    return runner_tensors(on.model, on.call(on.static(), on.latents(seed), t))
 
 
 class TestPartialBranches:

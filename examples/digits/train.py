@@ -68,7 +68,7 @@ class TrainingState:
             pct_start=plan.warmup_fraction,
             cycle_momentum=False,
         )
-        self.generator = torch.Generator().manual_seed(plan.seed)
+        self.generator = torch.Generator(torch.get_default_device()).manual_seed(plan.seed)
         self.step = 0
         self.loss = 0.0
 
@@ -100,7 +100,7 @@ class TrainingState:
         self.average = contents["average"]
         self.optimizer.load_state_dict(contents["optimizer"])
         self.learning_rate.load_state_dict(contents["learning_rate"])
-        self.generator.set_state(contents["generator"])
+        self.generator.set_state(contents["generator"].cpu())
         self.step = contents["step"]
         self.loss = contents["loss"]
 

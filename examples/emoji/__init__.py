@@ -1,1 +1,1 @@
-"""A small text-to-image diffusion transformer for emoji, trained on a CPU."""
+"""A small text-to-image diffusion transformer for emoji, with its training."""

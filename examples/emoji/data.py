@@ -56,6 +56,10 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.names)
 
+    def to(self, device: torch.device | str) -> Pictures:
+        """The same pictures there; `batch` draws from a generator of the default device."""
+        return Pictures(self.canvases.to(device), self.names)
+
     def batch(
         self, size: int, generator: torch.Generator, *, side: int = IMAGE_SIZE
     ) -> tuple[Tensor, Tensor]:

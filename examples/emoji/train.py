@@ -1,6 +1,6 @@
-"""Train the emoji model on a CPU: first on pictures of half the size, then on those of the full size.
+"""Train the emoji model: first on pictures of half the size, then on those of the full size.
 
-``python -m examples.emoji.train --workdir .cache/emoji``
+``python -m examples.emoji.train --workdir .cache/emoji --device cuda``
 
 An interrupted run continues from its last checkpoint and ends with the same weights.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def velocity_loss(pictures: Pictures, tokens: Tensor, batch_size: int, side: int
         noise = torch.randn(images.shape, generator=generator)
         dropped = torch.rand(batch_size, generator=generator) < LABEL_DROPOUT
         text = tokens[names].masked_fill(dropped[:, None], -1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(images.device.type, torch.bfloat16):
             velocity = model((1 - share) * images + share * noise, time * TRAIN_TIMESTEPS, text)
         return F.mse_loss(velocity.float(), noise - images)
 
@@ -63,8 +64,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     arguments.workdir.mkdir(parents=True, exist_ok=True)
-    pictures = load_pictures(arguments.workdir / "pictures.pt")
-    model = build_model(pictures.names)
+    pictures = load_pictures(arguments.workdir / "pictures.pt").to(arguments.device)
+    torch.set_default_device(arguments.device)
+    model = build_model(pictures.names).to(arguments.device)
     tokens = model.tokens(pictures.names)
     initialise(model)
     model.compile(dynamic=False)
@@ -79,13 +81,15 @@ def main() -> None:
 
 def _stages(arguments: argparse.Namespace) -> list[tuple[str, int, TrainingPlan]]:
     """Name, size and plan of each stage; a stage begins with the averaged weights of the one before."""
-    seed = arguments.seed
+    common: dict[str, Any] = {
+        "ema_decay": arguments.ema_decay,
+        "checkpoint_interval": 500,
+        "seed": arguments.seed,
+    }
     half = TrainingPlan(
-        arguments.half_steps, batch_size=32, peak_learning_rate=2e-3, checkpoint_interval=200, seed=seed
+        arguments.half_steps, batch_size=arguments.half_batch, peak_learning_rate=2e-3, **common
     )
-    full = TrainingPlan(
-        arguments.steps, batch_size=16, peak_learning_rate=1.2e-3, checkpoint_interval=100, seed=seed
-    )
+    full = TrainingPlan(arguments.steps, batch_size=arguments.batch, peak_learning_rate=1.2e-3, **common)
     return [("half", IMAGE_SIZE // 2, half), ("full", IMAGE_SIZE, full)]
 
 
@@ -93,8 +97,12 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the emoji model.")
     parser.add_argument("--workdir", type=Path, default=Path(".cache/emoji"), help="checkpoint folder")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="file of the final weights")
-    parser.add_argument("--half-steps", type=int, default=2600, help="training steps at half the size")
-    parser.add_argument("--steps", type=int, default=3000, help="training steps at the full size")
+    parser.add_argument("--half-steps", type=int, default=8000, help="training steps at half the size")
+    parser.add_argument("--half-batch", type=int, default=256, help="pictures of each of them")
+    parser.add_argument("--steps", type=int, default=8000, help="training steps at the full size")
+    parser.add_argument("--batch", type=int, default=256, help="pictures of each of them")
+    parser.add_argument("--ema-decay", type=float, default=0.999, help="of the weights' average")
+    parser.add_argument("--device", default="cpu", help="such as cuda; a CPU takes days for the defaults")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -1,0 +1,108 @@
+"""Plans on a CUDA device in bfloat16, beside the plain compiled model: whole runs and partial steps.
+
+python -m examples.benchmark_cuda [pixart flux cogvideox offload] [--rounds 5]
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import graphcache
+from examples.benchmark_models import (
+    Made,
+    device_sized_flux,
+    device_sized_pixart,
+    guided_cogvideox,
+    on_cuda,
+)
+from examples.benchmark_toca import time_plans
+from graphcache import Plan, presets
+from graphcache.bench import Generation
+
+STEPS = 12
+
+
+def pixart(rounds: int) -> None:
+    """Whole steps skipped, and half of the tokens computed by MLPs where attention is reused."""
+    reused, budget = "#..." * (STEPS // 4), "#aaa" * (STEPS // 4)
+    rows = f"@self {reused}\n@cross {reused}\n@mlp {budget}"
+    cycles = {
+        by: Plan.parse(f"plan steps={STEPS}\na = tokens 2048 by {by}\n{rows}")
+        for by in ("random", "entropy", "influence")
+    }
+    plans = {
+        "compute": presets.compute(STEPS),
+        "fora 4": presets.fora(STEPS, 4),
+        "taylorseer 4": presets.taylorseer(STEPS, 4, 1),
+        **{f"2048 tokens by {by}": plan for by, plan in cycles.items()},
+    }
+    time_plans("PixArt, width 1152, 2 x 4096 tokens, 8 blocks", on_cuda(device_sized_pixart()), plans, rounds)
+
+
+def flux(rounds: int) -> None:
+    """FLUX's published ToCa plan, and forecasts."""
+    plans = {
+        "taylorseer 4": presets.taylorseer(STEPS, 4, 1),
+        "toca flux, random": presets.toca("flux", STEPS, by="random"),
+    }
+    time_plans(
+        "FLUX, width 3072, 4096 + 512 tokens, 2 + 4 blocks", on_cuda(device_sized_flux()), plans, rounds
+    )
+
+
+def cogvideox(rounds: int) -> None:
+    """FasterCache on a doubled batch."""
+    plan = presets.fastercache("cogvideox", 25, conditional="last")
+    time_plans(
+        "CogVideoX, width 1920, 2 x 4128 tokens, 6 blocks", _cogvideox(), {"fastercache": plan}, rounds
+    )
+
+
+def offload(rounds: int) -> None:
+    """Entries in pinned host memory: the time of steps that fetch, and the device memory that is left."""
+    model, inputs = on_cuda(device_sized_flux())
+    plan = presets.taylorseer(STEPS, 3, 1)
+    steps = Generation(inputs, "timestep", STEPS)
+    for host in (False, True):
+        made: Any = graphcache.transform(model, plan, backend="inductor", offload=host)
+        with torch.no_grad():
+            steps.run(made)
+            made.reset()
+            torch.cuda.reset_peak_memory_stats()
+            spent = sorted(sum(steps.run(made)) / STEPS for _ in range(rounds))
+        peak = torch.cuda.max_memory_allocated() / 2**20
+        held = made.summary().branches[0].peak_bytes / 2**20
+        ms = 1e3 * spent[rounds // 2]
+        print(f"offload {host}: {ms:.2f} ms a step, peak {peak:.0f} MiB, cache {held:.0f} MiB")
+
+
+def _cogvideox() -> Made:
+    return on_cuda(guided_cogvideox(30, 64, blocks=6, side=64))
+
+
+PARTS: dict[str, Callable[[int], None]] = {
+    "pixart": pixart,
+    "flux": flux,
+    "cogvideox": cogvideox,
+    "offload": offload,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    print(torch.cuda.get_device_name(), torch.__version__)
+    for name in arguments.parts:
+        start = time.perf_counter()
+        PARTS[name](arguments.rounds)
+        print(f"{name}: {time.perf_counter() - start:.0f} s, compilation included", flush=True)
+        torch.compiler.reset()
+
+
+if __name__ == "__main__":
+    main()

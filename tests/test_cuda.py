@@ -1,0 +1,91 @@
+"""What differs on a CUDA device: attention kernels and their log-sum-exps, compiled graphs, memory."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import graphcache
+from graphcache import Plan, presets
+from reference import assert_same, subject
+from test_tokens import inputs, measured, naive_map
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+MIXED = Plan.parse("""
+    plan steps=8 preset=none
+    l = linear weight=0.5
+    a = tokens 0.5 by random multiple=4
+    @self   ##l.##.l
+    @joint  ##l.##.l
+    @cross  #.#.#.#.
+    @mlp    #a.a#al.
+""")
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "flux", "latte", "cogvideox", "wan"])
+def test_an_all_compute_plan_is_eager_bit_for_bit(name: str) -> None:
+    on = subject(name, device="cuda")
+    assert_same(on.sample(on.transform(presets.compute(4)), 4), on.sample(on.model, 4))
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "latte", "cogvideox"])
+def test_a_plan_is_the_reference_interpreters_bit_for_bit(name: str) -> None:
+    on = subject(name, device="cuda")
+    plan = presets.taylorseer(8, 3)
+    assert_same(on.sample(on.transform(plan), 8), on.sample(on.reference(plan), 8))
+
+
+@pytest.mark.parametrize("name", ["pixart", "flux"])
+def test_compiled_graphs_give_what_eager_ones_give(name: str) -> None:
+    on = subject(name, device="cuda")
+    made = [on.sample(on.transform(MIXED, backend=backend), 8) for backend in (None, "inductor")]
+    torch.testing.assert_close(*made, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "dtype", "close"),
+    [
+        ("dit", "self", torch.float32, 1e-5),
+        ("dit", "self", torch.bfloat16, 2e-3),
+        ("flux", "parallel", torch.bfloat16, 2e-3),
+    ],
+)
+def test_influence_is_the_attention_received(
+    name: str, role: str, dtype: torch.dtype, close: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on = subject(name, dtype=dtype, device="cuda")
+    site = "@parallel" if role == "parallel" else "@mlp"
+    ours = measured(on, monkeypatch, f"a = tokens 4 by influence multiple=1\n{site} #a")[0]
+    sums = naive_map(on, role, inputs(on)).sum(1)
+    torch.testing.assert_close(ours, sums / sums.norm(dim=1, keepdim=True), rtol=close, atol=close)
+
+
+def test_entropy_is_that_of_the_mean_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = subject("pixart", device="cuda")
+    mean = naive_map(on, "cross", inputs(on))
+    expected = 1 - (mean * (mean + 1e-7).log()).sum(-1)
+    ours = measured(on, monkeypatch, "a = tokens 4 by entropy multiple=1\n@cross[0..0] #a")[0]
+    torch.testing.assert_close(ours, expected / expected.norm(dim=1, keepdim=True), rtol=1e-5, atol=1e-5)
+
+
+def test_predicted_bytes_are_those_that_the_device_allocates() -> None:
+    on = subject("pixart", batch=64, device="cuda")
+    model = graphcache.transform(on.model, presets.fora(4, 2))
+    static, latents = on.static(), on.latents()
+    model(**on.call(static, latents, 1.0))
+    model.reset()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    model(**on.call(static, latents, 1.0))
+    (branch,) = model.summary().branches
+    held = torch.cuda.memory_allocated() - before
+    # the allocator rounds each tensor up to 512 bytes
+    assert branch.peak_bytes <= held + 512 * 64
+    assert held <= branch.peak_bytes + 512 * 64
