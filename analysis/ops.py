@@ -80,6 +80,7 @@ FUSED_ATTENTION = frozenset(
     {
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_flash_attention.default,
     }
 )
 """Kernels that return the log-sum-exp of each query's row beside the result."""

@@ -51,6 +51,9 @@ def _halves(rewriter: Rewriter, flow: Dataflow, branch: Branch) -> list[Branch]:
         first = last
     whole = chain.emit(aten.add.Tensor, *parts.values())
     value.replace_all_uses_with(whole)
+    for replaced in (value, source):
+        if not replaced.users:
+            rewriter.graph.erase_node(replaced)
     result = []
     for name, part in (("attention", parts[True]), ("mlp", parts[False])):
         result.append(replace(branch, name=f"{branch.name}.{name}", role=f"parallel.{name}", value=part.name))

@@ -7,6 +7,8 @@ import torch
 
 import graphcache
 from graphcache import Plan, presets
+from graphcache.analysis.cost import graph_flops
+from graphcache.program import Program
 from reference import assert_same, subject
 from test_tokens import inputs, measured, naive_map
 
@@ -73,6 +75,14 @@ def test_entropy_is_that_of_the_mean_map(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = 1 - (mean * (mean + 1e-7).log()).sum(-1)
     ours = measured(on, monkeypatch, "a = tokens 4 by entropy multiple=1\n@cross[0..0] #a")[0]
     torch.testing.assert_close(ours, expected / expected.norm(dim=1, keepdim=True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_count_no_flops(dtype: torch.dtype) -> None:
+    program = Program(subject("dit", dtype=dtype, device="cuda").captured, None).prepared()
+    plan = Plan.parse("plan steps=2\na = tokens 4 by influence multiple=1\n@mlp #a")
+    full = program.phase(program.schedule(plan), 0).step
+    assert graph_flops(full) == graph_flops(program.captured.step)
 
 
 def test_predicted_bytes_are_those_that_the_device_allocates() -> None:

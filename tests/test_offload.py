@@ -124,4 +124,6 @@ def test_entries_are_pinned_and_the_results_the_same_on_a_device(backend: str | 
         kept = [tensor for state in states for tensor in state.cache.tensors()]
         assert kept
         assert all(tensor.is_pinned() == offload for tensor in kept)
-    assert_same(*made)
+    # what fuses across a cached value without transfers is two kernels with them
+    close = 0 if backend is None else 1e-5
+    torch.testing.assert_close(*made, rtol=close, atol=close)

@@ -10,6 +10,7 @@ from diffusers import FluxTransformer2DModel
 import graphcache
 from graphcache import Plan, PlanError, presets
 from graphcache.analysis.budgets import assign
+from graphcache.analysis.cost import graph_flops
 from graphcache.ir.graph import storage_bytes, value_of
 from graphcache.passes.base import run
 from graphcache.passes.split import Split
@@ -179,6 +180,7 @@ class TestSplit:
     def test_twice_changes_nothing(self) -> None:
         once = run((Split(),), subject("flux").captured.step)
         twice = run((Split(),), once)
+        assert graph_flops(once) == graph_flops(subject("flux").captured.step)
         assert [str(node.target) for node in twice.calls()] == [str(node.target) for node in once.calls()]
 
     def test_what_is_refused(self) -> None:
