@@ -133,7 +133,7 @@ def compute_bound_dit(blocks: int = 12, side: int = 32) -> Made:
 
 
 def guided_cogvideox(heads: int, head_width: int, blocks: int = 12, side: int = 16) -> Made:
-    """CogVideoX on side² + 32 tokens, both branches of guidance as one batch."""
+    """CogVideoX on side² tokens of four frames and 32 of text, both branches of guidance as one batch."""
     torch.manual_seed(0)
     model: nn.Module = CogVideoXTransformer3DModel(
         num_attention_heads=heads,

@@ -52,18 +52,17 @@ def test_compiled_graphs_give_what_eager_ones_give(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "role", "dtype", "close"),
+    ("name", "role", "site", "dtype", "close"),
     [
-        ("dit", "self", torch.float32, 1e-5),
-        ("dit", "self", torch.bfloat16, 2e-3),
-        ("flux", "parallel", torch.bfloat16, 2e-3),
+        ("dit", "self", "@mlp", torch.float32, 1e-5),
+        ("dit", "self", "@mlp", torch.bfloat16, 2e-3),
+        ("flux", "parallel", "@parallel", torch.bfloat16, 2e-3),
     ],
 )
 def test_influence_is_the_attention_received(
-    name: str, role: str, dtype: torch.dtype, close: float, monkeypatch: pytest.MonkeyPatch
+    name: str, role: str, site: str, dtype: torch.dtype, close: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on = subject(name, dtype=dtype, device="cuda")
-    site = "@parallel" if role == "parallel" else "@mlp"
     ours = measured(on, monkeypatch, f"a = tokens 4 by influence multiple=1\n{site} #a")[0]
     sums = naive_map(on, role, inputs(on)).sum(1)
     torch.testing.assert_close(ours, sums / sums.norm(dim=1, keepdim=True), rtol=close, atol=close)

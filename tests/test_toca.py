@@ -180,8 +180,11 @@ class TestSplit:
     def test_twice_changes_nothing(self) -> None:
         once = run((Split(),), subject("flux").captured.step)
         twice = run((Split(),), once)
-        assert graph_flops(once) == graph_flops(subject("flux").captured.step)
         assert [str(node.target) for node in twice.calls()] == [str(node.target) for node in once.calls()]
+
+    def test_it_costs_what_the_whole_costs(self) -> None:
+        step = subject("flux").captured.step
+        assert graph_flops(run((Split(),), step)) == graph_flops(step)
 
     def test_what_is_refused(self) -> None:
         step = subject("flux").captured.step

@@ -57,7 +57,7 @@ class Pictures:
         return len(self.names)
 
     def to(self, device: torch.device | str) -> Pictures:
-        """The same pictures there; `batch` draws from a generator of the default device."""
+        """The same pictures there; to draw from them, make it the default device."""
         return Pictures(self.canvases.to(device), self.names)
 
     def batch(
