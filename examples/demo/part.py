@@ -32,7 +32,7 @@ class Part:
         plans: by the names that they have in the table.
         fewer: schedulers of the plain model at the FLOPs of the first plan, by name.
         warm_up_steps: enough for every phase of the plans to be compiled.
-        labels: digits of one generation, int64 (N,).
+        labels: what is asked for in one generation, int64 (N,).
         rounds: generations of each method.
         shown: position of the method whose plan and summary are printed.
         files: names of the picture, the table and the data.

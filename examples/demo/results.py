@@ -47,7 +47,7 @@ class Setting:
     """What was run, where and when. A sample is an image or a clip of one digit."""
 
     sample: str
-    digits: int
+    count: int
     rounds: int
     seed: int
     cpu: str
@@ -57,10 +57,10 @@ class Setting:
     date: str
 
     @classmethod
-    def here(cls, sample: str, digits: int, rounds: int, seed: int) -> Setting:
+    def here(cls, sample: str, count: int, rounds: int, seed: int) -> Setting:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         cores, threads = os.cpu_count() or 1, torch.get_num_threads()
-        return cls(sample, digits, rounds, seed, cpu_model(), cores, threads, torch.__version__, now)
+        return cls(sample, count, rounds, seed, cpu_model(), cores, threads, torch.__version__, now)
 
     @property
     def hardware(self) -> str:
@@ -77,9 +77,9 @@ class Setting:
             f"and accuracy: of the same {self.sample}s. "
         )
         return (
-            f"Calls: of the model, in one generation of {self.digits} digits. Times: medians of "
+            f"Calls: of the model, in one generation of {self.count} {self.sample}s. Times: medians of "
             f"{self.rounds} interleaved rounds, after compilation and warm-up. Times faster than uncached: "
-            f"measured, and what the FLOPs alone would give. PSNR and SSIM: {self.digits * self.rounds} "
+            f"measured, and what the FLOPs alone would give. PSNR and SSIM: {self.count * self.rounds} "
             f"{self.sample}s' means, against the uncached ones of the same noise. "
             f"{judgement if judged else ''}{self.hardware}."
         )
