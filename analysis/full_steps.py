@@ -14,32 +14,42 @@ NONE = -1
 @dataclass(frozen=True)
 class Table:
     """A site's products at pairs of steps, as in `Profile`: gram (steps, steps), effects (steps, window + 1,
-    probes, samples)."""
+    probes, samples). Values that are `reused` are taken as they are, others are fitted to two entries."""
 
     name: str
     gram: np.ndarray
     effects: np.ndarray
+    reused: bool = False
+
+    @property
+    def steps(self) -> int:
+        return int(self.gram.shape[0])
 
     @property
     def window(self) -> int:
         return int(self.effects.shape[1]) - 1
 
-    def entries(self, step: int, newest: int, older: int) -> tuple[int, ...]:
-        """The history entries that are used at a step: those within the window."""
-        near = older != NONE and step - older <= self.window
-        return (newest, older) if near else (newest,)
+    def stand_ins(self) -> np.ndarray:
+        """Effects (newest, gap − 1, behind, probes, samples) of a stand-in at the step newest + gap, made of
+        the value at `newest` and, where it is within the window, of the one that lies `behind` it; 0 is none.
+        """
+        newest, gap, behind = np.ogrid[: self.steps, 1 : self.window + 1, : self.window]
+        # beyond the last step there is nothing to replace; its place is filled and never looked at
+        step = np.minimum(newest + gap, self.steps - 1)
+        newest = np.minimum(newest, step - 1).clip(min=0)
+        single = np.broadcast_to(newest, step.shape)[..., None]
+        alone = self._effect(step, single)
+        if self.reused or self.window < 2:
+            return np.repeat(alone, max(self.window, 1), axis=2)
+        older = newest - behind
+        near = (behind > 0) & (older >= 0) & (step - older <= self.window)
+        pairs = np.stack(np.broadcast_arrays(newest, np.where(near, older, newest)), axis=-1)
+        both = self._effect(np.broadcast_to(step, near.shape), pairs)
+        return np.where(near[..., None, None], both, alone)
 
-
-def gap_effects(tables: Sequence[Table], newest: int, older: int, end: int) -> np.ndarray:
-    """Effects of all sites together at the steps from `newest` + 1 to `end` − 1: (steps, probes, samples)."""
-    totals = []
-    for step in range(newest + 1, end):
-        parts = []
-        for table in tables:
-            entries = table.entries(step, newest, older)
-            parts.append(effect(table.effects, step, entries, fitted(table.gram, step, entries)))
-        totals.append(np.sum(parts, axis=0))
-    return np.stack(totals)
+    def _effect(self, step: np.ndarray, entries: np.ndarray) -> np.ndarray:
+        weights = np.ones(entries.shape) if self.reused else fitted(self.gram, step, entries)
+        return effect(self.effects, step, entries, weights)
 
 
 def gap_errors(tables: Sequence[Table]) -> np.ndarray:
@@ -52,18 +62,17 @@ def gap_errors(tables: Sequence[Table]) -> np.ndarray:
         float64 (older, newest, end) with steps + 1 places each: `older` 0 stands for none and o + 1 for the
         step o; `end` may be the number of steps. Infinite where a gap is wider than the window.
     """
-    steps, window = tables[0].gram.shape[0], tables[0].window
+    steps, window = tables[0].steps, tables[0].window
+    totals = np.cumsum(sum(table.stand_ins() for table in tables), axis=1)
+    squares = (totals**2).mean(axis=-2).sum(axis=-1)
     errors = np.full((steps + 1, steps + 1, steps + 1), np.inf)
     for newest in range(steps):
-        last = min(newest + window + 1, steps)
-        for older in [NONE, *range(newest)]:
-            errors[older + 1, newest, newest + 1] = 0.0
-            if last <= newest + 1:
-                continue
-            if older == NONE or newest + 1 - older <= window:
-                found = gap_effects(tables, newest, older, last)
-            totals = np.cumsum(found, axis=0)
-            errors[older + 1, newest, newest + 2 : last + 1] = (totals**2).mean(axis=1).sum(axis=-1)
+        errors[: newest + 1, newest, newest + 1] = 0.0
+        last = min(window, steps - 1 - newest)
+        for older in range(NONE, newest):
+            behind = newest - older
+            found = squares[newest, :last, behind if older != NONE and behind < window else 0]
+            errors[older + 1, newest, newest + 2 : newest + 2 + last] = found
     return errors
 
 

@@ -1,6 +1,6 @@
 """Searched and tuned plans against presets and fewer steps, on the trained models: quality at equal time.
 
-python -m examples.benchmark_search digits profile plans quality time converged table
+python -m examples.benchmark_search digits profile plans quality time converged judged table
 
 Stages write what they find into `--workdir`, and the plans beside the example; each takes up what is there.
 """
@@ -31,8 +31,9 @@ from graphcache.search import Candidate, search
 from graphcache.tuning import tune, with_corrections
 
 SPEEDUPS = (1.5, 2.0, 3.0, 4.0)
-TRAINED, HELD, TEST = 1_000, 2_000, 3_000
-"""First seeds of what is profiled and tuned on, of what judges tuning, and of what the tables show."""
+TRAINED, HELD, TEST, JUDGED = 1_000, 2_000, 3_000, 4_000
+"""First seeds of what is profiled and tuned on, of what judges tuning, of what the tables show, and of what
+is judged on its own."""
 NO_LOSS = 0.4
 """Share of the evaluations that a plan tuned against the converged solution may use."""
 console = Console()
@@ -184,6 +185,28 @@ class Bench:
             self._save("converged", figures)
         for name, values in figures.items():
             console.print(f"{name:32} {statistics.fmean(values):6.2f} ± {statistics.pstdev(values):.2f}")
+
+    def judged(self) -> None:
+        """What samples look like, whatever the uncached ones are: of contenders and of fewer steps."""
+        judge = self.example.judge
+        if judge is None:
+            console.print("nobody judges these samples")
+            return
+        items = self.items(JUDGED, self.arguments.seeds)
+        figures = self._load("judged")
+        runs: dict[str, tuple[Any, str | None, int]] = {}
+        runs["uncached"] = self.example.model, None, self.example.steps
+        for name, plan in self.contenders().items():
+            runs[name] = self.sampling.planned(plan), None, self.example.steps
+        for solver in self.example.solvers:
+            for count in self.arguments.fewer:
+                runs[f"{count} steps {solver}"] = self.example.model, solver, count
+        for name, (model, by, count) in runs.items():
+            if name not in figures:
+                made = [self.generate(model, item, by, count) for item in items]
+                figures[name] = judge(items, torch.cat(made))
+                self._save("judged", figures)
+                console.print(f"{name:32} {figures[name]}")
 
     def table(self) -> None:
         """For every speed-up the best setting of each rival whose time is within 2 % of the plan's."""

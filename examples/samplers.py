@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor, nn
 
 from examples import digits, emoji, moving_digits
-from examples.digits.model import ddim_scheduler, dpm_solver_scheduler
+from examples.digits.evaluate import sample_quality
+from examples.digits.model import ddim_scheduler, dpm_solver_scheduler, load_classifier
 from examples.digits.model import load_model as load_digits
 from examples.digits.sample import sample as sample_digits
+from examples.emoji.evaluate import closest
 from examples.emoji.model import flow_scheduler as emoji_scheduler
 from examples.emoji.model import load_model as load_emoji
 from examples.emoji.sample import sample as sample_emoji
@@ -37,6 +39,8 @@ class Example:
         solvers: schedulers for fewer steps, by name; the first is the model's own.
         requests: number of samples and seed -> what to generate.
         plans: folder of the plans that were searched and tuned for this model.
+        judge: requests and the samples made for them -> what they look like, in numbers by name; None where
+            there is no judge.
     """
 
     model: nn.Module
@@ -46,6 +50,7 @@ class Example:
     sample: Callable[..., Tensor]
     requests: Callable[[int, int], Tensor]
     plans: Path
+    judge: Callable[[Sequence[Item], Tensor], dict[str, float]] | None = None
 
     def sampler(self, solver: str | None = None) -> Callable[[nn.Module, Item, int], Tensor]:
         """Runs a model with one of the solvers, by default its own."""
@@ -62,6 +67,11 @@ class Example:
         return [(self.requests(size, seed + number), seed + number) for number in range(count)]
 
 
+def _digits_quality(items: Sequence[Item], images: Tensor) -> dict[str, float]:
+    quality = sample_quality(load_classifier(), images, torch.cat([labels for labels, _ in items]))
+    return {"accuracy": quality.accuracy, "Fréchet": quality.frechet_distance}
+
+
 def _labels(count: int, seed: int) -> Tensor:
     return (torch.arange(count) * 3 + seed) % 10
 
@@ -76,6 +86,7 @@ def digits_example() -> Example:
         sample_digits,
         _labels,
         _folder(digits),
+        _digits_quality,
     )
 
 
@@ -90,9 +101,16 @@ def emoji_example() -> Example:
     """Pictures for words: a PixArt, 30 Euler steps."""
     model = load_emoji()
 
-    def requests(count: int, seed: int) -> Tensor:
+    def names(count: int, seed: int) -> list[str]:
         chosen = torch.randperm(len(model.names), generator=torch.Generator().manual_seed(seed))[:count]
-        return model.captions([model.names[place] for place in chosen])
+        return [model.names[place] for place in chosen]
+
+    def requests(count: int, seed: int) -> Tensor:
+        return model.captions(names(count, seed))
+
+    def nearest(items: Sequence[Item], pictures: Tensor) -> dict[str, float]:
+        asked = [name for request, seed in items for name in names(len(request), seed)]
+        return {"closest to the asked one": closest(pictures, asked)}
 
     return Example(
         model.transformer,
@@ -102,6 +120,7 @@ def emoji_example() -> Example:
         sample_emoji,
         requests,
         _folder(emoji),
+        nearest,
     )
 
 

@@ -21,6 +21,7 @@ from graphcache.comparison import load_rows
 from graphcache.inspection import inspect as inspect_model
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan, Value
+from graphcache.ir.plantext import write_bytes
 from graphcache.page import save_charts, write_page
 from graphcache.profile_file import load_profile
 from graphcache.search import candidates
@@ -154,7 +155,7 @@ def bench(
     _print_timings(timings)
     if output is not None:
         rows = [{**asdict(timing), "realised": timing.realised} for timing in timings]
-        output.write_text(json.dumps(rows, indent=1))
+        write_bytes(json.dumps(rows, indent=1).encode(), output)
 
 
 @app.command()

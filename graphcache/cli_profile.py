@@ -1,8 +1,8 @@
 """The command line's part that measures: profile, search, tune, compare."""
 
 import json
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,13 +14,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from graphcache.arguments import json_argument, plan_argument
+from graphcache.automatic import checker
 from graphcache.cluster import Cluster
 from graphcache.comparison import Row
 from graphcache.comparison import compare as compare_runs
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
+from graphcache.ir.plantext import write_bytes
 from graphcache.profile_file import load_profile
 from graphcache.profiling import profile as profile_model
+from graphcache.sampling import Sampling
 from graphcache.search import Candidate, Found
 from graphcache.search import search as search_plan
 from graphcache.sources import Sampled, load_object, load_sampled
@@ -42,6 +45,10 @@ Steps = Annotated[int, typer.Option(help="model evaluations of one generation")]
 Timestep = Annotated[str, typer.Option(help="forward's timestep argument")]
 Threads = Annotated[int | None, typer.Option(help="torch threads")]
 Output = Annotated[Path, typer.Option(help="write here")]
+Ray = Annotated[
+    str | None,
+    typer.Option(help="shard over a Ray cluster: local, auto or host:port", metavar="ADDRESS"),
+]
 Backend = Annotated[str, typer.Option(help="a torch.compile backend, or none")]
 
 
@@ -60,15 +67,11 @@ def profile(
     samples: Count = 2,
     timestep: Timestep = "timestep",
     threads: Threads = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(help="shard over a Ray cluster: local, auto or host:port", metavar="ADDRESS"),
-    ] = None,
+    ray: Ray = None,
 ) -> None:
     """Measure a model's sensitivity; an interrupted run goes on where it was."""
     found = _sampled(model, call, samples, threads)
-    cluster: Any = nullcontext() if ray is None else Cluster(ray)
-    with cluster as started, Progress(console=console) as bar:
+    with _mapping(ray) as run, Progress(console=console) as bar:
         task = bar.add_task("profiling", total=len(found.samples))
         made = profile_model(
             found.model_or_pipe,
@@ -83,7 +86,7 @@ def profile(
             backend=None if backend == "none" else backend,
             path=output,
             progress=lambda done, total: bar.update(task, completed=done),
-            run=map if started is None else started.map,
+            run=run,
         )
     console.print(
         f"wrote {output}: {len(made.sites)} sites, {made.steps} steps, {len(found.samples)} samples"
@@ -96,10 +99,26 @@ def search(
     speedup: Annotated[float | None, typer.Option(help="at least so many times as fast")] = None,
     max_error: Annotated[float | None, typer.Option(help="at most this root mean square error")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="at most so many bytes cached")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="run the best plans on its samples, as for profile", metavar="MODEL")
+    ] = None,
+    call: Call = None,
+    samples: Count = 2,
+    timestep: Timestep = "timestep",
+    threads: Threads = None,
+    ray: Ray = None,
 ) -> None:
-    """Solve for the best plan that a profile promises."""
+    """Solve for the best plan that a profile promises, and with --model of those that hold it."""
     made = load_profile(profile)
-    found = search_plan(made, speedup=speedup, max_error=max_error, max_bytes=max_bytes)
+    check = None
+    if model is not None:
+        found_samples = _sampled(model, call, samples, threads)
+        sampling = Sampling.of(found_samples.model_or_pipe, found_samples.sampler)
+        check = checker(sampling, found_samples.samples, made.steps, timestep)
+    with _mapping(ray) as run:
+        found = search_plan(
+            made, speedup=speedup, max_error=max_error, max_bytes=max_bytes, check=check, run=run
+        )
     _print_front(found)
     replace(found.plan, graph=made.provenance.graph).save(output)
     console.print(f"wrote {output}: {_describe(found.chosen)}")
@@ -158,10 +177,11 @@ def compare(
     samples: Count = 2,
     timestep: Timestep = "timestep",
     threads: Threads = None,
+    ray: Ray = None,
 ) -> None:
     """Time plans and fewer steps against the plain compiled model, and measure how near they come to it."""
     found = _sampled(model, call, samples, threads)
-    with console.status("starting") as status:
+    with _mapping(ray) as run, console.status("starting") as status:
         rows = compare_runs(
             found.model_or_pipe,
             {text: plan_argument(text, steps) for text in plan or []},
@@ -173,10 +193,11 @@ def compare(
             timestep=timestep,
             features=None if features is None else load_object(features),
             progress=status.update,
+            run=run,
         )
     _print_rows(rows)
     if output is not None:
-        output.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        write_bytes(json.dumps([asdict(row) for row in rows], indent=1).encode(), output)
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -189,6 +210,16 @@ def _sampled(model: str, call: str | None, count: int, threads: int | None) -> S
     if threads:
         torch.set_num_threads(threads)
     return load_sampled(model, json_argument(call), count)
+
+
+@contextmanager
+def _mapping(ray: str | None) -> Iterator[Any]:
+    """What maps functions over items: a cluster, or this process."""
+    if ray is None:
+        yield map
+        return
+    with Cluster(ray) as cluster:
+        yield cluster.map
 
 
 def _describe(item: Candidate) -> str:

@@ -4,8 +4,8 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import msgspec
@@ -21,6 +21,7 @@ from graphcache.sampling import Sampler, Sampling, refuse_random
 from graphcache.transform import transform
 
 Kind = Literal["preset", "searched", "fewer steps", "plain"]
+Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 KINDS: tuple[Kind, ...] = ("preset", "searched", "fewer steps", "plain")
 
 
@@ -82,6 +83,7 @@ def compare(
     data_range: float = 2.0,
     features: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    run: Map = map,
 ) -> tuple[Row, ...]:
     """Time whole generations, interleaved, and measure results against the plain model's.
 
@@ -97,6 +99,8 @@ def compare(
         data_range: largest minus smallest value of a result.
         features: results -> (N, D), for Fréchet distances.
         progress: told what is done now.
+        run: maps a function over the samples; a cluster's `map` gives the same results. Every sample is run
+            by all contenders on one machine, which compiles them anew for each.
 
     Raises:
         GraphCacheError: the sampler is random, or a plan does not fit.
@@ -105,55 +109,108 @@ def compare(
         raise GraphCacheError("samples is empty: a comparison needs at least one")
     sampling = Sampling.of(model_or_pipe, sampler)
     refuse_random(sampling, samples[0], steps)
-    plain = compile_plainly(sampling.model, backend)
-    runs: dict[str, Callable[[Any], Tensor]] = {}
-    made: dict[str, Any] = {}
-    runs["plain"] = lambda sample: sampling.generate(plain, sample, steps)  # type: ignore[arg-type]
-    for name, plan in plans.items():
-        made[name] = transform(sampling.model, plan, backend=backend, timestep=timestep)
-        runs[name] = _run(sampling, made[name], steps)
-    for name, (other, count) in (fewer or {}).items():
-        solver = Sampling(sampling.model, other or sampling.sampler, sampling.pipe)
-        runs[name] = _run(solver, plain, count)
-    counts = {name: count for name, (_, count) in (fewer or {}).items()}
-    for name, run in runs.items():
-        progress(f"compiling {name}")
-        run(samples[0])
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    results: dict[str, list[Tensor]] = {name: [] for name in runs}
-    for turn, sample in enumerate(samples):
-        progress(f"sample {turn + 1} of {len(samples)}")
-        for name in random.Random(turn).sample(list(runs), len(runs)):
-            start = time.perf_counter()
-            result = runs[name](sample)
-            if result.is_cuda:
-                torch.cuda.synchronize(result.device)
-            seconds[name].append(time.perf_counter() - start)
-            results[name].append(result)
-    rows = []
-    for name in runs:
-        count = counts.get(name, steps)
-        ideal, kind = steps / count, _kind(name, plans, counts)
-        if name in made:
-            ideal = made[name].summary().branches[0].ideal_speedup
-        spent = statistics.median(seconds[name])
-        row = Row(name, kind, statistics.median(seconds["plain"]) / spent, None)
-        if kind != "plain":
-            row = _judged(row, results[name], results["plain"], data_range, features)
-        rows.append(replace(row, ms=1e3 * spent, steps=count, ideal=ideal))
-    return tuple(rows)
+    contest = _Contest(sampling, dict(plans), steps, dict(fewer or {}), backend, timestep)
+    rounds = []
+    for measured in run(contest, list(enumerate(samples))):
+        rounds.append(measured)
+        progress(f"sample {len(rounds)} of {len(samples)}")
+    return tuple(_row(name, contest, rounds, data_range, features) for name in contest.names)
 
 
-def _kind(name: str, plans: Mapping[str, Plan], counts: Mapping[str, int]) -> Kind:
-    if name in counts:
-        return "fewer steps"
-    if name not in plans:
-        return "plain"
-    return "searched" if plans[name].preset is None else "preset"
+@dataclass(frozen=True)
+class _Measured:
+    """One contender's generation from one sample."""
+
+    seconds: float
+    result: Tensor
+    ideal: float
 
 
-def _run(sampling: Sampling, model: Any, steps: int) -> Callable[[Any], Tensor]:
-    return lambda sample: sampling.generate(model, sample, steps)
+@dataclass
+class _Contest:
+    """Runs a sample with all contenders, in shuffled order; they are compiled when the first one comes."""
+
+    sampling: Sampling
+    plans: dict[str, Plan]
+    steps: int
+    fewer: dict[str, tuple[Sampler | None, int]]
+    backend: Backend
+    timestep: str
+    runs: dict[str, Callable[[Any], Tensor]] = field(default_factory=dict)
+    planned: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return ["plain", *self.plans, *self.fewer]
+
+    def __call__(self, turn: tuple[int, Any]) -> dict[str, _Measured]:
+        number, sample = turn
+        if not self.runs:
+            self._prepare()
+            for run in self.runs.values():
+                run(sample)
+        order = random.Random(number).sample(self.names, len(self.names))
+        return {name: self._measured(name, sample) for name in order}
+
+    def count(self, name: str) -> int:
+        """Steps of a contender's generation."""
+        return self.fewer[name][1] if name in self.fewer else self.steps
+
+    def kind(self, name: str) -> Kind:
+        if name in self.fewer:
+            return "fewer steps"
+        if name not in self.plans:
+            return "plain"
+        return "searched" if self.plans[name].preset is None else "preset"
+
+    def _prepare(self) -> None:
+        plain = compile_plainly(self.sampling.model, self.backend)
+        self.runs["plain"] = self._run(self.sampling, plain, self.steps)
+        for name, plan in self.plans.items():
+            model = transform(self.sampling.model, plan, backend=self.backend, timestep=self.timestep)
+            self.planned[name] = model
+            self.runs[name] = self._run(self.sampling, model, self.steps)
+        for name, (sampler, count) in self.fewer.items():
+            solver = replace(self.sampling, sampler=sampler or self.sampling.sampler)
+            self.runs[name] = self._run(solver, plain, count)
+
+    @staticmethod
+    def _run(sampling: Sampling, model: Any, steps: int) -> Callable[[Any], Tensor]:
+        return lambda sample: sampling.generate(model, sample, steps)
+
+    def _measured(self, name: str, sample: Any) -> _Measured:
+        start = time.perf_counter()
+        result = self.runs[name](sample)
+        if result.is_cuda:
+            torch.cuda.synchronize(result.device)
+        seconds = time.perf_counter() - start
+        ideal = self.steps / self.count(name)
+        if name in self.planned:
+            ideal = self.planned[name].summary().branches[0].ideal_speedup
+        return _Measured(seconds, result, ideal)
+
+
+def _row(
+    name: str,
+    contest: _Contest,
+    rounds: Sequence[Mapping[str, _Measured]],
+    data_range: float,
+    features: Callable[[Tensor], Tensor] | None,
+) -> Row:
+    spent, plain = (statistics.median(one[who].seconds for one in rounds) for who in (name, "plain"))
+    row = Row(
+        name,
+        contest.kind(name),
+        plain / spent,
+        None,
+        ms=1e3 * spent,
+        steps=contest.count(name),
+        ideal=rounds[0][name].ideal,
+    )
+    if row.kind == "plain":
+        return row
+    results, references = ([one[who].result for one in rounds] for who in (name, "plain"))
+    return _judged(row, results, references, data_range, features)
 
 
 def _judged(

@@ -1,5 +1,6 @@
 """How sensitive each site, step, token and guidance branch of a model is."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,7 +16,8 @@ class Site:
     """What a plan can take from the cache, per evaluation of one branch of guidance.
 
     `flops` and `seconds` are those of computing it, `bytes_kept` those of one cached value. `seconds` are
-    measured eagerly, operation by operation; 0 where nobody measured.
+    measured eagerly, operation by operation; 0 where nobody measured. `token_wise` branches can compute some
+    of their tokens alone.
     """
 
     name: str
@@ -23,6 +25,7 @@ class Site:
     flops: int = 0
     bytes_kept: int = 0
     seconds: float = 0.0
+    token_wise: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,3 +115,13 @@ def families(profile: Profile) -> dict[str, tuple[Site, ...]]:
     found = {site.name: (site,) for site in profile.sites if site.kind in ("output", "range")}
     branches = tuple(site for site in profile.sites if site.kind == "branch")
     return ({"branches": branches} if branches else {}) | found
+
+
+def kinds(profile: Profile) -> dict[str, tuple[Site, ...]]:
+    """Branches by their role, what their names say behind the number of the block."""
+    found: dict[str, tuple[Site, ...]] = {}
+    for site in profile.sites:
+        if site.kind == "branch":
+            role = re.sub(r"^.*?\.\d+\.", "", site.name)
+            found[role] = (*found.get(role, ()), site)
+    return found

@@ -18,6 +18,7 @@ from graphcache.compile import Backend
 from graphcache.engine import Engine, Options
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.graph import storage_bytes, value_of
+from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
 from graphcache.ir.selector import Selector
 from graphcache.probing import OUTPUT, ProbeEngine
@@ -157,7 +158,14 @@ def describe(sampling: Sampling, sample: Any, task: Task) -> Subject:
     step = program.step
     work, nodes, seconds = branch_flops(step), step.nodes(), site_seconds(program, engine.flat(inputs))
     sites = [
-        Site(b.name, "branch", work[b.name], storage_bytes(value_of(nodes[b.value])), seconds[b.name])
+        Site(
+            b.name,
+            "branch",
+            work[b.name],
+            storage_bytes(value_of(nodes[b.value])),
+            seconds[b.name],
+            _token_wise(program, b.name),
+        )
         for b in step.branches
     ]
     total, result = graph_flops(step), sum(storage_bytes(value_of(node)) for node in step.results())
@@ -184,6 +192,17 @@ def _reused(program: Program, name: str) -> tuple[int, int]:
     schedule = program.schedule(Plan(2, rows=(Row(Selector.parse(name), COMPUTE + REUSE),)))
     left = graph_flops(program.phase(schedule, schedule.steps[1].phase).step)
     return left, program.entry_bytes(schedule)[name]
+
+
+def _token_wise(program: Program, name: str) -> bool:
+    """Whether a branch can compute some of its tokens alone."""
+    letter = Letter("a", "tokens", (("count", 1), ("by", "random"), ("multiple", 1)))
+    schedule = program.schedule(Plan(2, (letter,), (Row(Selector.parse(name), COMPUTE + letter.symbol),)))
+    try:
+        program.phase(schedule, schedule.steps[1].phase)
+    except PlanError:
+        return False
+    return True
 
 
 def _bounds(depths: tuple[float, float], blocks: int) -> tuple[str, int, int]:

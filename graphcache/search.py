@@ -12,10 +12,12 @@ from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
 from graphcache.ir.selector import Selector
-from graphcache.profile import Profile, Site, families
+from graphcache.profile import Profile, Site, families, kinds
 
 MOST_ENTRIES = 3
 """Values of a history that fitted coefficients combine at most."""
+BUDGETS = (0.5, 0.25)
+"""Shares of a branch's tokens that skipped steps may compute."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ def search(
     """Solve for a plan.
 
     Whole steps are skipped: every family of sites (all branches, ranges of blocks, the output, guidance's
-    difference) has for every number of computed steps the set with the least estimated error, by dynamic
-    programming, with coefficients fitted to the values kept.
+    difference, all kinds of branches but one, of which some or all tokens are computed) has for every number
+    of computed steps the set with the least estimated error, by dynamic programming, with coefficients fitted
+    to the values kept.
 
     Args:
         profile: of the model that the plan is for.
@@ -155,6 +158,7 @@ def candidates(profile: Profile) -> list[Candidate]:
         chosen = best_steps(gap_errors(tables), profile.steps - 1)
         for choice in chosen.values():
             found.extend(_candidates(profile, family, sites, choice))
+    found.extend(_partial_candidates(profile))
     if any(site.kind == "guidance" for site in profile.sites):
         found.extend(_guidance_candidates(profile))
     return found
@@ -187,10 +191,19 @@ def fitted_plan(profile: Profile, sites: Sequence[Site], computed: Sequence[int]
 
 def predicted_speedup(profile: Profile, family: str, computed: int) -> float:
     """Of a generation with so many computed steps, by measured steps where there are some, else by FLOPs."""
+    return _speedup(profile, computed, _skipped(profile, family))
+
+
+def _speedup(profile: Profile, computed: int, skipped: float) -> float:
     whole = profile.timings.get("compute", float(profile.flops))
-    skipped = profile.timings.get(family, whole * _skipped_flops(profile, family) / profile.flops)
     plain = profile.timings.get("plain", whole)
     return profile.steps * plain / (computed * whole + (profile.steps - computed) * skipped)
+
+
+def _skipped(profile: Profile, family: str) -> float:
+    """The cost of a step that takes a family from the cache, in seconds or in FLOPs."""
+    whole = profile.timings.get("compute", float(profile.flops))
+    return profile.timings.get(family, whole * _skipped_flops(profile, family) / profile.flops)
 
 
 def _skipped_flops(profile: Profile, family: str) -> int:
@@ -208,6 +221,51 @@ def _candidates(profile: Profile, family: str, sites: Sequence[Site], choice: Ch
             error = _refitted_error(profile, sites, choice.steps, entries)
         plan = fitted_plan(profile, sites, choice.steps, entries)
         yield Candidate(plan, family, choice.steps, speedup, _rms(profile, error), kept * (entries + 1))
+
+
+def _partial_candidates(profile: Profile) -> Iterator[Candidate]:
+    """Skipped steps that compute one kind of branch, all of its tokens or some, and forecast the others."""
+    roles = kinds(profile)
+    tables = {site.name: _table(profile, site) for sites in roles.values() for site in sites}
+    for role, sites in roles.items() if len(roles) > 1 else ():
+        shares = (1.0, *BUDGETS) if all(site.token_wise for site in sites) else (1.0,)
+        others = [site for other in roles.values() if other is not sites for site in other]
+        left = sum(site.flops for site in sites)
+        for share in shares:
+            mixed = [tables[site.name] for site in others]
+            if share < 1:
+                # of tokens taken at random; the cached ones are as old as the newest whole step, at most
+                mixed += [
+                    replace(tables[site.name], effects=(1 - share) * tables[site.name].effects, reused=True)
+                    for site in sites
+                ]
+            for choice in best_steps(gap_errors(mixed), profile.steps - 1).values():
+                plan = fitted_plan(profile, others, choice.steps, 2)
+                kept = 3 * sum(site.bytes_kept for site in others)
+                family = f"branches but {role}"
+                if share < 1:
+                    plan = _with_tokens(plan, sites, choice.steps, share)
+                    kept += sum(site.bytes_kept for site in sites)
+                    family = f"branches, {share:g} of {role}"
+                computed = len(choice.steps)
+                speedup = _partial_speedup(profile, computed, share * left)
+                error = _rms(profile, choice.error)
+                yield Candidate(plan, family, choice.steps, speedup, error, kept * profile.calls)
+
+
+def _with_tokens(plan: Plan, sites: Sequence[Site], computed: Sequence[int], share: float) -> Plan:
+    """The plan with these sites on a budget of tokens at the other steps."""
+    letter = Letter("a", "tokens", (("count", share), ("by", "random")))
+    actions = "".join(COMPUTE if step in computed else letter.symbol for step in range(plan.steps))
+    rows = tuple(Row(Selector.parse(site.name), actions) for site in sites)
+    return replace(plan, letters=(*plan.letters, letter), rows=(*plan.rows, *rows))
+
+
+def _partial_speedup(profile: Profile, computed: int, flops: float) -> float:
+    """Of a generation whose other steps compute so many FLOPs of branches."""
+    whole = profile.timings.get("compute", float(profile.flops))
+    skipped = _skipped(profile, "branches") + whole * flops / profile.flops
+    return _speedup(profile, computed, skipped)
 
 
 def _refitted_error(profile: Profile, sites: Sequence[Site], computed: Sequence[int], entries: int) -> float:

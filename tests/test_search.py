@@ -33,12 +33,18 @@ def profile_of(mode: str | None = "first", steps: int = STEPS) -> Profile:
 def estimated(profile: Profile, item: Candidate) -> float:
     """The error of a plan's own coefficients, from the effects: gaps are independent, steps within add up."""
     rows = [row for row in item.plan.rows if not row.selector.is_guidance]
+    tokens = {
+        letter.symbol: float(letter.option("count")) for letter in item.plan.letters if letter.is_tokens
+    }
     total, probes, samples = 0.0, *profile.effects.shape[-2:]
     for newest, end in zip(item.computed, (*item.computed[1:], profile.steps), strict=True):
         sums = np.zeros((probes, samples))
         for step in range(newest + 1, end):
             for row in rows:
                 table = profile.effects[profile.index(str(row.selector)), step]
+                if row.actions[step] in tokens:
+                    sums += (1 - tokens[row.actions[step]]) * (table[step - newest] - table[0])
+                    continue
                 history = [done for done in reversed(item.computed) if done < step]
                 for entry, weight in zip(history, row.listed(step) or (), strict=False):
                     sums += weight * table[step - entry]
@@ -55,6 +61,8 @@ def test_every_family_has_a_plan_for_every_number_of_steps(mode: str | None) -> 
     profile = profile_of(mode)
     found = candidates(profile)
     expected = {"branches", "range(0..2)", "range(0..1)", "output"} | ({"guidance"} if mode else set())
+    for role in ("mlp", "mlp.1"):
+        expected |= {f"branches but {role}", f"branches, 0.5 of {role}", f"branches, 0.25 of {role}"}
     assert {item.family for item in found} == expected
     for family in expected:
         sizes = {len(item.computed) for item in found if item.family == family}

@@ -1,5 +1,6 @@
 """Errors, coefficients and step sets from measured products, against what values themselves say."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphcache.analysis.full_steps import NONE, Table, best_steps, gap_effects, gap_errors
+from graphcache.analysis.full_steps import NONE, Table, best_steps, gap_errors
 from graphcache.analysis.sensitivity import effect, feature_error, fitted
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
@@ -97,9 +98,11 @@ def summed_gap(tables: list[Table], older: int, newest: int, end: int) -> float:
     for step in range(newest + 1, end):
         for table in tables:
             entries = [newest]
-            if older != NONE and step - older <= table.effects.shape[1] - 1:
-                entries.append(older)
-            weights = fitted(table.gram, step, tuple(entries))
+            weights = np.ones(1)
+            if not table.reused:
+                if older != NONE and step - older <= table.effects.shape[1] - 1:
+                    entries.append(older)
+                weights = fitted(table.gram, step, tuple(entries))
             for entry, weight in zip(entries, weights, strict=True):
                 total += weight * table.effects[step, step - entry]
             total -= table.effects[step, 0]
@@ -110,7 +113,7 @@ def summed_gap(tables: list[Table], older: int, newest: int, end: int) -> float:
 def test_gap_errors_are_sums_over_the_gap_and_infinite_beyond_the_window(
     steps: int, window: int, sites: int
 ) -> None:
-    tables = [random_table(steps, window, seed) for seed in range(sites)]
+    tables = [replace(random_table(steps, window, seed), reused=seed == 2) for seed in range(sites)]
     errors = gap_errors(tables)
     assert errors.shape == (steps + 1,) * 3
     for newest in range(steps):
@@ -124,18 +127,6 @@ def test_gap_errors_are_sums_over_the_gap_and_infinite_beyond_the_window(
                     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert np.isinf(errors[:, steps]).all()
     assert np.isinf(errors[1:, 0, :]).all()
-
-
-def test_gap_effects_are_running_sums_of_single_stand_ins() -> None:
-    tables = [random_table(7, 4, seed) for seed in (1, 2)]
-    found = gap_effects(tables, 3, 1, 7)
-    assert found.shape == (3, 2, 3)
-    for place, step in enumerate((4, 5, 6)):
-        alone = 0.0
-        for table in tables:
-            entries = table.entries(step, 3, 1)
-            alone = alone + effect(table.effects, step, entries, fitted(table.gram, step, entries))
-        np.testing.assert_allclose(found[place], alone)
 
 
 def cost_of(errors: np.ndarray, chosen: tuple[int, ...]) -> float:

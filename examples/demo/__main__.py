@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from examples.demo.images import image_part
+from examples.demo.part import Extent
 from examples.demo.video import video_part
 from examples.demo.words import word_part
 
@@ -24,7 +25,7 @@ def main() -> None:
     console = Console()
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name in arguments.only or PARTS:
-        part = PARTS[name](arguments.small, arguments.output, console)
+        part = PARTS[name](Extent(arguments.small, arguments.presets), arguments.output, console)
         written = part.run(arguments.output, arguments.seed, console)
         if arguments.readme:
             README_IMAGES.mkdir(parents=True, exist_ok=True)
@@ -34,7 +35,8 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
-    parser.add_argument("--small", action="store_true", help="fewer digits and rounds; fewer steps of clips")
+    parser.add_argument("--small", action="store_true", help="fewer samples and rounds")
+    parser.add_argument("--presets", action="store_true", help="also FasterCache, PAB and ToCa; takes longer")
     parser.add_argument("--only", action="append", choices=list(PARTS), help="leave the other parts out")
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder of the results")
     parser.add_argument("--seed", type=int, default=0, help="of the noise of the first round")

@@ -11,7 +11,7 @@ from torch import Tensor
 from examples.demo import picture, searched
 from examples.demo.measure import Judge
 from examples.demo.methods import Method
-from examples.demo.part import Part
+from examples.demo.part import Extent, Part
 from examples.digits.evaluate import SampleQuality, accuracy, balanced_labels, reference_images
 from examples.digits.model import (
     Classifier,
@@ -28,11 +28,11 @@ STEPS = 50
 SPEEDUP = 3.0
 
 
-def image_part(small: bool, folder: Path, console: Console) -> Part:
-    """The images' part with 64 digits, or 16 if `small`; its own plan is found first."""
-    labels = balanced_labels(16 if small else 64)
+def image_part(extent: Extent, folder: Path, console: Console) -> Part:
+    """The images' part; its own plan is found first."""
+    labels = balanced_labels(16 if extent.small else 32)
     example = digits_example()
-    found = searched.find(example, SPEEDUP, 4 if small else 20, folder, console)
+    found = searched.find(example, SPEEDUP, 4 if extent.small else 20, folder, console)
     return Part(
         sample="image",
         plain=Method("uncached", example.model, sample, ddim_scheduler, STEPS),
@@ -43,7 +43,7 @@ def image_part(small: bool, folder: Path, console: Console) -> Part:
         fewer={"fewer DDIM steps": ddim_scheduler, "DPM-Solver++": dpm_solver_scheduler},
         warm_up_steps=STEPS,
         labels=labels,
-        rounds=2 if small else 4,
+        rounds=2 if extent.small else 4,
         shown=1,
         judge=_judge(load_classifier(), labels),
         draw=picture.draw,

@@ -23,6 +23,19 @@ PLAIN_WARM_UP_STEPS = 5
 
 
 @dataclass(frozen=True)
+class Extent:
+    """How much of the demo is run.
+
+    Attributes:
+        small: fewer samples and rounds.
+        presets: FasterCache, PAB and ToCa beside the searched plans, which compiles many more graphs.
+    """
+
+    small: bool
+    presets: bool
+
+
+@dataclass(frozen=True)
 class Part:
     """One model, how it is sampled, and how that is shown.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from examples import emoji
 from examples.demo import picture
 from examples.demo.methods import Method
-from examples.demo.part import Part
+from examples.demo.part import Extent, Part
 from examples.emoji.model import flow_scheduler, load_model
 from examples.emoji.sample import sample
 from graphcache import Plan, presets
@@ -40,8 +40,11 @@ PROMPTS = (
 )
 
 
-def word_part(small: bool, folder: Path, console: Console) -> Part:
-    """The part of pictures from words, with 16 prompts, or 4 if `small`."""
+def word_part(extent: Extent, folder: Path, console: Console) -> Part:
+    """The part of pictures from words, with 16 prompts, or 4 if it is small."""
+    plans = {"searched": Plan.load(PLANS / "2.0.txt")}
+    if extent.presets:
+        plans["ToCa"] = presets.toca(STEPS, ratio=0.5)
     model = load_model()
     captions = model.captions(PROMPTS)
 
@@ -51,15 +54,12 @@ def word_part(small: bool, folder: Path, console: Console) -> Part:
     return Part(
         sample="picture",
         plain=Method("uncached", model.transformer, draw, flow_scheduler, STEPS),
-        plans={
-            "searched": Plan.load(PLANS / "2.0.txt"),
-            "ToCa": presets.toca(STEPS, ratio=0.5),
-        },
+        plans=plans,
         fewer={"fewer steps": flow_scheduler},
         warm_up_steps=STEPS,
-        labels=torch.arange(len(PROMPTS))[:: 4 if small else 1],
-        rounds=1 if small else 2,
-        shown=2,
+        labels=torch.arange(len(PROMPTS))[:: 4 if extent.small else 1],
+        rounds=1 if extent.small else 2,
+        shown=len(plans),
         judge=None,
         draw=picture.draw,
         files=("words.png", "words.txt", "words.json"),

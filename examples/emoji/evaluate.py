@@ -18,6 +18,7 @@ from examples.emoji.model import WEIGHTS, EmojiModel, flow_scheduler, load_model
 from examples.emoji.sample import sample
 
 BATCH = 32
+CACHE = Path(".cache/emoji/pictures.pt")
 
 
 def generate(model: EmojiModel, names: Sequence[str], steps: int, seed: int = 0) -> Tensor:
@@ -36,9 +37,17 @@ def ranks(pictures: Tensor, emoji: Tensor, asked: Tensor) -> Tensor:
     return (distances < own).sum(1)
 
 
+def closest(made: Tensor, names: Sequence[str], cache: Path = CACHE) -> float:
+    """The share of pictures that are closer to the emoji of their name than to any other."""
+    pictures = load_pictures(cache)
+    emoji = F.avg_pool2d(pictures.canvases.float() / 127.5 - 1, CANVAS_SIZE // IMAGE_SIZE)
+    asked = torch.tensor([pictures.names.index(name) for name in names])
+    return float((ranks(made, emoji, asked) == 0).float().mean())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", type=Path, default=Path(".cache/emoji/pictures.pt"))
+    parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--count", type=int, default=256, help="names, drawn at random")
     parser.add_argument("--steps", type=int, default=30)

@@ -1,0 +1,119 @@
+"""`compare`: quality by its definition, the same over a cluster, and what the command line writes."""
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from graphcache import GraphCacheError, Plan, presets, profile
+from graphcache.cli import app
+from graphcache.cluster import Cluster
+from graphcache.comparison import Row, compare, load_rows
+from graphcache.metrics import frechet_distance, psnr
+from linear import Replanned, Sampler, linear
+
+STEPS = 6
+SAMPLES = (3, 4, 5)
+SEARCHED = Plan.parse(
+    "plan steps=6 preset=none\nf = fitted order=1\noutput  ##f##f\n  step 2 = 1.5 -0.5\n  step 5 = 1.5 -0.5"
+)
+PLANS = {"fora": presets.fora(STEPS, 2), "found": SEARCHED}
+
+
+def factory() -> tuple[nn.Module, Sampler, tuple[int, ...]]:
+    """What the command line asks for."""
+    return linear(), Sampler(), SAMPLES
+
+
+def features(results: torch.Tensor) -> torch.Tensor:
+    return results.flatten(1)
+
+
+def compared(**options: Any) -> tuple[Row, ...]:
+    return compare(
+        linear(),
+        PLANS,
+        SAMPLES,
+        steps=STEPS,
+        sampler=Sampler(),
+        fewer={"half": (None, 3)},
+        backend=None,
+        **options,
+    )
+
+
+def quality(rows: tuple[Row, ...]) -> list[Row]:
+    """Rows without what a clock said."""
+    return [replace(row, speedup=0.0, ms=None) for row in rows]
+
+
+def test_rows_hold_distances_to_the_plain_models_results() -> None:
+    rows = {row.name: row for row in compared(features=features)}
+    assert {name: row.kind for name, row in rows.items()} == {
+        "plain": "plain",
+        "fora": "preset",
+        "found": "searched",
+        "half": "fewer steps",
+    }
+    assert rows["plain"].psnr is None
+    assert rows["plain"].speedup == 1
+    sampler, replanned = Sampler(), Replanned(linear(), STEPS)
+    with torch.no_grad():
+        wanted = [sampler(linear(), sample, STEPS) for sample in SAMPLES]
+        made = {
+            name: [sampler(replanned.under(plan), one, STEPS) for one in SAMPLES]
+            for name, plan in PLANS.items()
+        }
+        made["half"] = [sampler(linear(), one, 3) for one in SAMPLES]
+    for name, results in made.items():
+        means = [float(psnr(one, other).mean()) for one, other in zip(results, wanted, strict=True)]
+        assert rows[name].psnr == pytest.approx(statistics.fmean(means))
+        assert rows[name].spread == pytest.approx(statistics.pstdev(means))
+        distance = frechet_distance(features(torch.cat(results)), features(torch.cat(wanted)))
+        assert rows[name].frechet == pytest.approx(distance)
+    assert rows["half"].steps == 3
+    assert rows["half"].ideal == 2
+    assert rows["found"].ideal == pytest.approx(6 / 4, rel=0.05)
+
+
+def test_a_cluster_gives_the_same_rows_but_for_the_times() -> None:
+    pytest.importorskip("ray", reason="needs graphcache-dit[ray]")
+    with Cluster(num_cpus=2, cpus_per_task=1) as cluster:
+        assert quality(compared(run=cluster.map)) == quality(compared())
+
+
+def test_the_command_line_writes_the_rows(tmp_path: Path) -> None:
+    output = tmp_path / "rows.json"
+    arguments = [
+        "compare",
+        "test_comparison:factory",
+        "--steps",
+        str(STEPS),
+        "--plan",
+        "fora",
+        "--fewer",
+        "3",
+    ]
+    result = CliRunner().invoke(app, [*arguments, "--backend", "none", "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    assert [row.name for row in load_rows(output)] == ["plain", "fora", "3 steps"]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_the_command_line_checks_the_plans_that_it_finds(tmp_path: Path) -> None:
+    place, output = tmp_path / "profile.json", tmp_path / "plan.txt"
+    profile(linear(), SAMPLES[:1], steps=STEPS, sampler=Sampler(), path=place)
+    arguments = ["search", str(place), "--speedup", "1.4", "--output", str(output)]
+    result = CliRunner().invoke(app, [*arguments, "--model", "test_comparison:factory"])
+    assert result.exit_code == 0, result.output
+    assert Plan.load(output).steps == STEPS
+
+
+def test_no_samples_are_refused() -> None:
+    with pytest.raises(GraphCacheError, match="needs at least one"):
+        compare(linear(), PLANS, (), steps=STEPS, sampler=Sampler())
