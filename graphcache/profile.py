@@ -16,8 +16,8 @@ class Site:
     """What a plan can take from the cache, per evaluation of one branch of guidance.
 
     `flops` and `seconds` are those of computing it, `bytes_kept` those of one cached value. `seconds` are
-    measured eagerly, operation by operation; 0 where nobody measured. `token_wise` branches can compute some
-    of their tokens alone.
+    measured eagerly, operation by operation; 0 where nobody measured. `token_bytes` are kept where some of
+    its tokens are computed alone; 0 where that cannot be.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Site:
     flops: int = 0
     bytes_kept: int = 0
     seconds: float = 0.0
-    token_wise: bool = False
+    token_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class SiteLine(msgspec.Struct, forbid_unknown_fields=True):
     flops: int
     bytes_kept: int
     seconds: float
-    token_wise: bool = False
+    token_bytes: int = 0
 
 
 class Document(msgspec.Struct, forbid_unknown_fields=True):

@@ -164,7 +164,7 @@ def describe(sampling: Sampling, sample: Any, task: Task) -> Subject:
             work[b.name],
             storage_bytes(value_of(nodes[b.value])),
             seconds[b.name],
-            _token_wise(program, b.name),
+            _token_bytes(program, b.name),
         )
         for b in step.branches
     ]
@@ -194,15 +194,15 @@ def _reused(program: Program, name: str) -> tuple[int, int]:
     return left, program.entry_bytes(schedule)[name]
 
 
-def _token_wise(program: Program, name: str) -> bool:
-    """Whether a branch can compute some of its tokens alone."""
+def _token_bytes(program: Program, name: str) -> int:
+    """Bytes kept for a branch that computes some of its tokens alone; 0 if it cannot."""
     letter = Letter("a", "tokens", (("count", 1), ("by", "random"), ("multiple", 1)))
     schedule = program.schedule(Plan(2, (letter,), (Row(Selector.parse(name), COMPUTE + letter.symbol),)))
     try:
         program.phase(schedule, schedule.steps[1].phase)
     except PlanError:
-        return False
-    return True
+        return 0
+    return sum(program.entry_bytes(schedule).values())
 
 
 def _bounds(depths: tuple[float, float], blocks: int) -> tuple[str, int, int]:

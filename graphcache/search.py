@@ -191,16 +191,16 @@ def fitted_plan(profile: Profile, sites: Sequence[Site], computed: Sequence[int]
 
 def predicted_speedup(profile: Profile, family: str, computed: int) -> float:
     """Of a generation with so many computed steps, by measured steps where there are some, else by FLOPs."""
-    return _speedup(profile, computed, _skipped(profile, family))
+    return _speedup(profile, computed, skipped(profile, family))
 
 
-def _speedup(profile: Profile, computed: int, skipped: float) -> float:
+def _speedup(profile: Profile, computed: int, other: float) -> float:
     whole = profile.timings.get("compute", float(profile.flops))
     plain = profile.timings.get("plain", whole)
-    return profile.steps * plain / (computed * whole + (profile.steps - computed) * skipped)
+    return profile.steps * plain / (computed * whole + (profile.steps - computed) * other)
 
 
-def _skipped(profile: Profile, family: str) -> float:
+def skipped(profile: Profile, family: str) -> float:
     """The cost of a step that takes a family from the cache, in seconds or in FLOPs."""
     whole = profile.timings.get("compute", float(profile.flops))
     return profile.timings.get(family, whole * _skipped_flops(profile, family) / profile.flops)
@@ -228,7 +228,7 @@ def _partial_candidates(profile: Profile) -> Iterator[Candidate]:
     roles = kinds(profile)
     tables = {site.name: _table(profile, site) for sites in roles.values() for site in sites}
     for role, sites in roles.items() if len(roles) > 1 else ():
-        shares = (1.0, *BUDGETS) if all(site.token_wise for site in sites) else (1.0,)
+        shares = (1.0, *BUDGETS) if all(site.token_bytes for site in sites) else (1.0,)
         others = [site for other in roles.values() if other is not sites for site in other]
         left = sum(site.flops for site in sites)
         for share in shares:
@@ -245,7 +245,7 @@ def _partial_candidates(profile: Profile) -> Iterator[Candidate]:
                 family = f"branches but {role}"
                 if share < 1:
                     plan = _with_tokens(plan, sites, choice.steps, share)
-                    kept += sum(site.bytes_kept for site in sites)
+                    kept += 2 * sum(site.token_bytes for site in sites)
                     family = f"branches, {share:g} of {role}"
                 computed = len(choice.steps)
                 speedup = _partial_speedup(profile, computed, share * left)
@@ -264,8 +264,7 @@ def _with_tokens(plan: Plan, sites: Sequence[Site], computed: Sequence[int], sha
 def _partial_speedup(profile: Profile, computed: int, flops: float) -> float:
     """Of a generation whose other steps compute so many FLOPs of branches."""
     whole = profile.timings.get("compute", float(profile.flops))
-    skipped = _skipped(profile, "branches") + whole * flops / profile.flops
-    return _speedup(profile, computed, skipped)
+    return _speedup(profile, computed, skipped(profile, "branches") + whole * flops / profile.flops)
 
 
 def _refitted_error(profile: Profile, sites: Sequence[Site], computed: Sequence[int], entries: int) -> float:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from graphcache.automatic import checker
 from graphcache.cluster import Cluster, Settings
+from graphcache.comparison import compare
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.profile import Profile
@@ -99,6 +101,15 @@ def test_candidates_are_checked_alike(cluster: Cluster) -> None:
     errors = list(map(check, plans))
     assert list(cluster.map(check, plans)) == errors
     assert all(errors)
+
+
+def test_rows_are_alike_but_for_the_times(cluster: Cluster) -> None:
+    plans = {"half": Plan.parse(f"plan steps={STEPS} preset=none\n* #.#.\n")}
+    options: dict[str, Any] = {"steps": STEPS, "sampler": euler, "fewer": {"two": (None, 2)}, "backend": None}
+    found = [compare(tiny(2), plans, SAMPLES[:2], run=run, **options) for run in (map, cluster.map)]
+    here, there = ([replace(row, speedup=0.0, ms=None) for row in rows] for rows in found)
+    assert here == there
+    assert {row.name for row in here if row.psnr} == {"half", "two"}
 
 
 @pytest.mark.usefixtures("two_threads")

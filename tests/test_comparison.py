@@ -1,7 +1,6 @@
-"""`compare`: quality by its definition, the same over a cluster, and what the command line writes."""
+"""`compare`: quality by its definition, and what the command line writes."""
 
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from typer.testing import CliRunner
 
 from graphcache import GraphCacheError, Plan, presets, profile
 from graphcache.cli import app
-from graphcache.cluster import Cluster
 from graphcache.comparison import Row, compare, load_rows
 from graphcache.metrics import frechet_distance, psnr
 from linear import Replanned, Sampler, linear
@@ -47,11 +45,6 @@ def compared(**options: Any) -> tuple[Row, ...]:
     )
 
 
-def quality(rows: tuple[Row, ...]) -> list[Row]:
-    """Rows without what a clock said."""
-    return [replace(row, speedup=0.0, ms=None) for row in rows]
-
-
 def test_rows_hold_distances_to_the_plain_models_results() -> None:
     rows = {row.name: row for row in compared(features=features)}
     assert {name: row.kind for name, row in rows.items()} == {
@@ -79,12 +72,6 @@ def test_rows_hold_distances_to_the_plain_models_results() -> None:
     assert rows["half"].steps == 3
     assert rows["half"].ideal == 2
     assert rows["found"].ideal == pytest.approx(6 / 4, rel=0.05)
-
-
-def test_a_cluster_gives_the_same_rows_but_for_the_times() -> None:
-    pytest.importorskip("ray", reason="needs graphcache-dit[ray]")
-    with Cluster(num_cpus=2, cpus_per_task=1) as cluster:
-        assert quality(compared(run=cluster.map)) == quality(compared())
 
 
 def test_the_command_line_writes_the_rows(tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ STEPS = 8
 
 
 @cache
-def profile_of(mode: str | None = "first", steps: int = STEPS) -> Profile:
+def profile_of(mode: str | None = "first", steps: int = STEPS, tokens: int = 3) -> Profile:
     conditional = mode if mode in ("first", "last") else None
     options: dict[str, Any] = {"probes": 2, "conditional": conditional}
-    return graphcache.profile(linear(), [1, 2], steps=steps, sampler=Sampler(mode), **options)
+    return graphcache.profile(linear(), [1, 2], steps=steps, sampler=Sampler(mode, tokens), **options)
 
 
 def estimated(profile: Profile, item: Candidate) -> float:
@@ -209,8 +209,9 @@ def test_plans_survive_their_text_and_name_their_conditional_half() -> None:
 
 @pytest.mark.parametrize("mode", [None, "first", "calls"])
 def test_candidates_run_as_fast_and_as_small_as_promised(mode: str | None) -> None:
-    sampler, replanned = Sampler(mode), Replanned(linear(), STEPS)
-    for item in candidates(profile_of(mode)):
+    # budgets are multiples of 16 tokens
+    sampler, replanned = Sampler(mode, tokens=64), Replanned(linear(), STEPS)
+    for item in candidates(profile_of(mode, tokens=64)):
         if len(item.computed) not in (1, 3, 5):
             continue
         model = replanned.under(item.plan)

@@ -10,7 +10,7 @@ from graphcache.ir.plan import COMPUTE
 from graphcache.ir.schedule import GUIDANCE
 from graphcache.page.course import HOLD, Course
 from graphcache.profile import Profile, families
-from graphcache.search import Candidate
+from graphcache.search import Candidate, skipped
 
 Source = tuple[tuple[int, ...], tuple[float, ...]]
 """Steps of the values that stand in for a site's, and their weights."""
@@ -58,9 +58,14 @@ def _cost(profile: Profile, taken: Sequence[str], whole: float) -> float:
         return whole
     sets = {family: {site.name for site in sites} for family, sites in families(profile).items()}
     family = next((name for name, sites in sets.items() if sites == {*taken}), "")
+    if family:
+        return skipped(profile, family)
     flops = {site.name: site.flops for site in profile.sites} | {GUIDANCE: profile.flops // 2}
-    left = 1 - sum(flops[name] for name in taken) / profile.flops
-    return profile.timings.get(family, whole * left)
+    spared = sum(flops[name] for name in taken)
+    if sets.get("branches", set()) >= {*taken}:
+        spared -= sum(flops[name] for name in sets["branches"])
+        return skipped(profile, "branches") - whole * spared / profile.flops
+    return whole * (1 - spared / profile.flops)
 
 
 def _is_linear(course: Course) -> bool:
