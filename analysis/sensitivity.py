@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Steps = int | Sequence[int] | np.ndarray
+Steps = int | Sequence[int] | Sequence[Sequence[int]] | np.ndarray
 
 RIDGE = 1e-3
 """Share of a value's squared length that keeps fitted coefficients small where entries nearly agree."""

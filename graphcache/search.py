@@ -175,16 +175,15 @@ def pareto(items: Sequence[Candidate]) -> tuple[Candidate, ...]:
 
 def fitted_plan(profile: Profile, sites: Sequence[Site], computed: Sequence[int], entries: int) -> Plan:
     """Sites computed at some steps; at the others fitted on the latest `entries` values."""
-    rows, steps = [], range(profile.steps)
-    actions = "".join(COMPUTE if step in computed else "f" for step in steps)
+    rows, histories = [], _histories(profile.steps, computed, entries)
+    actions = "".join("f" if step in histories else COMPUTE for step in range(profile.steps))
     for site in sites:
         gram = profile.gram[profile.index(site.name)]
-        listed = []
-        for step in steps:
-            if step not in computed:
-                history = _history(computed, step, entries)
-                listed.append((step, tuple(map(float, fitted(gram, step, history)))))
-        rows.append(Row(Selector.parse(site.name), actions, tuple(listed)))
+        listed: dict[int, tuple[float, ...]] = {}
+        for alike in _by_length(histories):
+            weights = fitted(gram, list(alike), list(alike.values()))
+            listed |= dict(zip(alike, map(tuple, weights.tolist()), strict=True))
+        rows.append(Row(Selector.parse(site.name), actions, tuple(sorted(listed.items()))))
     letter = Letter("f", "fitted", (("order", entries - 1),))
     return Plan(profile.steps, (letter,), tuple(rows), conditional=profile.provenance.conditional)
 
@@ -269,19 +268,18 @@ def _partial_speedup(profile: Profile, computed: int, flops: float) -> float:
 
 def _refitted_error(profile: Profile, sites: Sequence[Site], computed: Sequence[int], entries: int) -> float:
     """The estimate of `gap_errors` with longer histories, within the window."""
-    total = 0.0
-    for newest, end in zip(computed, (*computed[1:], profile.steps), strict=True):
-        sums: np.ndarray | float = 0.0
-        for step in range(newest + 1, end):
-            for site in sites:
-                table = _table(profile, site)
-                history = tuple(
-                    item for item in _history(computed, step, entries) if step - item <= table.window
-                )
-                sums = sums + effect(table.effects, step, history, fitted(table.gram, step, history))
-        if not isinstance(sums, float):
-            total += float((sums**2).mean(axis=0).sum())
-    return total
+    near = {
+        step: tuple(item for item in history if step - item <= profile.window)
+        for step, history in _histories(profile.steps, computed, entries).items()
+    }
+    found = np.zeros((profile.steps, *profile.effects.shape[-2:]))
+    for site in sites:
+        table = _table(profile, site)
+        for alike in _by_length(near):
+            steps, history = list(alike), list(alike.values())
+            found[steps] += effect(table.effects, steps, history, fitted(table.gram, steps, history))
+    gaps = np.add.reduceat(found, computed)
+    return float((gaps**2).mean(axis=1).sum())
 
 
 def _guidance_candidates(profile: Profile) -> Iterator[Candidate]:
@@ -313,8 +311,19 @@ def _table(profile: Profile, site: Site) -> Table:
     return Table(site.name, profile.gram[place], profile.effects[place])
 
 
-def _history(computed: Sequence[int], step: int, entries: int) -> tuple[int, ...]:
-    return tuple([item for item in computed if item < step][: -entries - 1 : -1])
+def _histories(steps: int, computed: Sequence[int], entries: int) -> dict[int, tuple[int, ...]]:
+    """The newest computed steps before each other step."""
+    return {
+        step: tuple([item for item in computed if item < step][: -entries - 1 : -1])
+        for step in range(steps)
+        if step not in computed
+    }
+
+
+def _by_length(histories: dict[int, tuple[int, ...]]) -> Iterator[dict[int, tuple[int, ...]]]:
+    """Histories of equal length together."""
+    for length in {len(history) for history in histories.values()}:
+        yield {step: history for step, history in histories.items() if len(history) == length}
 
 
 def _rms(profile: Profile, error: float) -> float:
