@@ -1,7 +1,7 @@
 # Every target may be the first one on a fresh machine: it makes .venv and installs what it needs.
 #   make PYTHON=python3.12 test    another interpreter (3.11 or newer) for a new .venv
 #   make test JOBS=8               more test processes
-#   make demo SMALL=1              a shorter demo
+#   make demo SMALL=1              a shorter demo; PRESETS=1 a longer one, with FasterCache, PAB and ToCa
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .NOTPARALLEL:
@@ -10,14 +10,14 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip
-small := $(if $(filter-out 0,$(SMALL)),--small)
+options := $(if $(filter-out 0,$(SMALL)),--small) $(if $(filter-out 0,$(PRESETS)),--presets)
 
 .PHONY: venv demo test lint bench
 
 venv: .venv/.with-dev
 
 demo: .venv/.with-examples
-	@$(BIN)/python -m examples.demo $(small)
+	@$(BIN)/python -m examples.demo $(options)
 
 # One thread per test process: the models are tiny, and threads would only fight over the cores.
 test: .venv/.with-test
