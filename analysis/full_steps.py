@@ -1,7 +1,7 @@
 """Which steps to compute: the best set of every size, by dynamic programming over pairs of steps."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,6 +28,10 @@ class Table:
     @property
     def window(self) -> int:
         return int(self.effects.shape[1]) - 1
+
+    def reusing(self, share: float) -> "Table":
+        """The same where this share of the value is taken from the cache, as it is there."""
+        return replace(self, effects=share * self.effects, reused=True)
 
     def stand_ins(self) -> np.ndarray:
         """Effects (newest, gap − 1, behind, probes, samples) of a stand-in at the step newest + gap, made of

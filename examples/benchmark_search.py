@@ -114,22 +114,39 @@ class Bench:
         items = self.items(TEST, self.arguments.seeds)
         references = [self.generate(self.example.model, item) for item in items]
         figures = self._load("quality")
+        for name, results in self._results(items, figures):
+            figures[name] = [_db(result, ref) for result, ref in zip(results, references, strict=True)]
+            self._save("quality", figures)
+            console.print(f"{name:32} {statistics.fmean(figures[name]):6.2f}")
+
+    def judged(self) -> None:
+        """What samples look like, whatever the uncached ones are: of all contenders and of those."""
+        judge = self.example.judge
+        if judge is None:
+            console.print("nobody judges these samples")
+            return
+        items = self.items(JUDGED, self.arguments.seeds)
+        figures = self._load("judged")
+        if "uncached" not in figures:
+            made = [self.generate(self.example.model, item) for item in items]
+            figures["uncached"] = judge(items, torch.cat(made))
+        for name, results in self._results(items, figures):
+            figures[name] = judge(items, torch.cat(results))
+            self._save("judged", figures)
+        for name, found in figures.items():
+            console.print(f"{name:32} {found}")
+
+    def _results(self, items: list[Any], known: dict[str, Any]) -> Iterator[tuple[str, list[Tensor]]]:
+        """Generations of the contenders and of fewer steps that are not known yet."""
         for name, plan in self.contenders().items():
-            if name not in figures:
+            if name not in known:
                 model = self.sampling.planned(plan)
-                figures[name] = [
-                    _db(self.generate(model, item), ref) for item, ref in zip(items, references, strict=True)
-                ]
-                self._save("quality", figures)
-                console.print(f"{name:32} {statistics.fmean(figures[name]):6.2f}")
+                yield name, [self.generate(model, item) for item in items]
         for solver in self.example.solvers:
             for count in self.arguments.fewer:
                 name = f"{count} steps {solver}"
-                if name not in figures:
-                    made = [self.generate(self.example.model, item, solver, count) for item in items]
-                    figures[name] = [_db(one, ref) for one, ref in zip(made, references, strict=True)]
-                    self._save("quality", figures)
-                    console.print(f"{name:32} {statistics.fmean(figures[name]):6.2f}")
+                if name not in known:
+                    yield name, [self.generate(self.example.model, item, solver, count) for item in items]
 
     def time(self) -> None:
         """Seconds of one generation: each kind of step of each plan is timed once, compiled."""
@@ -185,28 +202,6 @@ class Bench:
             self._save("converged", figures)
         for name, values in figures.items():
             console.print(f"{name:32} {statistics.fmean(values):6.2f} ± {statistics.pstdev(values):.2f}")
-
-    def judged(self) -> None:
-        """What samples look like, whatever the uncached ones are: of contenders and of fewer steps."""
-        judge = self.example.judge
-        if judge is None:
-            console.print("nobody judges these samples")
-            return
-        items = self.items(JUDGED, self.arguments.seeds)
-        figures = self._load("judged")
-        runs: dict[str, tuple[Any, str | None, int]] = {}
-        runs["uncached"] = self.example.model, None, self.example.steps
-        for name, plan in self.contenders().items():
-            runs[name] = self.sampling.planned(plan), None, self.example.steps
-        for solver in self.example.solvers:
-            for count in self.arguments.fewer:
-                runs[f"{count} steps {solver}"] = self.example.model, solver, count
-        for name, (model, by, count) in runs.items():
-            if name not in figures:
-                made = [self.generate(model, item, by, count) for item in items]
-                figures[name] = judge(items, torch.cat(made))
-                self._save("judged", figures)
-                console.print(f"{name:32} {figures[name]}")
 
     def table(self) -> None:
         """For every speed-up the best setting of each rival whose time is within 2 % of the plan's."""

@@ -17,7 +17,8 @@ from examples.digits.evaluate import sample_quality
 from examples.digits.model import ddim_scheduler, dpm_solver_scheduler, load_classifier
 from examples.digits.model import load_model as load_digits
 from examples.digits.sample import sample as sample_digits
-from examples.emoji.evaluate import closest
+from examples.emoji.data import load_pictures
+from examples.emoji.evaluate import CACHE, ranks_among
 from examples.emoji.model import flow_scheduler as emoji_scheduler
 from examples.emoji.model import load_model as load_emoji
 from examples.emoji.sample import sample as sample_emoji
@@ -110,7 +111,8 @@ def emoji_example() -> Example:
 
     def nearest(items: Sequence[Item], pictures: Tensor) -> dict[str, float]:
         asked = [name for request, seed in items for name in names(len(request), seed)]
-        return {"closest to the asked one": closest(pictures, asked)}
+        ranks = ranks_among(load_pictures(CACHE), pictures, asked)
+        return {"closest to the asked one": float((ranks == 0).float().mean())}
 
     return Example(
         model.transformer,

@@ -111,6 +111,10 @@ def search(
     """Solve for the best plan that a profile promises, and with --model of those that hold it."""
     made = load_profile(profile)
     check = None
+    if model is None and ray is not None:
+        raise GraphCacheError(
+            "--ray shards the runs of --model, which is missing; name one or leave --ray out"
+        )
     if model is not None:
         found_samples = _sampled(model, call, samples, threads)
         sampling = Sampling.of(found_samples.model_or_pipe, found_samples.sampler)
@@ -224,7 +228,8 @@ def _mapping(ray: str | None) -> Iterator[Any]:
 
 def _describe(item: Candidate) -> str:
     computed = f"{item.family}, {len(item.computed)} of {item.plan.steps} steps computed"
-    return f"{computed}, {item.speedup:.2f}×, estimated error {item.known_error:.3g}, {item.bytes:,} bytes"
+    known = "estimated" if item.measured is None else "measured"
+    return f"{computed}, {item.speedup:.2f}×, {known} error {item.known_error:.3g}, {item.bytes:,} bytes"
 
 
 def _print_front(found: Found) -> None:

@@ -110,6 +110,7 @@ def compare(
     sampling = Sampling.of(model_or_pipe, sampler)
     refuse_random(sampling, samples[0], steps)
     contest = _Contest(sampling, dict(plans), steps, dict(fewer or {}), backend, timestep)
+    progress(f"compiling {len(contest.names)} contenders")
     rounds = []
     for measured in run(contest, list(enumerate(samples))):
         rounds.append(measured)

@@ -7,6 +7,10 @@ from typing import Literal
 import numpy as np
 
 from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.selector import ROLES
+
+_ROLES = "|".join(re.escape(role) for role in sorted(ROLES, key=len, reverse=True))
+_NAME = re.compile(rf"(?P<path>.+)(?<!\.parallel)\.(?P<role>{_ROLES})(?P<context>\.context)?(\.\d+)?")
 
 Kind = Literal["branch", "range", "output", "guidance"]
 
@@ -117,11 +121,17 @@ def families(profile: Profile) -> dict[str, tuple[Site, ...]]:
     return ({"branches": branches} if branches else {}) | found
 
 
+def parsed(name: str) -> re.Match[str] | None:
+    """A branch's name, `<block path>.<role>[.context][.k]`, in its parts."""
+    return _NAME.fullmatch(name)
+
+
 def kinds(profile: Profile) -> dict[str, tuple[Site, ...]]:
-    """Branches by their role, what their names say behind the number of the block."""
+    """Branches by what their names say behind the block."""
     found: dict[str, tuple[Site, ...]] = {}
     for site in profile.sites:
         if site.kind == "branch":
-            role = re.sub(r"^.*?\.\d+\.", "", site.name)
-            found[role] = (*found.get(role, ()), site)
+            match = parsed(site.name)
+            kind = site.name[match.start("role") :] if match else site.name
+            found[kind] = (*found.get(kind, ()), site)
     return found

@@ -13,12 +13,13 @@ import torch
 
 from graphcache.analysis.branches import branch_flops
 from graphcache.analysis.cost import graph_flops
+from graphcache.analysis.dataflow import Dataflow
+from graphcache.analysis.tokens import cut_tokens
 from graphcache.calibration import site_seconds, step_seconds
 from graphcache.compile import Backend
 from graphcache.engine import Engine, Options
 from graphcache.ir.errors import GraphCacheError, PlanError
-from graphcache.ir.graph import storage_bytes, value_of
-from graphcache.ir.letter import Letter
+from graphcache.ir.graph import Branch, storage_bytes, value_of
 from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
 from graphcache.ir.selector import Selector
 from graphcache.probing import OUTPUT, ProbeEngine
@@ -157,6 +158,7 @@ def describe(sampling: Sampling, sample: Any, task: Task) -> Subject:
         program = engine.prepare(inputs)
     step = program.step
     work, nodes, seconds = branch_flops(step), step.nodes(), site_seconds(program, engine.flat(inputs))
+    flow = Dataflow(step)
     sites = [
         Site(
             b.name,
@@ -164,7 +166,7 @@ def describe(sampling: Sampling, sample: Any, task: Task) -> Subject:
             work[b.name],
             storage_bytes(value_of(nodes[b.value])),
             seconds[b.name],
-            _token_bytes(program, b.name),
+            _token_bytes(flow, b),
         )
         for b in step.branches
     ]
@@ -194,15 +196,13 @@ def _reused(program: Program, name: str) -> tuple[int, int]:
     return left, program.entry_bytes(schedule)[name]
 
 
-def _token_bytes(program: Program, name: str) -> int:
+def _token_bytes(flow: Dataflow, branch: Branch) -> int:
     """Bytes kept for a branch that computes some of its tokens alone; 0 if it cannot."""
-    letter = Letter("a", "tokens", (("count", 1), ("by", "random"), ("multiple", 1)))
-    schedule = program.schedule(Plan(2, (letter,), (Row(Selector.parse(name), COMPUTE + letter.symbol),)))
     try:
-        program.phase(schedule, schedule.steps[1].phase)
+        cut = cut_tokens(flow, branch)
     except PlanError:
         return 0
-    return sum(program.entry_bytes(schedule).values())
+    return sum(storage_bytes(value_of(node)) for node in (cut.value, *cut.memory))
 
 
 def _bounds(depths: tuple[float, float], blocks: int) -> tuple[str, int, int]:

@@ -48,10 +48,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """The chosen plan, and the candidates that no other one beats in speed-up and error, fastest first."""
+    """The chosen plan, the candidates that no other one beats in speed-up and error, fastest first, and all
+    that were priced."""
 
     chosen: Candidate
     front: tuple[Candidate, ...]
+    priced: tuple[Candidate, ...]
 
     @property
     def plan(self) -> Plan:
@@ -128,7 +130,7 @@ def search(
         meeting = sorted(filter(allowed, measured), key=order)
         if not meeting:
             raise _unmet(measured, speedup, max_error)
-    return Found(meeting[0], pareto(known))
+    return Found(meeting[0], pareto(known), tuple(made))
 
 
 def _measured(
@@ -193,16 +195,25 @@ def predicted_speedup(profile: Profile, family: str, computed: int) -> float:
     return _speedup(profile, computed, skipped(profile, family))
 
 
-def _speedup(profile: Profile, computed: int, other: float) -> float:
-    whole = profile.timings.get("compute", float(profile.flops))
-    plain = profile.timings.get("plain", whole)
-    return profile.steps * plain / (computed * whole + (profile.steps - computed) * other)
+def whole(profile: Profile) -> float:
+    """The cost of a computed step, in seconds or in FLOPs."""
+    return profile.timings.get("compute", float(profile.flops))
 
 
 def skipped(profile: Profile, family: str) -> float:
-    """The cost of a step that takes a family from the cache, in seconds or in FLOPs."""
-    whole = profile.timings.get("compute", float(profile.flops))
-    return profile.timings.get(family, whole * _skipped_flops(profile, family) / profile.flops)
+    """The cost of a step that takes a family from the cache, in the same unit."""
+    return profile.timings.get(family, whole(profile) * _skipped_flops(profile, family) / profile.flops)
+
+
+def partly_skipped(profile: Profile, flops: float) -> float:
+    """The cost of a step that takes all branches from the cache but for so many FLOPs of them."""
+    return skipped(profile, "branches") + whole(profile) * flops / profile.flops
+
+
+def _speedup(profile: Profile, computed: int, other: float) -> float:
+    cost = whole(profile)
+    plain = profile.timings.get("plain", cost)
+    return profile.steps * plain / (computed * cost + (profile.steps - computed) * other)
 
 
 def _skipped_flops(profile: Profile, family: str) -> int:
@@ -224,32 +235,34 @@ def _candidates(profile: Profile, family: str, sites: Sequence[Site], choice: Ch
 
 def _partial_candidates(profile: Profile) -> Iterator[Candidate]:
     """Skipped steps that compute one kind of branch, all of its tokens or some, and forecast the others."""
-    roles = kinds(profile)
-    tables = {site.name: _table(profile, site) for sites in roles.values() for site in sites}
-    for role, sites in roles.items() if len(roles) > 1 else ():
-        shares = (1.0, *BUDGETS) if all(site.token_bytes for site in sites) else (1.0,)
-        others = [site for other in roles.values() if other is not sites for site in other]
-        left = sum(site.flops for site in sites)
-        for share in shares:
-            mixed = [tables[site.name] for site in others]
-            if share < 1:
-                # of tokens taken at random; the cached ones are as old as the newest whole step, at most
-                mixed += [
-                    replace(tables[site.name], effects=(1 - share) * tables[site.name].effects, reused=True)
-                    for site in sites
-                ]
-            for choice in best_steps(gap_errors(mixed), profile.steps - 1).values():
-                plan = fitted_plan(profile, others, choice.steps, 2)
-                kept = 3 * sum(site.bytes_kept for site in others)
-                family = f"branches but {role}"
-                if share < 1:
-                    plan = _with_tokens(plan, sites, choice.steps, share)
-                    kept += 2 * sum(site.token_bytes for site in sites)
-                    family = f"branches, {share:g} of {role}"
-                computed = len(choice.steps)
-                speedup = _partial_speedup(profile, computed, share * left)
-                error = _rms(profile, choice.error)
-                yield Candidate(plan, family, choice.steps, speedup, error, kept * profile.calls)
+    groups = kinds(profile)
+    for kind, sites in groups.items() if len(groups) > 1 else ():
+        others = [site for group in groups.values() if group is not sites for site in group]
+        yield from _partly_computed(profile, f"branches but {kind}", others, sites, 1.0)
+        if all(site.token_bytes for site in sites):
+            for share in BUDGETS:
+                yield from _partly_computed(profile, f"branches, {share:g} of {kind}", others, sites, share)
+
+
+def _partly_computed(
+    profile: Profile, family: str, forecast: Sequence[Site], computed: Sequence[Site], share: float
+) -> Iterator[Candidate]:
+    """Some sites forecast at skipped steps; of the others a share of the tokens is computed."""
+    tables = [_table(profile, site) for site in forecast]
+    kept = 3 * sum(site.bytes_kept for site in forecast)
+    if share < 1:
+        # of tokens taken at random; the cached ones are as old as the newest whole step, at most
+        tables += [_table(profile, site).reusing(1 - share) for site in computed]
+        kept += 2 * sum(site.token_bytes for site in computed)
+    other = partly_skipped(profile, share * sum(site.flops for site in computed))
+    for choice in best_steps(gap_errors(tables), profile.steps - 1).values():
+        plan = fitted_plan(profile, forecast, choice.steps, 2)
+        if share < 1:
+            plan = _with_tokens(plan, computed, choice.steps, share)
+        speedup = _speedup(profile, len(choice.steps), other)
+        yield Candidate(
+            plan, family, choice.steps, speedup, _rms(profile, choice.error), kept * profile.calls
+        )
 
 
 def _with_tokens(plan: Plan, sites: Sequence[Site], computed: Sequence[int], share: float) -> Plan:
@@ -258,12 +271,6 @@ def _with_tokens(plan: Plan, sites: Sequence[Site], computed: Sequence[int], sha
     actions = "".join(COMPUTE if step in computed else letter.symbol for step in range(plan.steps))
     rows = tuple(Row(Selector.parse(site.name), actions) for site in sites)
     return replace(plan, letters=(*plan.letters, letter), rows=(*plan.rows, *rows))
-
-
-def _partial_speedup(profile: Profile, computed: int, flops: float) -> float:
-    """Of a generation whose other steps compute so many FLOPs of branches."""
-    whole = profile.timings.get("compute", float(profile.flops))
-    return _speedup(profile, computed, skipped(profile, "branches") + whole * flops / profile.flops)
 
 
 def _refitted_error(profile: Profile, sites: Sequence[Site], computed: Sequence[int], entries: int) -> float:

@@ -1,6 +1,7 @@
 """`compare`: quality by its definition, and what the command line writes."""
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from graphcache import GraphCacheError, Plan, presets, profile
+from graphcache import GraphCacheError, Plan, load_profile, presets, profile, search
+from graphcache.automatic import checker
 from graphcache.cli import app
 from graphcache.comparison import Row, compare, load_rows
 from graphcache.metrics import frechet_distance, psnr
+from graphcache.sampling import Sampling
 from linear import Replanned, Sampler, linear
 
 STEPS = 6
@@ -98,7 +101,18 @@ def test_the_command_line_checks_the_plans_that_it_finds(tmp_path: Path) -> None
     arguments = ["search", str(place), "--speedup", "1.4", "--output", str(output)]
     result = CliRunner().invoke(app, [*arguments, "--model", "test_comparison:factory"])
     assert result.exit_code == 0, result.output
-    assert Plan.load(output).steps == STEPS
+    assert "measured error" in " ".join(result.output.split())
+    check = checker(Sampling.of(linear(), Sampler()), SAMPLES, STEPS, "timestep")
+    expected = search(load_profile(place), speedup=1.4, check=check).plan
+    assert replace(Plan.load(output), graph=None) == expected
+
+
+def test_a_cluster_without_runs_to_shard_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "profile.json"
+    profile(linear(), SAMPLES[:1], steps=STEPS, sampler=Sampler(), path=place)
+    result = CliRunner().invoke(app, ["search", str(place), "--speedup", "1.4", "--ray", "local"])
+    assert isinstance(result.exception, GraphCacheError)
+    assert "--model" in str(result.exception)
 
 
 def test_no_samples_are_refused() -> None:

@@ -18,21 +18,6 @@ fora = functools.partial(graphcache.presets.fora, interval=3)
 
 # the scope puts the tests of one pipeline next to each other, where they share captures
 pipelines = pytest.mark.parametrize("name", PIPELINES, scope="module")
-VARIANTS = (
-    "sigma",
-    "controlnet",
-    "img2img",
-    "kontext",
-    "i2v",
-    "v2v",
-    "ti2v_image",
-    "ti2v_text",
-    "skip_layers",
-)
-"""Ends of the names of pipelines whose transformer another pipeline has."""
-one_per_transformer = pytest.mark.parametrize(
-    "name", [name for name in PIPELINES if not name.endswith(VARIANTS)], scope="module"
-)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -88,7 +73,7 @@ CALLS: tuple[dict[str, Any], ...] = (
 )
 
 
-@one_per_transformer
+@pipelines
 def test_generations_of_one_pipeline_may_differ_in_everything(name: str) -> None:
     tiny, pipe = PIPELINES[name], with_fora(name)
     for call in CALLS:

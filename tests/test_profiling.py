@@ -13,16 +13,18 @@ from torch import Tensor, nn
 import graphcache
 from examples.digits.model import ddim_scheduler, load_model
 from examples.digits.sample import sample as sample_digits
-from graphcache import GraphCacheError, Plan, Profile, load_profile
+from graphcache import GraphCacheError, Plan, PlanError, Profile, load_profile
 from graphcache.ir.graph import value_of
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Row
 from graphcache.ir.selector import Selector
+from graphcache.profiling import Subject as Described
 from graphcache.profiling import Task, describe
+from graphcache.program import Program
 from graphcache.sampling import Sampling
 from linear import LinearDiT, Replanned, Sampler, linear
 from pipelines import PIPELINES
-from reference import subject
+from reference import Subject, subject
 
 STEPS, WINDOW = 6, 3
 MODES = [None, "first", "last", "calls"]
@@ -178,8 +180,8 @@ def test_a_profile_says_what_it_is_of(mode: str | None) -> None:
         found.index("blocks.9.mlp")
 
 
-def test_a_range_is_kept_with_every_stream_that_leaves_it() -> None:
-    on = subject("sd3")
+def described(on: Subject) -> Described:
+    """A model of the zoo as profiling sees it from outside."""
     static = on.static()
 
     def sampler(model: nn.Module, sample: int, steps: int) -> Tensor:
@@ -188,7 +190,31 @@ def test_a_range_is_kept_with_every_stream_that_leaves_it() -> None:
             x = x - on.case.prediction(model(**on.case.call(static, x, 1 - step / steps))) / steps
         return x
 
-    found = describe(Sampling.of(on.model, sampler), 0, Task(1, 0, 1, 0, None, on.case.timestep))
+    return describe(Sampling.of(on.model, sampler), 0, Task(1, 0, 1, 0, None, on.case.timestep))
+
+
+@pytest.mark.parametrize("name", ["pixart", "sana"])
+def test_token_bytes_are_those_of_a_budget_and_none_where_it_is_refused(name: str) -> None:
+    on = subject(name)
+    program = Program(on.captured, None).prepared()
+    budget = Letter("a", "tokens", (("count", 1), ("by", "random"), ("multiple", 1)))
+    refused = 0
+    for site in described(on).sites:
+        if site.kind != "branch":
+            continue
+        plan = Plan(2, (budget,), (Row(Selector.parse(site.name), "#a"),))
+        if site.token_bytes:
+            assert site.token_bytes == sum(program.entry_bytes(program.schedule(plan)).values())
+        else:
+            refused += 1
+            with pytest.raises(PlanError, match="no token budget"):
+                program.schedule(plan)
+    assert (refused > 0) == (name == "sana")
+
+
+def test_a_range_is_kept_with_every_stream_that_leaves_it() -> None:
+    on = subject("sd3")
+    found = described(on)
     sites = {site.name: site for site in found.sites}
     nodes, branches = on.captured.step.nodes(), on.captured.step.branches
     bytes_of = {branch.context: value_of(nodes[branch.merge]).nbytes for branch in branches}

@@ -14,7 +14,6 @@ from examples.demo.picture import grid
 from examples.demo.searched import Searched
 from graphcache.comparison import Kind, Row
 from graphcache.page import write_page
-from graphcache.search import candidates
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -28,7 +27,7 @@ def write(folder: Path, searched: Searched, rows: Sequence[Measured], samples: M
         {"searched and tuned": searched.plan},
         rows=[_row(number, row) for number, row in enumerate(rows)],
         pictures={row.method: _picture(samples[row.method]) for row in rows},
-        candidates=candidates(searched.profile),
+        candidates=searched.found.priced,
         title="A plan found for the digits model",
     )
 

@@ -11,7 +11,7 @@ import graphcache
 from examples.demo.progress import stage
 from examples.samplers import Example
 from graphcache import Plan, Profile
-from graphcache.search import Found, candidates, search
+from graphcache.search import Found, search
 from graphcache.tuning import tune, with_corrections
 
 SAMPLES, SIZE = 2, 4
@@ -44,7 +44,7 @@ def find(example: Example, speedup: float, iterations: int, folder: Path, consol
     found = search(profile, speedup=speedup)
     chosen = found.chosen
     console.print(
-        f"{len(candidates(profile))} plans priced; chosen: {chosen.family}, {len(chosen.computed)} of "
+        f"{len(found.priced)} plans priced; chosen: {chosen.family}, {len(chosen.computed)} of "
         f"{example.steps} steps computed, {chosen.speedup:.2f} times fewer FLOPs"
     )
     plan = found.plan

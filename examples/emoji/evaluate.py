@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.emoji.data import CANVAS_SIZE, IMAGE_SIZE, load_pictures
+from examples.emoji.data import CANVAS_SIZE, IMAGE_SIZE, Pictures, load_pictures
 from examples.emoji.model import WEIGHTS, EmojiModel, flow_scheduler, load_model
 from examples.emoji.sample import sample
 
@@ -37,12 +37,10 @@ def ranks(pictures: Tensor, emoji: Tensor, asked: Tensor) -> Tensor:
     return (distances < own).sum(1)
 
 
-def closest(made: Tensor, names: Sequence[str], cache: Path = CACHE) -> float:
-    """The share of pictures that are closer to the emoji of their name than to any other."""
-    pictures = load_pictures(cache)
-    emoji = F.avg_pool2d(pictures.canvases.float() / 127.5 - 1, CANVAS_SIZE // IMAGE_SIZE)
-    asked = torch.tensor([pictures.names.index(name) for name in names])
-    return float((ranks(made, emoji, asked) == 0).float().mean())
+def ranks_among(drawn: Pictures, made: Tensor, names: Sequence[str]) -> Tensor:
+    """Those of pictures that were made for the names of drawn emoji."""
+    emoji = F.avg_pool2d(drawn.canvases.float() / 127.5 - 1, CANVAS_SIZE // IMAGE_SIZE)
+    return ranks(made, emoji, torch.tensor([drawn.names.index(name) for name in names]))
 
 
 def main() -> None:
@@ -53,9 +51,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     arguments = parser.parse_args()
     pictures, model = load_pictures(arguments.cache), load_model(arguments.weights)
-    emoji = F.avg_pool2d(pictures.canvases.float() / 127.5 - 1, CANVAS_SIZE // IMAGE_SIZE)
     asked = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[: arguments.count]
-    found = ranks(generate(model, [pictures.names[i] for i in asked], arguments.steps), emoji, asked)
+    names = [pictures.names[place] for place in asked]
+    found = ranks_among(pictures, generate(model, names, arguments.steps), names)
     share = [float((found < most).float().mean()) for most in (1, 5)]
     print(
         f"closest of {len(pictures)} emoji: the asked one for {share[0]:.0%}, one of five for {share[1]:.0%}"

@@ -1,6 +1,5 @@
 """A plan met with a profile's sites: what happens to each of them at each step, and what is held."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,25 +9,22 @@ from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.graph import Branch
 from graphcache.ir.plan import COMPUTE, Plan
 from graphcache.ir.schedule import GUIDANCE, PREDICTION, Role, Schedule, site_of
-from graphcache.ir.selector import ROLES, resolve
-from graphcache.profile import Profile
+from graphcache.ir.selector import resolve
+from graphcache.profile import Profile, parsed
 
 HOLD = "-"
 """Neither computed nor taken: something around the site is taken from the cache."""
-
-_ROLES = "|".join(re.escape(role) for role in sorted(ROLES, key=len, reverse=True))
-_NAME = re.compile(rf"(?P<path>.+)(?<!\.parallel)\.(?P<role>{_ROLES})(?P<context>\.context)?(\.\d+)?")
 
 
 def branches_of(profile: Profile, split: bool = False) -> tuple[Branch, ...]:
     """The residual branches that a profile's sites are named after; their graph is not known.
 
     Args:
-        profile: with sites named `<block path>.<role>[.context][.k]`.
+        profile: whose sites' names are read.
         split: whether fused branches are taken apart into attention and MLP.
     """
     names = [site.name for site in profile.sites if site.kind == "branch"]
-    found = [(name, _NAME.fullmatch(name)) for name in names]
+    found = [(name, parsed(name)) for name in names]
     paths = [match["path"] if match else name for name, match in found]
     order = {path: block for block, path in enumerate(dict.fromkeys(paths))}
     result: list[Branch] = []

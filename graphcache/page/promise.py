@@ -1,7 +1,6 @@
 """What a profile promises of any plan."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from graphcache.ir.plan import COMPUTE
 from graphcache.ir.schedule import GUIDANCE
 from graphcache.page.course import HOLD, Course
 from graphcache.profile import Profile, families
-from graphcache.search import Candidate, skipped
+from graphcache.search import Candidate, partly_skipped, skipped, whole
 
 Source = tuple[tuple[int, ...], tuple[float, ...]]
 """Steps of the values that stand in for a site's, and their weights."""
@@ -47,25 +46,23 @@ def promise(course: Course) -> Candidate | None:
 def speedup(course: Course) -> float:
     """Over the plain model: measured steps where a whole family is taken from the cache, else by FLOPs."""
     profile = course.profile
-    whole = profile.timings.get("compute", float(profile.flops))
-    plain = profile.timings.get("plain", whole)
-    spent = sum(_cost(profile, course.taken(step), whole) for step in range(profile.steps))
+    plain = profile.timings.get("plain", whole(profile))
+    spent = sum(_cost(profile, {*course.taken(step)}) for step in range(profile.steps))
     return profile.steps * plain / spent if spent else float("inf")
 
 
-def _cost(profile: Profile, taken: Sequence[str], whole: float) -> float:
+def _cost(profile: Profile, taken: set[str]) -> float:
     if not taken:
-        return whole
+        return whole(profile)
     sets = {family: {site.name for site in sites} for family, sites in families(profile).items()}
-    family = next((name for name, sites in sets.items() if sites == {*taken}), "")
-    if family:
-        return skipped(profile, family)
+    for family, names in sets.items():
+        if names == taken:
+            return skipped(profile, family)
     flops = {site.name: site.flops for site in profile.sites} | {GUIDANCE: profile.flops // 2}
-    spared = sum(flops[name] for name in taken)
-    if sets.get("branches", set()) >= {*taken}:
-        spared -= sum(flops[name] for name in sets["branches"])
-        return skipped(profile, "branches") - whole * spared / profile.flops
-    return whole * (1 - spared / profile.flops)
+    branches = sets.get("branches", set())
+    if taken <= branches:
+        return partly_skipped(profile, sum(flops[name] for name in branches - taken))
+    return whole(profile) * (1 - sum(flops[name] for name in taken) / profile.flops)
 
 
 def _is_linear(course: Course) -> bool:
