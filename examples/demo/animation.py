@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +24,7 @@ SHADES = 16
 PAPER, BORDER, INK, PALE_INK = 255, 221, 0, 85
 FRAME_MS, LAST_FRAME_MS = 100, 600
 HEAD, FOOT = 104, 26
-"""Heights of what is written above and below the clips, in pixels."""
+"""Heights of what is written above the clips, and of a line below them, in pixels."""
 
 
 def draw(path: Path, rows: Sequence[Row], clips: Mapping[str, Tensor], setting: Setting) -> None:
@@ -60,8 +61,15 @@ def _head(rows: Sequence[Row], setting: Setting, width: int) -> NDArray[np.uint8
 
 
 def _foot(setting: Setting, width: int) -> NDArray[np.uint8]:
-    image = Image.new("L", (width, FOOT), PAPER)
-    ImageDraw.Draw(image).text((width / 2, FOOT / 2), setting.footnote, PALE_INK, _font(11), anchor="mm")
+    """What the numbers are, in as many lines as the width takes."""
+    font, text = _font(11), setting.footnote
+    letters = int(len(text) * (width - 2 * GAP) / max(font.getlength(text), 1))
+    lines = textwrap.wrap(text, letters)
+    height = FOOT * len(lines)
+    image = Image.new("L", (width, height), PAPER)
+    place, told = (width / 2, height / 2), "\n".join(lines)
+    pen = ImageDraw.Draw(image)
+    pen.multiline_text(place, told, PALE_INK, font, anchor="mm", align="center", spacing=8)
     return np.asarray(image)
 
 
