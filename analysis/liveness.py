@@ -10,6 +10,7 @@ from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Branch
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
+from graphcache.ir.resolve import Resolution, resolve
 from graphcache.ir.schedule import (
     GUIDANCE,
     PREDICTION,
@@ -24,7 +25,6 @@ from graphcache.ir.schedule import (
     site_of,
     unconditional,
 )
-from graphcache.ir.selector import Resolution, resolve
 
 _Column = tuple[Action, ...]
 

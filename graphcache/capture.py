@@ -15,6 +15,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.overrides import TorchFunctionMode
 
 from graphcache.compile import COMPILING
+from graphcache.functional import Unknown, functional, is_functional
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, Output, StepGraph
@@ -47,20 +48,17 @@ def capture(
     try:
         with COMPILING, _uncompiled(model), _ChosenKernels(), torch.inference_mode(False), torch.no_grad():
             program = torch.export.export(wrapper, tensors, strict=False)
-            if not _is_functional(program.graph):
-                # in-place writes into views would be lost to dead-code elimination
-                program = program.run_decompositions({})
+            program, graph = _functional(program)
     except CaptureError:
         raise
     except Exception as error:
         raise CaptureError(_explain(error)) from error
     _refuse_mutation(program.graph_signature)
-    module = program.module(check_guards=False)
-    graph = _plain_graph(module)
+    graph, held = _unlifted(program, graph)
     _refuse_ops(graph)
     output = outputs[-1]
     step = StepGraph(
-        module,
+        fx.GraphModule(held, graph),
         graph,
         tuple(Input(call.kind(index), index, name) for index, name in enumerate(call.leaf_names)),
         tuple(Output(index) for index in range(output.count)),
@@ -136,14 +134,18 @@ class _FlatCall(nn.Module):
         return leaves
 
 
-def _is_functional(graph: fx.Graph) -> bool:
-    """Whether export's graph is pure as it is; decomposing takes twice as long as exporting."""
-    targets = [node.target for node in graph.nodes if node.op == "call_function"]
-    return not any(
-        isinstance(target, torch._ops.HigherOrderOperator)
-        or (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable)
-        for target in targets
-    )
+def _functional(program: Any) -> tuple[Any, fx.Graph]:
+    """The program and its graph without in-place operations, whose writes into views would be lost otherwise.
+
+    PyTorch's own way traces once more, which takes as long as the export itself.
+    """
+    if is_functional(program.graph):
+        return program, program.graph
+    try:
+        return program, functional(program.graph)
+    except Unknown:
+        program = program.run_decompositions({})
+        return program, program.graph
 
 
 def _refuse_mutation(signature: Any) -> None:
@@ -161,16 +163,29 @@ def _refuse_mutation(signature: Any) -> None:
             )
 
 
-def _plain_graph(module: fx.GraphModule) -> fx.Graph:
-    """The exported graph without pytree code: flat placeholders in, one flat tuple out."""
+def _unlifted(program: Any, exported: fx.Graph) -> tuple[fx.Graph, dict[str, Any]]:
+    """The graph with the caller's tensors as its only inputs, and what it takes from the model, by name."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    inputs = module.graph.find_nodes(op="placeholder")
-    for node in inputs:
-        env[node] = graph.node_copy(node)
-    results = graph.graph_copy(module.graph, env)
+    held: dict[str, Any] = {}
+    inputs = list(
+        zip(exported.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True)
+    )
+    for node, spec in inputs:
+        if spec.kind == InputKind.USER_INPUT:
+            env[node] = graph.node_copy(node)
+    for node, spec in inputs:
+        if node not in env and node.users:
+            held[spec.target] = _attribute(program, spec.target)
+            env[node] = graph.get_attr(spec.target)
+            env[node].meta.update(node.meta)
+    results = graph.graph_copy(exported, env)
     graph.output(tuple(results))  # type: ignore[arg-type]
-    return graph
+    return graph, held
+
+
+def _attribute(program: Any, name: str) -> Any:
+    return program.state_dict[name] if name in program.state_dict else program.constants[name]
 
 
 def _refuse_ops(graph: fx.Graph) -> None:

@@ -31,8 +31,8 @@ from graphcache.ir.graph import (
     value_of,
 )
 from graphcache.ir.plan import Plan
+from graphcache.ir.resolve import resolve
 from graphcache.ir.schedule import Guided, Memory, Phase, Role, Schedule, site_of
-from graphcache.ir.selector import resolve
 from graphcache.passes.base import Observer, Pass, run
 from graphcache.passes.guidance import Guide
 from graphcache.passes.hoist import Hoist, Prologue

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from torch.utils.checkpoint import checkpoint
 
 from graphcache.engine import Engine, Options
@@ -14,13 +16,15 @@ from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.graph import Coefficients
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, Plan
-from graphcache.ir.selector import resolve
+from graphcache.ir.resolve import resolve
 from graphcache.program import Runnable
 from graphcache.runner import BranchState, run_step
 from graphcache.sampling import Sampler, Sampling, converged, refuse_random
 from graphcache.session import Branch
 from graphcache.transform import wrapped
 
+MOST_RATE = 0.05
+"""Coefficients are near 1: larger updates of them are not small."""
 Key = tuple[int, int]
 """(row, step) of listed coefficients."""
 
@@ -53,7 +57,7 @@ def tune(
     sampler: Sampler | None = None,
     reference: Literal["uncached", "converged"] = "uncached",
     iterations: int = 80,
-    rate: float = 0.01,
+    rate: float | None = None,
     every: int = 10,
     patience: int = 4,
     data_range: float = 2.0,
@@ -72,7 +76,8 @@ def tune(
         held_out: judge the plan; the best one for them is returned.
         reference: "uncached", the same run computed whole; "converged", the limit of many steps.
         iterations: updates, at most.
-        rate: Adam's, falling to a tenth along a cosine.
+        rate: Adam's, falling to a tenth along a cosine. By default the first update would gain one decibel
+            if error were linear in the coefficients: the better a plan, the smaller its rate.
         every: updates between two looks at the held-out samples.
         patience: looks without a gain after which it stops.
         data_range: largest minus smallest value of a result, for the decibels.
@@ -91,8 +96,7 @@ def tune(
     weights = Weights(plan)
     engine = TuningEngine(sampling.model, weights, timestep, sampling.pipe)
     model = wrapped(sampling.model, engine)
-    optimiser = torch.optim.Adam(weights.parameters(), lr=rate, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations, eta_min=rate / 10)
+    trained = list(weights.parameters())
 
     def judged() -> float:
         results = [sampling.generate(model, sample, plan.steps) for sample in held_out]
@@ -107,8 +111,11 @@ def tune(
         reached = float(error.detach())
         if not math.isfinite(reached):
             raise GraphCacheError(f"iteration {number}: PSNR is {reached}; lower rate=")
-        optimiser.zero_grad()
-        (-error).backward(inputs=list(weights.parameters()))  # type: ignore[no-untyped-call]
+        for parameter in trained:
+            parameter.grad = None
+        (-error).backward(inputs=trained)  # type: ignore[no-untyped-call]
+        if number == 0:
+            optimiser, schedule = _optimiser(trained, iterations, rate)
         optimiser.step()
         schedule.step()
         held = None
@@ -122,6 +129,14 @@ def tune(
         if stale > patience:
             break
     return Tuned(best_plan, tuple(curve), before, best)
+
+
+def _optimiser(trained: list[nn.Parameter], iterations: int, rate: float | None) -> tuple[Adam, LRScheduler]:
+    """Adam, whose first update adds `rate` times the gradient's sign; the gradients are in decibels."""
+    slope = sum(float(parameter.grad.abs().sum()) for parameter in trained if parameter.grad is not None)
+    rate = min(1 / slope, MOST_RATE) if rate is None and slope else rate or MOST_RATE
+    optimiser = Adam(trained, lr=rate, betas=(0.9, 0.95))
+    return optimiser, CosineAnnealingLR(optimiser, iterations, eta_min=rate / 10)
 
 
 def with_corrections(plan: Plan, symbol: str = "c") -> Plan:

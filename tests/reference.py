@@ -23,8 +23,8 @@ from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import StepGraph
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
+from graphcache.ir.resolve import resolve
 from graphcache.ir.schedule import Selection
-from graphcache.ir.selector import resolve
 from graphcache.ir.state import Choice
 from graphcache.program import Captured, Program
 from graphcache.selection import Tokens, choose

@@ -26,16 +26,18 @@ def _shared_captures() -> Iterator[None]:
         yield
 
 
-@functools.cache
-def with_fora(name: str) -> Any:
-    """One transformed pipeline for many tests: generations are independent of each other.
-
-    Its models are those of the untouched pipeline, so that captures can be shared.
-    """
+def transformed(name: str, plan: graphcache.Plan) -> Any:
+    """A pipeline with the models of the untouched one, so that captures can be shared."""
     pipe = PIPELINES[name].make()
     for part, model in parts(untouched(PIPELINES[name])).items():
         setattr(pipe, part, model)
-    return graphcache.transform(pipe, fora(STEPS))
+    return graphcache.transform(pipe, plan)
+
+
+@functools.cache
+def with_fora(name: str) -> Any:
+    """One transformed pipeline for many tests: generations are independent of each other."""
+    return transformed(name, fora(STEPS))
 
 
 @pipelines
@@ -47,7 +49,7 @@ def test_the_reference_equals_the_pipeline_where_all_is_computed(name: str) -> N
 @pipelines
 def test_a_plan_that_only_computes_changes_no_bit(name: str) -> None:
     tiny = PIPELINES[name]
-    pipe = graphcache.transform(tiny.make(), compute(STEPS))
+    pipe = transformed(name, compute(STEPS))
     assert_same(tiny.generate(pipe, STEPS), tiny.generate(untouched(tiny), STEPS))
 
 

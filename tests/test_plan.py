@@ -11,7 +11,8 @@ from graphcache.ir import plantext
 from graphcache.ir.errors import PlanError
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Preset, Row
-from graphcache.ir.selector import Selector, resolve
+from graphcache.ir.resolve import resolve
+from graphcache.ir.selector import Selector
 from strategies import plans
 
 EXAMPLE = """\

@@ -8,8 +8,8 @@ from graphcache.analysis.liveness import lower
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.graph import Branch
 from graphcache.ir.plan import COMPUTE, Plan
+from graphcache.ir.resolve import resolve
 from graphcache.ir.schedule import GUIDANCE, PREDICTION, Role, Schedule, site_of
-from graphcache.ir.selector import resolve
 from graphcache.profile import Profile, parsed
 
 HOLD = "-"

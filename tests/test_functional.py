@@ -1,0 +1,128 @@
+"""In-place operations turned into values: against eager execution, on random programs."""
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+
+from graphcache.functional import Unknown, functional, is_functional
+from strategies import QUICK
+
+aten = torch.ops.aten
+MANY = settings(QUICK, max_examples=40)
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "slice": lambda x: x[..., 1:3],
+    "stride": lambda x: x[..., 0::2],
+    "select": lambda x: x[0],
+    "itself": lambda x: x.to(x.dtype).contiguous(),
+    "transposed": lambda x: x.transpose(0, -1),
+    "unbound": lambda x: x.unbind(-1)[1],
+}
+WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "copy": lambda x, y: x.copy_(y.sum()),
+    "add": lambda x, y: x.add_(y.mean()),
+    "scale": lambda x, y: x.mul_(1.5),
+    "fill": lambda x, y: x.fill_(2),
+    "assign": lambda x, y: x.__setitem__((..., 1), y.sum()),
+}
+INTO_PARTS = [name for name in VIEWS if name not in ("transposed", "unbound")]
+Step = tuple[str, int, int]
+
+
+class Random(nn.Module):
+    """Each step views or changes one of the tensors so far, all of which are read in the end."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        tensors = [x * 2, torch.zeros(4, 4)]
+        for name, first, second in self.steps:
+            one, other = (tensors[index % len(tensors)] for index in (first, second))
+            if name in WRITES:
+                WRITES[name](one, other)
+                tensors.append(one + 1)
+            elif one.dim() > 1 and one.shape[-1] > 2:
+                tensors.append(VIEWS[name](one))
+        return tuple(tensor.clone() for tensor in tensors)
+
+
+def steps(views: list[str]) -> st.SearchStrategy[list[Step]]:
+    place = st.integers(0, 9)
+    return st.lists(st.tuples(st.sampled_from([*views, *WRITES]), place, place), min_size=1, max_size=8)
+
+
+def exported(module: nn.Module, *inputs: Tensor) -> fx.Graph:
+    with torch.no_grad():
+        return torch.export.export(module, inputs, strict=False).graph
+
+
+@MANY
+@given(steps(INTO_PARTS))
+def test_changes_of_parts_are_values(steps: list[Step]) -> None:
+    check(steps)
+
+
+@MANY
+@given(steps(list(VIEWS)))
+def test_other_views_are_read_or_refused(steps: list[Step]) -> None:
+    with contextlib.suppress(Unknown):
+        check(steps)
+
+
+def check(steps: list[Step]) -> None:
+    module, x = Random(steps), torch.randn(4, 4)
+    graph = functional(exported(module, x))
+    graph.lint()
+    assert is_functional(graph)
+    expected = module(x)
+    for ours, theirs in zip(fx.Interpreter(fx.GraphModule({}, graph)).run(x), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    values = [node.meta["val"] for node in graph.output_node().all_input_nodes]
+    assert {value.shape for value in values} == {value.shape for value in expected}
+
+
+def test_views_made_before_a_change_are_read_as_they_are_after_it() -> None:
+    check([("transposed", 0, 0), ("unbound", 0, 0), ("scale", 0, 0), ("transposed", 0, 0), ("add", 1, 2)])
+
+
+class Rotary(nn.Module):
+    """As models write it: two interleaved halves into an empty tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        out[..., 0::2] = x[..., 1::2] * 3
+        out[..., 1::2] = x[..., 0::2]
+        return out
+
+
+def test_two_halves_take_two_scatters() -> None:
+    graph = functional(exported(Rotary(), torch.randn(2, 8)))
+    targets = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert targets.count(aten.slice_scatter.default) == 2
+    assert len(targets) <= len(exported(Rotary(), torch.randn(2, 8)).nodes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.add_(1),
+        lambda x: (x * 2).t().copy_(x),
+        lambda x: (x * 2).unsqueeze_(0),
+        lambda x: torch.stack([x, x]).unbind(0)[0].mul_(2),
+    ],
+    ids=["an input", "a transposed view", "a changed shape", "one of several results"],
+)
+def test_what_is_not_known_is_left_to_pytorch(change: Callable[[Tensor], Tensor]) -> None:
+    class Changing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return change(x) + 0
+
+    with pytest.raises(Unknown):
+        functional(exported(Changing(), torch.randn(4, 4)))
