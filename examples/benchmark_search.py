@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument(
         "--methods", nargs="*", default=[""], help="names of contenders begin with one of these"
     )
-    parser.add_argument("--rate", type=float, default=0.01, help="of tuning")
+    parser.add_argument("--rate", type=float, help="of tuning; by default its own choice")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -23,7 +23,7 @@ from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import write_bytes
 from graphcache.profile_file import load_profile
 from graphcache.profiling import profile as profile_model
-from graphcache.sampling import Sampling
+from graphcache.sampling import Sampler, Sampling, solved_by
 from graphcache.search import Candidate, Found
 from graphcache.search import search as search_plan
 from graphcache.sources import Sampled, load_object, load_sampled
@@ -172,6 +172,9 @@ def compare(
     steps: Steps,
     plan: Annotated[list[str] | None, typer.Option(help="preset[:steps[:key=value,…]] or a file")] = None,
     fewer: Annotated[list[int] | None, typer.Option(help="the plain model with so many steps")] = None,
+    solver: Annotated[
+        list[str] | None, typer.Option(help="also fewer steps by this diffusers scheduler; pipelines only")
+    ] = None,
     backend: Backend = "inductor",
     features: Annotated[
         str | None, typer.Option(help="package.module:function from results to features (N, D)")
@@ -192,7 +195,7 @@ def compare(
             found.samples,
             steps=steps,
             sampler=found.sampler,
-            fewer={f"{count} steps": (None, count) for count in fewer or []},
+            fewer=_fewer(found, fewer or [], solver or []),
             backend=None if backend == "none" else backend,
             timestep=timestep,
             features=None if features is None else load_object(features),
@@ -202,6 +205,19 @@ def compare(
     _print_rows(rows)
     if output is not None:
         write_bytes(json.dumps([asdict(row) for row in rows], indent=1).encode(), output)
+
+
+def _fewer(
+    found: Sampled, counts: Sequence[int], solvers: Sequence[str]
+) -> dict[str, tuple[Sampler | None, int]]:
+    """Rows of fewer steps by the own solver and others."""
+    if solvers and found.sampler is not None:
+        raise GraphCacheError("--solver: a bare module's sampler has its own solver; give a pipeline")
+    rows: dict[str, tuple[Sampler | None, int]] = {f"{count} steps": (None, count) for count in counts}
+    for name in solvers:
+        sampler = solved_by(found.model_or_pipe, name)
+        rows |= {f"{count} steps {name}": (sampler, count) for count in counts}
+    return rows
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from graphcache.capture import forward_parameters
 from graphcache.compile import unwrapped
 from graphcache.engine import Engine, Options, original
+from graphcache.extras import require
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.transform import pipeline_parts, wrapped
@@ -96,9 +97,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class _PipelineSampler:
-    """A sample is a mapping of the call's arguments; `seed` is that of its generator."""
+    """A sample is a mapping of the call's arguments; `seed` is that of its generator.
+
+    `scheduler` takes the place of the pipeline's own.
+    """
 
     pipe: Any
+    scheduler: Any = None
 
     def __call__(self, model: nn.Module, sample: Any, steps: int) -> Tensor:
         return self._called(type(self.pipe).__call__, model, sample, steps)
@@ -114,7 +119,8 @@ class _PipelineSampler:
         arguments = {"output_type": "latent", **sample}
         seed = arguments.pop("seed", 0)
         arguments.setdefault("generator", torch.Generator().manual_seed(int(seed)))
-        with _in_place(self.pipe, model):
+        parts = {"transformer": model} | ({"scheduler": self.scheduler} if self.scheduler else {})
+        with _in_place(self.pipe, parts):
             result = call(self.pipe, num_inference_steps=steps, return_dict=False, **arguments)[0]
         return result if isinstance(result, Tensor) else torch.stack(list(result))
 
@@ -147,13 +153,44 @@ def first_call(model: nn.Module, generate: Callable[[], object]) -> Mapping[str,
 
 
 @contextmanager
-def _in_place(pipe: Any, model: nn.Module) -> Iterator[None]:
-    before = pipe.transformer
-    pipe.transformer = model
+def _in_place(pipe: Any, parts: Mapping[str, Any]) -> Iterator[None]:
+    before = {name: getattr(pipe, name) for name in parts}
+    for name, part in parts.items():
+        setattr(pipe, name, part)
     try:
         yield
     finally:
-        pipe.transformer = before
+        for name, part in before.items():
+            setattr(pipe, name, part)
+
+
+FLOW_SOLVERS = (
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+)
+
+
+def solved_by(pipe: Any, name: str) -> Sampler:
+    """A pipeline's generations by another of diffusers' schedulers, set up from the pipeline's own.
+
+    Raises:
+        GraphCacheError: diffusers has no such scheduler for this pipeline's equation.
+    """
+    own, options = pipe.scheduler, dict[str, Any]()
+    known = {kind.__name__ for kind in own.compatibles}
+    if type(own).__name__.startswith("FlowMatch"):
+        known.update(FLOW_SOLVERS)
+        options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        options["flow_shift"] = own.config.shift
+    if name not in known:
+        raise GraphCacheError(
+            f"solver {name!r} cannot take the place of a {type(own).__name__}; those that can: "
+            + ", ".join(sorted(known))
+        )
+    kind = getattr(require("diffusers", "diffusers", "another solver"), name)
+    return _PipelineSampler(pipe, kind.from_config(own.config, **options))
 
 
 def refuse_random(sampling: Sampling, sample: Any, steps: int) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import nn
@@ -15,8 +16,9 @@ from graphcache.automatic import checker
 from graphcache.cli import app
 from graphcache.comparison import Row, compare, load_rows
 from graphcache.metrics import frechet_distance, psnr
-from graphcache.sampling import Sampling
+from graphcache.sampling import Sampling, solved_by
 from linear import Replanned, Sampler, linear
+from pipelines import PIPELINES
 
 STEPS = 6
 SAMPLES = (3, 4, 5)
@@ -118,3 +120,47 @@ def test_a_cluster_without_runs_to_shard_is_refused(tmp_path: Path) -> None:
 def test_no_samples_are_refused() -> None:
     with pytest.raises(GraphCacheError, match="needs at least one"):
         compare(linear(), PLANS, (), steps=STEPS, sampler=Sampler())
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"), [("dit", "DPMSolverMultistepScheduler"), ("sd3", "UniPCMultistepScheduler")]
+)
+def test_fewer_steps_may_have_another_solver(name: str, solver: str) -> None:
+    pipe = PIPELINES[name].make()
+    own = pipe.scheduler
+    sample = {**PIPELINES[name].arguments(1, True, False), "seed": 0}
+    fewer = {solver: (solved_by(pipe, solver), 4)}
+    rows = compare(pipe, {}, [sample], steps=STEPS, fewer=fewer, backend=None)
+    assert pipe.scheduler is own
+    expected = Sampling.of(pipe).generate(pipe.transformer, sample, STEPS)
+    flow = {
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": own.config.get("shift"),
+    }
+    kind = getattr(diffusers, solver)
+    pipe.scheduler = kind.from_config(own.config, **(flow if name == "sd3" else {}))
+    made = Sampling.of(pipe).generate(pipe.transformer, sample, 4)
+    assert rows[1].steps == 4
+    assert rows[1].psnr == pytest.approx(float(psnr(made, expected).mean()))
+
+
+def test_a_solver_of_another_equation_is_refused() -> None:
+    with pytest.raises(GraphCacheError, match=r"'DDIMScheduler' cannot.*UniPCMultistepScheduler"):
+        solved_by(PIPELINES["sd3"].make(), "DDIMScheduler")
+
+
+def test_a_bare_module_keeps_its_solver() -> None:
+    arguments = [
+        "compare",
+        "test_comparison:factory",
+        "--steps",
+        "6",
+        "--fewer",
+        "3",
+        "--solver",
+        "DDIMScheduler",
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, GraphCacheError)
+    assert "give a pipeline" in str(result.exception)
