@@ -158,7 +158,7 @@ class Runnable:
 
 @dataclass
 class Program:
-    """A captured step made ready to run under any plan: prologue and phases, compiled when first needed."""
+    """A captured step made ready to run under any plan: a prologue, and phases, compiled when first needed."""
 
     captured: Captured
     backend: Backend
@@ -197,11 +197,14 @@ class Program:
 
     @cached_property
     def prologue(self) -> Runnable | None:
-        """Computes the hoisted values; None when there are none."""
+        """Computes the hoisted values; None when there are none.
+
+        It is never compiled, which takes longer than one run in a generation could gain.
+        """
         if not self._held:
             return None
         step = run((Prologue(self._held),), self.captured.step, self.observers)
-        return Runnable(step, build(step, self.backend))
+        return Runnable(step, build(step, None))
 
     def prepared(self) -> "Program":
         """Itself, its prologue made, before other threads can see it."""
@@ -317,8 +320,8 @@ class Program:
 
     @property
     def graphs(self) -> int:
-        """Graphs built so far, the prologue included."""
-        return len(self.phases) + ("prologue" in vars(self) and self.prologue is not None)
+        """Graphs of phases built so far, which are what a backend compiles."""
+        return len(self.phases)
 
     @property
     def batch(self) -> int:

@@ -40,8 +40,8 @@ WAN, CASE, STEPS = PIPELINES["wan"], CASES["wan"], 6
 PIXART = PIPELINES["pixart"]
 RATIOS = [1.0, 1.0, 1.01, 1.02, 1.0, 1.03]
 FORA = Plan.parse("plan steps=6 preset=none\n* #..#..")
-GRAPHS = 3
-"""The prologue, computed, reused."""
+GRAPHS = 2
+"""Computed, reused; what runs once per generation is not compiled."""
 
 
 @pytest.fixture(autouse=True)

@@ -286,15 +286,14 @@ def test_simplify_drops_dropout_asserts_and_casts_that_change_nothing() -> None:
     assert not {"dropout.default", "_assert_tensor_metadata.default", "detach.default"} & count(step).keys()
 
 
-MOST = {"fora": 3, "delta_dit": 4, "taylorseer": 4, "hicache": 4, "pab": 6}
+MOST = {"fora": 2, "delta_dit": 3, "taylorseer": 2, "hicache": 2, "pab": 5}
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart", "flux", "latte"])
 @pytest.mark.parametrize("preset", MOST)
 def test_fifty_steps_take_a_few_graphs(name: str, preset: str) -> None:
-    program = Program(subject(name).captured, None)
-    schedule = program.schedule(presets.evaluate(Preset(preset), 50))
-    assert len(schedule.phases) + (program.prologue is not None) <= MOST[preset]
+    schedule = Program(subject(name).captured, None).schedule(presets.evaluate(Preset(preset), 50))
+    assert len(schedule.phases) <= MOST[preset]
 
 
 def graphs_of(schedule: Schedule) -> int:
@@ -318,11 +317,11 @@ def test_each_phase_is_one_compiled_graph_and_never_compiled_again(name: str) ->
     first = on.sample(model, made.steps)
     (state,) = model._graphcache.surroundings.session.states.values()
     schedule = state.schedule
-    assert counter.frame_count == graphs_of(schedule) + 1
+    assert counter.frame_count == graphs_of(schedule)
     assert counter.frame_count == model.summary().branches[0].graphs
     with torch._dynamo.config.patch(error_on_recompile=True):
         second = on.sample(model, made.steps)
-    assert counter.frame_count == graphs_of(schedule) + 1
+    assert counter.frame_count == graphs_of(schedule)
     assert_same(second, first)
     for result, right in zip(tree_leaves(first), tree_leaves(expected), strict=True):
         torch.testing.assert_close(result, right, rtol=1e-5, atol=1e-5)
