@@ -175,12 +175,15 @@ def _unlifted(program: Any, exported: fx.Graph) -> tuple[fx.Graph, dict[str, Any
         if spec.kind == InputKind.USER_INPUT:
             env[node] = graph.node_copy(node)
     for node, spec in inputs:
-        if node not in env and node.users:
+        if node not in env:
             held[spec.target] = _attribute(program, spec.target)
             env[node] = graph.get_attr(spec.target)
             env[node].meta.update(node.meta)
     results = graph.graph_copy(exported, env)
     graph.output(tuple(results))  # type: ignore[arg-type]
+    for node in graph.find_nodes(op="get_attr"):
+        if not node.users:
+            graph.erase_node(node)
     return graph, held
 
 
