@@ -15,7 +15,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.overrides import TorchFunctionMode
 
 from graphcache.compile import COMPILING
-from graphcache.functional import Unknown, functional, is_functional
+from graphcache.functional import Unknown, erase_unread, functional, inlined, is_functional
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, Output, StepGraph
@@ -139,10 +139,11 @@ def _functional(program: Any) -> tuple[Any, fx.Graph]:
 
     PyTorch's own way traces once more, which takes as long as the export itself.
     """
-    if is_functional(program.graph):
-        return program, program.graph
+    graph = inlined(program.graph)
+    if is_functional(graph):
+        return program, graph
     try:
-        return program, functional(program.graph)
+        return program, functional(graph)
     except Unknown:
         program = program.run_decompositions({})
         return program, program.graph
@@ -181,9 +182,7 @@ def _unlifted(program: Any, exported: fx.Graph) -> tuple[fx.Graph, dict[str, Any
             env[node].meta.update(node.meta)
     results = graph.graph_copy(exported, env)
     graph.output(tuple(results))  # type: ignore[arg-type]
-    for node in graph.find_nodes(op="get_attr"):
-        if not node.users:
-            graph.erase_node(node)
+    erase_unread(graph)
     return graph, held
 
 

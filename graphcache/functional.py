@@ -1,10 +1,11 @@
-"""In-place changes of a traced graph turned into values, without tracing it again."""
+"""A traced graph made flat and functional, without tracing it again."""
 
+import operator
 from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 
 from graphcache.ir.graph import fake_mode, is_tensor, value_of
@@ -21,6 +22,48 @@ class Unknown(Exception):
 def is_functional(graph: fx.Graph) -> bool:
     """Whether no operation of the graph changes its input, nor hides others."""
     return not any(_mutates(node) or isinstance(node.target, HigherOrderOperator) for node in graph.nodes)
+
+
+def inlined(graph: fx.Graph) -> fx.Graph:
+    """The graph with regions that switch autocast off made part of it, where it is off around them too."""
+    if not any(_is_uncast(node) for node in graph.nodes):
+        return graph
+    flat = fx.Graph()
+    env: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        if _is_uncast(node):
+            inner: Any = _body(node).graph
+            placeholders = inner.find_nodes(op="placeholder")
+            env[node] = flat.graph_copy(
+                inner, dict(zip(placeholders, map(env.__getitem__, node.args[5:]), strict=True))
+            )
+        elif node.target is operator.getitem and _is_uncast(node.args[0]):
+            env[node] = env[node.args[0]][node.args[1]]
+        else:
+            env[node] = flat.node_copy(node, env.__getitem__)
+    erase_unread(flat)
+    return flat
+
+
+def erase_unread(graph: fx.Graph) -> None:
+    """Take out attributes that no node reads."""
+    for node in graph.find_nodes(op="get_attr"):
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _body(region: fx.Node) -> nn.Module:
+    operand: Any = region.args[4]
+    root: Any = region.graph.owning_module
+    return root.get_submodule(operand.target)  # type: ignore[no-any-return]
+
+
+def _is_uncast(node: Any) -> bool:
+    """Whether it runs a region that `torch.autocast(device, enabled=False)` surrounds, to no effect."""
+    if node.target is not torch.ops.higher_order.wrap_with_autocast:
+        return False
+    device, _, enabled, *_ = node.args
+    return not enabled and not torch.is_autocast_enabled(device)
 
 
 def functional(graph: fx.Graph) -> fx.Graph:

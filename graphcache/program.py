@@ -158,7 +158,7 @@ class Runnable:
 
 @dataclass
 class Program:
-    """A captured step made ready to run under any plan: a prologue, and phases, compiled when first needed."""
+    """A captured step made ready to run under any plan: its prologue, and its phases when needed."""
 
     captured: Captured
     backend: Backend

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from graphcache.functional import Unknown, functional, is_functional
+from graphcache.functional import Unknown, functional, inlined, is_functional
 from strategies import QUICK
 
 aten = torch.ops.aten
@@ -126,3 +126,38 @@ def test_what_is_not_known_is_left_to_pytorch(change: Callable[[Tensor], Tensor]
 
     with pytest.raises(Unknown):
         functional(exported(Changing(), torch.randn(4, 4)))
+
+
+class Regions(nn.Module):
+    """Two results and a changed tensor leave a region under autocast."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__()
+        self.enabled = enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            whole = x @ x
+            whole[:, :2].mul_(2)
+            half = x / 2
+        return half - whole.float()
+
+
+def test_a_region_without_autocast_becomes_part_of_the_graph() -> None:
+    module, x = Regions(enabled=False), torch.randn(4, 4)
+    graph = functional(inlined(exported(module, x)))
+    assert is_functional(graph)
+    assert torch.equal(fx.Interpreter(fx.GraphModule({}, graph)).run(x)[0], module(x))
+
+
+def test_a_region_under_autocast_stays() -> None:
+    graph = exported(Regions(enabled=True), torch.randn(4, 4))
+    assert inlined(graph) is graph
+    with pytest.raises(Unknown):
+        functional(graph)
+
+
+def test_a_region_that_switches_autocast_off_stays() -> None:
+    graph = exported(Regions(enabled=False), torch.randn(4, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert inlined(graph) is graph
