@@ -1,11 +1,12 @@
 """Which steps to compute: the best set of every size, by dynamic programming over pairs of steps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.ndimage import uniform_filter
 
-from graphcache.analysis.sensitivity import effect, fitted
+from graphcache.analysis.sensitivity import effect, feature_error, fitted
 
 NONE = -1
 """In place of the computed step before the first one."""
@@ -31,29 +32,42 @@ class Table:
 
     def reusing(self, share: float) -> "Table":
         """The same where this share of the value is taken from the cache, as it is there."""
-        return replace(self, effects=share * self.effects, reused=True)
+        return replace(self, gram=share**2 * self.gram, effects=share * self.effects, reused=True)
 
     def stand_ins(self) -> np.ndarray:
         """Effects (newest, gap − 1, behind, probes, samples) of a stand-in at the step newest + gap, made of
         the value at `newest` and, where it is within the window, of the one that lies `behind` it; 0 is none.
         """
-        newest, gap, behind = np.ogrid[: self.steps, 1 : self.window + 1, : self.window]
+        return self._over_gaps(lambda *made: effect(self.effects, *made))
+
+    def distances(self) -> np.ndarray:
+        """Squared distances (newest, gap − 1, behind) of the same stand-ins to the value."""
+        return self._over_gaps(lambda *made: feature_error(self.gram, *made))
+
+    def _over_gaps(self, measured: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        newest, gap, behind = _gaps(self.steps, self.window)
         # beyond the last step there is nothing to replace; its place is filled and never looked at
         step = np.minimum(newest + gap, self.steps - 1)
         newest = np.minimum(newest, step - 1).clip(min=0)
         single = np.broadcast_to(newest, step.shape)[..., None]
-        alone = self._effect(step, single)
+        alone = measured(step, single, self._weights(step, single))
         if self.reused or self.window < 2:
             return np.repeat(alone, max(self.window, 1), axis=2)
         older = newest - behind
         near = (behind > 0) & (older >= 0) & (step - older <= self.window)
         pairs = np.stack(np.broadcast_arrays(newest, np.where(near, older, newest)), axis=-1)
-        both = self._effect(np.broadcast_to(step, near.shape), pairs)
-        return np.where(near[..., None, None], both, alone)
+        step = np.broadcast_to(step, near.shape)
+        both = measured(step, pairs, self._weights(step, pairs))
+        return np.where(near.reshape(near.shape + (1,) * (both.ndim - 3)), both, alone)
 
-    def _effect(self, step: np.ndarray, entries: np.ndarray) -> np.ndarray:
-        weights = np.ones(entries.shape) if self.reused else fitted(self.gram, step, entries)
-        return effect(self.effects, step, entries, weights)
+    def _weights(self, step: np.ndarray, entries: np.ndarray) -> np.ndarray:
+        return np.ones(entries.shape) if self.reused else fitted(self.gram, step, entries)
+
+
+def _gaps(steps: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Open grids of a gap's newest computed step, its length, and how far the one before lies behind."""
+    newest, gap, behind = np.ogrid[:steps, 1 : window + 1, : max(window, 1)]
+    return newest, gap, behind
 
 
 def gap_errors(tables: Sequence[Table]) -> np.ndarray:
@@ -66,9 +80,54 @@ def gap_errors(tables: Sequence[Table]) -> np.ndarray:
         float64 (older, newest, end) with steps + 1 places each: `older` 0 stands for none and o + 1 for the
         step o; `end` may be the number of steps. Infinite where a gap is wider than the window.
     """
+    return _by_steps(_squares(tables)[0])
+
+
+STRENGTH = 4
+"""Measurements that nearby gaps count for."""
+NEARBY = (2, 1)
+"""Steps, and lengths of a gap, that are nearby."""
+
+
+def steady_gap_errors(tables: Sequence[Table]) -> np.ndarray:
+    """As `gap_errors`, drawn towards what nearby gaps make likely, to choose sets by.
+
+    A few probes of a few samples leave every gap's error uncertain, and the best of very many sets is the
+    one that chance favours. How far values move in a gap is known exactly; how much of it the result feels
+    is much the same for gaps nearby. Each error is the mean of its own measurements and of `STRENGTH` more
+    that say what that gives.
+    """
+    squares, measurements = _squares(tables)
     steps, window = tables[0].steps, tables[0].window
+    lengths = np.cumsum(np.sqrt(sum(table.distances() for table in tables)), axis=1) ** 2
+    newest, gap, behind = _gaps(steps, window)
+    known = (newest + gap < steps) & (lengths > 0)
+    paired = (behind > 0) & (behind <= newest) & (gap + behind <= window)
+    pair, single = (_nearby(squares, lengths, known & alike)[..., None] for alike in (paired, behind == 0))
+    felt = np.where(paired, pair, single)
+    return _by_steps((measurements * squares + STRENGTH * felt * lengths) / (measurements + STRENGTH))
+
+
+def _nearby(squares: np.ndarray, lengths: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Mean of squares / lengths over nearby gaps (newest, gap − 1)."""
+    ratios = np.divide(squares, lengths, out=np.zeros_like(squares), where=known)
+    size = tuple(2 * reach + 1 for reach in NEARBY)
+    total, count = (
+        uniform_filter(item.sum(axis=2, dtype=float), size, mode="constant") for item in (ratios, known)
+    )
+    mean: np.ndarray = np.divide(total, count, out=np.zeros_like(total), where=count > 1e-9)
+    return mean
+
+
+def _squares(tables: Sequence[Table]) -> tuple[np.ndarray, int]:
+    """Squared errors (newest, gap − 1, behind), and from how many measurements each is."""
     totals = np.cumsum(sum(table.stand_ins() for table in tables), axis=1)
-    squares = (totals**2).mean(axis=-2).sum(axis=-1)
+    return (totals**2).mean(axis=-2).sum(axis=-1), totals.shape[-2] * totals.shape[-1]
+
+
+def _by_steps(squares: np.ndarray) -> np.ndarray:
+    """From (newest, gap − 1, behind) to (older, newest, end)."""
+    steps, window = squares.shape[:2]
     errors = np.full((steps + 1, steps + 1, steps + 1), np.inf)
     for newest in range(steps):
         errors[: newest + 1, newest, newest + 1] = 0.0
@@ -78,6 +137,15 @@ def gap_errors(tables: Sequence[Table]) -> np.ndarray:
             found = squares[newest, :last, behind if older != NONE and behind < window else 0]
             errors[older + 1, newest, newest + 2 : newest + 2 + last] = found
     return errors
+
+
+def set_error(errors: np.ndarray, chosen: Sequence[int]) -> float:
+    """The sum of the gap errors of a set of computed steps."""
+    before, ends = (NONE, *chosen), (*chosen[1:], errors.shape[0] - 1)
+    return sum(
+        float(errors[older + 1, newest, end])
+        for older, newest, end in zip(before, chosen, ends, strict=False)
+    )
 
 
 @dataclass(frozen=True)

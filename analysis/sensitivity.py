@@ -35,11 +35,14 @@ def fitted(gram: np.ndarray, step: Steps, entries: Steps, ridge: float = RIDGE) 
     return solved[..., 0]
 
 
-def feature_error(gram: np.ndarray, step: int, entries: tuple[int, ...], weights: np.ndarray) -> float:
-    """‖F(step) − Σ a_j·F(entry_j)‖², from the products alone."""
-    own = gram[np.ix_(entries, entries)]
-    target = gram[list(entries), step]
-    return max(0.0, float(gram[step, step] - 2 * weights @ target + weights @ own @ weights))
+def feature_error(gram: np.ndarray, step: Steps, entries: Steps, weights: np.ndarray) -> np.ndarray:
+    """‖F(step) − Σ a_j·F(entry_j)‖² of the step's shape, from products alone; arguments as above."""
+    step, entries = np.asarray(step), np.asarray(entries)
+    own = gram[entries[..., :, None], entries[..., None, :]]
+    target = gram[entries, step[..., None]]
+    square = np.einsum("...i,...ij,...j->...", weights, own, weights)
+    error: np.ndarray = np.maximum(0.0, gram[step, step] - 2 * (weights * target).sum(axis=-1) + square)
+    return error
 
 
 def effect(effects: np.ndarray, step: Steps, entries: Steps, weights: np.ndarray) -> np.ndarray:

@@ -6,7 +6,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from graphcache.analysis.full_steps import Choice, Table, best_steps, gap_errors
+from graphcache.analysis.full_steps import (
+    Choice,
+    Table,
+    best_steps,
+    gap_errors,
+    set_error,
+    steady_gap_errors,
+)
 from graphcache.analysis.sensitivity import effect, fitted
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.letter import Letter
@@ -125,12 +132,20 @@ def search(
     if not meeting:
         raise _unmet(known, speedup, max_error)
     if check is not None:
-        measured = _measured(meeting, allowed, check, max(1, checked), run)
+        measured = _measured(_varied(meeting) if fits else meeting, allowed, check, max(1, checked), run)
         known = measured + [item for item in known if item.plan not in [other.plan for other in measured]]
         meeting = sorted(filter(allowed, measured), key=order)
         if not meeting:
             raise _unmet(measured, speedup, max_error)
     return Found(meeting[0], pareto(known), tuple(made))
+
+
+def _varied(items: Sequence[Candidate]) -> list[Candidate]:
+    """The best of every family first, since estimates compare plans of one family best."""
+    first: dict[str, Candidate] = {}
+    for item in items:
+        first.setdefault(item.family, item)
+    return [*first.values(), *(item for item in items if item is not first[item.family])]
 
 
 def _measured(
@@ -156,14 +171,19 @@ def candidates(profile: Profile) -> list[Candidate]:
     """For every family and number of computed steps the best plan by the profile's estimates."""
     found: list[Candidate] = []
     for family, sites in families(profile).items():
-        tables = [_table(profile, site) for site in sites]
-        chosen = best_steps(gap_errors(tables), profile.steps - 1)
-        for choice in chosen.values():
+        for choice in _choices([_table(profile, site) for site in sites]):
             found.extend(_candidates(profile, family, sites, choice))
     found.extend(_partial_candidates(profile))
     if any(site.kind == "guidance" for site in profile.sites):
         found.extend(_guidance_candidates(profile))
     return found
+
+
+def _choices(tables: Sequence[Table]) -> Iterator[Choice]:
+    """The best set of every size, with the error as it was measured."""
+    errors = gap_errors(tables)
+    for choice in best_steps(steady_gap_errors(tables), tables[0].steps - 1).values():
+        yield replace(choice, error=set_error(errors, choice.steps))
 
 
 def pareto(items: Sequence[Candidate]) -> tuple[Candidate, ...]:
@@ -255,7 +275,7 @@ def _partly_computed(
         tables += [_table(profile, site).reusing(1 - share) for site in computed]
         kept += 2 * sum(site.token_bytes for site in computed)
     other = partly_skipped(profile, share * sum(site.flops for site in computed))
-    for choice in best_steps(gap_errors(tables), profile.steps - 1).values():
+    for choice in _choices(tables):
         plan = fitted_plan(profile, forecast, choice.steps, 2)
         if share < 1:
             plan = _with_tokens(plan, computed, choice.steps, share)
@@ -295,16 +315,8 @@ def _guidance_candidates(profile: Profile) -> Iterator[Candidate]:
     table = _table(profile, site)
     # of two calls the difference is as large as each one's result, and the first one's is kept for the other
     kept = 2 * site.bytes_kept * profile.calls**2
-    steps, window = profile.steps, table.window
-    errors = np.full((steps + 1,) * 3, np.inf)
-    for newest in range(steps):
-        total: np.ndarray | float = 0.0
-        for end in range(newest + 1, min(newest + window + 1, steps) + 1):
-            if end > newest + 1:
-                total = total + effect(table.effects, end - 1, (newest,), np.ones(1))
-            error = 0.0 if isinstance(total, float) else float((total**2).mean(axis=0).sum())
-            errors[: newest + 1, newest, end] = error
-    for choice in best_steps(errors, steps - 1).values():
+    steps = profile.steps
+    for choice in _choices([table.reusing(1.0)]):
         actions = "".join(COMPUTE if step in choice.steps else REUSE for step in range(steps))
         conditional = profile.provenance.conditional
         plan = Plan(steps, rows=(Row(Selector.parse("guidance"), actions),), conditional=conditional)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphcache.analysis.full_steps import NONE, Table, best_steps, gap_errors
+from graphcache.analysis.full_steps import NONE, Table, best_steps, gap_errors, set_error, steady_gap_errors
 from graphcache.analysis.sensitivity import effect, feature_error, fitted
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
@@ -190,6 +190,60 @@ def test_step_sets_of_measured_products_are_the_best_of_all_subsets(
     found = best_steps(errors, steps)
     assert found[steps].error == 0
     assert found[steps].steps == tuple(range(steps))
+
+
+def test_the_error_of_a_set_is_the_sum_of_its_gaps() -> None:
+    errors = random_errors(np.random.default_rng(1), 7)
+    for chosen in [(0,), (0, 3), (0, 1, 2, 6)]:
+        assert set_error(errors, chosen) == pytest.approx(cost_of(errors, chosen))
+
+
+def test_steady_errors_are_the_mean_with_what_nearby_gaps_feel() -> None:
+    table = random_table(7, 3, 2)
+    raw, steady, felt = gap_errors([table]), steady_gap_errors([table]), {}
+    for newest in range(7):
+        for older in [NONE, *range(newest)]:
+            for end in range(newest + 2, min(newest + 4, 7) + 1):
+                moved = 0.0
+                for step in range(newest + 1, end):
+                    near = older != NONE and step - older <= 3
+                    entries = (newest, older) if near else (newest,)
+                    weights = fitted(table.gram, step, entries)
+                    moved += np.sqrt(feature_error(table.gram, step, entries, weights))
+                paired = older != NONE and end - 1 - older <= 3
+                felt[older, newest, end - 1 - newest] = (moved**2, paired)
+    for (older, newest, gap), (moved, paired) in felt.items():
+        where = older + 1, newest, newest + gap + 1
+        expected, measurements = raw[where], 2 * 3
+        near = [
+            raw[o + 1, n, n + g + 1] / square
+            for (o, n, g), (square, alike) in felt.items()
+            if alike is paired and abs(n - newest) <= 2 and abs(g - gap) <= 1 and (alike or o == NONE)
+        ]
+        expected = (measurements * expected + 4 * np.mean(near) * moved) / (measurements + 4)
+        if paired or older == NONE:
+            assert steady[where] == pytest.approx(expected, rel=1e-6), where
+
+
+def test_steady_errors_choose_better_sets_from_few_measurements() -> None:
+    """True errors are known from as many probes as there are numbers; the choice has seen one."""
+    ratios = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        turns = np.linspace(0, 3, 24)[:, None] * rng.uniform(0.3, 2, size=30)
+        values = np.sin(turns + rng.uniform(0, 6, size=30))
+        effects = np.zeros((24, 7, 31, 1))
+        for step in range(24):
+            felt = np.vstack([np.eye(30) * np.sqrt(30), rng.normal(size=30)]) * (1 + step / 24)
+            for gap in range(min(7, step + 1)):
+                effects[step, gap, :, 0] = felt @ values[step - gap]
+        gram = values @ values.T
+        true = gap_errors([Table("site", gram, effects[:, :, :30])])
+        seen = Table("site", gram, effects[:, :, 30:])
+        raw, steady = (best_steps(made([seen]), 8)[8].steps for made in (gap_errors, steady_gap_errors))
+        ratios.append(set_error(true, steady) / set_error(true, raw))
+    assert np.median(ratios) < 0.5
+    assert np.mean(np.array(ratios) <= 1) >= 0.9
 
 
 def test_no_more_sizes_are_returned_than_asked_for() -> None:
