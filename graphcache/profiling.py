@@ -18,6 +18,7 @@ from graphcache.analysis.tokens import cut_tokens
 from graphcache.calibration import site_seconds, step_seconds
 from graphcache.compile import Backend
 from graphcache.engine import Engine, Options
+from graphcache.halves import is_doubled
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.graph import Branch, storage_bytes, value_of
 from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
@@ -157,7 +158,14 @@ def describe(sampling: Sampling, sample: Any, task: Task) -> Subject:
     with torch.no_grad():
         program = engine.prepare(inputs)
     step = program.step
-    work, nodes, seconds = branch_flops(step), step.nodes(), site_seconds(program, engine.flat(inputs))
+    tensors = engine.flat(inputs)
+    if task.conditional is not None and not is_doubled(tensors[program.captured.call.latent]):
+        raise GraphCacheError(
+            f"conditional={task.conditional!r} is for a model that one call a step runs on both halves of a "
+            "doubled batch; here the halves are not the same latents: leave it out without guidance, and "
+            "where the branches are called one by one"
+        )
+    work, nodes, seconds = branch_flops(step), step.nodes(), site_seconds(program, tensors)
     flow = Dataflow(step)
     sites = [
         Site(

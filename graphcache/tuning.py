@@ -79,7 +79,7 @@ def tune(
         rate: Adam's, falling to a tenth along a cosine. By default the first update would gain one decibel
             if error were linear in the coefficients: the better a plan, the smaller its rate.
         every: updates between two looks at the held-out samples.
-        patience: looks without a gain after which it stops.
+        patience: looks without a gain that are borne; one more stops it.
         data_range: largest minus smallest value of a result, for the decibels.
 
     Raises:

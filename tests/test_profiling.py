@@ -426,6 +426,12 @@ def test_samplers_that_cannot_be_followed_are_refused(sampler: Any, message: str
         profiled(samples=(5,), mode=None, sampler=sampler)
 
 
+@pytest.mark.parametrize("mode", [None, "calls"])
+def test_a_half_of_a_batch_that_is_not_doubled_is_refused(mode: str | None) -> None:
+    with pytest.raises(GraphCacheError, match=r"conditional='last'.*not the same latents: leave it out"):
+        graphcache.profile(linear(), [1], steps=3, sampler=Sampler(mode), conditional="last")
+
+
 def test_no_samples_are_refused() -> None:
     with pytest.raises(GraphCacheError, match="samples is empty"):
         profiled(samples=())
