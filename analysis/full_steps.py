@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.ndimage import uniform_filter
 
 from graphcache.analysis.sensitivity import effect, feature_error, fitted
 
@@ -112,10 +111,12 @@ def _nearby(squares: np.ndarray, lengths: np.ndarray, known: np.ndarray) -> np.n
     """Mean of squares / lengths over nearby gaps (newest, gap − 1)."""
     ratios = np.divide(squares, lengths, out=np.zeros_like(squares), where=known)
     size = tuple(2 * reach + 1 for reach in NEARBY)
+    margins = [(reach, reach) for reach in NEARBY]
     total, count = (
-        uniform_filter(item.sum(axis=2, dtype=float), size, mode="constant") for item in (ratios, known)
+        np.lib.stride_tricks.sliding_window_view(np.pad(item.sum(axis=2), margins), size).sum(axis=(2, 3))
+        for item in (ratios, known)
     )
-    mean: np.ndarray = np.divide(total, count, out=np.zeros_like(total), where=count > 1e-9)
+    mean: np.ndarray = total / np.maximum(count, 1)
     return mean
 
 
