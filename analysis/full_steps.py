@@ -98,6 +98,8 @@ def steady_gap_errors(tables: Sequence[Table]) -> np.ndarray:
     """
     squares, measurements = _squares(tables)
     steps, window = tables[0].steps, tables[0].window
+    if not window:
+        return _by_steps(squares)
     lengths = np.cumsum(np.sqrt(sum(table.distances() for table in tables)), axis=1) ** 2
     newest, gap, behind = _gaps(steps, window)
     known = (newest + gap < steps) & (lengths > 0)
