@@ -44,7 +44,7 @@ class Table:
         return self._over_gaps(lambda *made: feature_error(self.gram, *made))
 
     def _over_gaps(self, measured: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-        newest, gap, behind = _gaps(self.steps, self.window)
+        newest, gap, behind, paired = _gaps(self.steps, self.window)
         # beyond the last step there is nothing to replace; its place is filled and never looked at
         step = np.minimum(newest + gap, self.steps - 1)
         newest = np.minimum(newest, step - 1).clip(min=0)
@@ -52,34 +52,31 @@ class Table:
         alone = measured(step, single, self._weights(step, single))
         if self.reused or self.window < 2:
             return np.repeat(alone, max(self.window, 1), axis=2)
-        older = newest - behind
-        near = (behind > 0) & (older >= 0) & (step - older <= self.window)
-        pairs = np.stack(np.broadcast_arrays(newest, np.where(near, older, newest)), axis=-1)
-        step = np.broadcast_to(step, near.shape)
+        pairs = np.stack(np.broadcast_arrays(newest, np.where(paired, newest - behind, newest)), axis=-1)
+        step = np.broadcast_to(step, paired.shape)
         both = measured(step, pairs, self._weights(step, pairs))
-        return np.where(near.reshape(near.shape + (1,) * (both.ndim - 3)), both, alone)
+        return np.where(paired.reshape(paired.shape + (1,) * (both.ndim - 3)), both, alone)
 
     def _weights(self, step: np.ndarray, entries: np.ndarray) -> np.ndarray:
         return np.ones(entries.shape) if self.reused else fitted(self.gram, step, entries)
 
 
-def _gaps(steps: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Open grids of a gap's newest computed step, its length, and how far the one before lies behind."""
+def _gaps(steps: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Open grids of a gap's newest computed step, its length and how far the one before lies behind, and
+    where that one is within the window."""
     newest, gap, behind = np.ogrid[:steps, 1 : window + 1, : max(window, 1)]
-    return newest, gap, behind
+    return newest, gap, behind, (behind > 0) & (behind <= newest) & (gap + behind <= window)
 
 
-def gap_errors(tables: Sequence[Table]) -> np.ndarray:
-    """Estimated squared error of leaving out the steps between two computed ones, given the one before both.
+def gap_squares(tables: Sequence[Table]) -> np.ndarray:
+    """Estimated squared errors (newest, gap − 1, behind) of leaving out the steps up to newest + gap.
 
     Effects within a gap add up with their signs, since they continue one another; gaps are taken for
     independent.
-
-    Returns:
-        float64 (older, newest, end) with steps + 1 places each: `older` 0 stands for none and o + 1 for the
-        step o; `end` may be the number of steps. Infinite where a gap is wider than the window.
     """
-    return _by_steps(_squares(tables)[0])
+    totals = np.cumsum(sum(table.stand_ins() for table in tables), axis=1)
+    squares: np.ndarray = (totals**2).mean(axis=-2).sum(axis=-1)
+    return squares
 
 
 STRENGTH = 4
@@ -88,48 +85,50 @@ NEARBY = (2, 1)
 """Steps, and lengths of a gap, that are nearby."""
 
 
-def steady_gap_errors(tables: Sequence[Table]) -> np.ndarray:
-    """As `gap_errors`, drawn towards what nearby gaps make likely, to choose sets by.
+def steadied(squares: np.ndarray, tables: Sequence[Table]) -> np.ndarray:
+    """What `gap_squares` gives, drawn towards what nearby gaps make likely, to choose sets by.
 
     A few probes of a few samples leave every gap's error uncertain, and the best of very many sets is the
     one that chance favours. How far values move in a gap is known exactly; how much of it the result feels
     is much the same for gaps nearby. Each error is the mean of its own measurements and of `STRENGTH` more
     that say what that gives.
     """
-    squares, measurements = _squares(tables)
-    steps, window = tables[0].steps, tables[0].window
-    if not window:
-        return _by_steps(squares)
+    steps, window, probes, samples = tables[0].effects.shape
+    measurements = probes * samples
+    newest, gap, behind, paired = _gaps(steps, window - 1)
     lengths = np.cumsum(np.sqrt(sum(table.distances() for table in tables)), axis=1) ** 2
-    newest, gap, behind = _gaps(steps, window)
     known = (newest + gap < steps) & (lengths > 0)
-    paired = (behind > 0) & (behind <= newest) & (gap + behind <= window)
     pair, single = (_nearby(squares, lengths, known & alike)[..., None] for alike in (paired, behind == 0))
-    felt = np.where(paired, pair, single)
-    return _by_steps((measurements * squares + STRENGTH * felt * lengths) / (measurements + STRENGTH))
+    likely = np.where(paired, pair, single) * lengths
+    steady: np.ndarray = (measurements * squares + STRENGTH * likely) / (measurements + STRENGTH)
+    return steady
 
 
 def _nearby(squares: np.ndarray, lengths: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Mean of squares / lengths over nearby gaps (newest, gap − 1)."""
     ratios = np.divide(squares, lengths, out=np.zeros_like(squares), where=known)
-    size = tuple(2 * reach + 1 for reach in NEARBY)
-    margins = [(reach, reach) for reach in NEARBY]
-    total, count = (
-        np.lib.stride_tricks.sliding_window_view(np.pad(item.sum(axis=2), margins), size).sum(axis=(2, 3))
-        for item in (ratios, known)
-    )
+    total, count = (_neighbourhood(item.sum(axis=2)) for item in (ratios, known))
     mean: np.ndarray = total / np.maximum(count, 1)
     return mean
 
 
-def _squares(tables: Sequence[Table]) -> tuple[np.ndarray, int]:
-    """Squared errors (newest, gap − 1, behind), and from how many measurements each is."""
-    totals = np.cumsum(sum(table.stand_ins() for table in tables), axis=1)
-    return (totals**2).mean(axis=-2).sum(axis=-1), totals.shape[-2] * totals.shape[-1]
+def _neighbourhood(values: np.ndarray) -> np.ndarray:
+    """Sums of the values that are nearby."""
+    steps, gaps = (np.abs(np.subtract.outer(*[np.arange(size)] * 2)) for size in values.shape)
+    sums: np.ndarray = (steps <= NEARBY[0]).astype(float) @ values @ (gaps <= NEARBY[1]).astype(float)
+    return sums
 
 
-def _by_steps(squares: np.ndarray) -> np.ndarray:
-    """From (newest, gap − 1, behind) to (older, newest, end)."""
+def gap_errors(squares: np.ndarray) -> np.ndarray:
+    """Squared errors of the gap between two computed steps, given the one before both.
+
+    Args:
+        squares: (newest, gap − 1, behind).
+
+    Returns:
+        float64 (older, newest, end) with steps + 1 places each: `older` 0 stands for none and o + 1 for the
+        step o; `end` may be the number of steps. Infinite where a gap is wider than the window.
+    """
     steps, window = squares.shape[:2]
     errors = np.full((steps + 1, steps + 1, steps + 1), np.inf)
     for newest in range(steps):
@@ -144,11 +143,9 @@ def _by_steps(squares: np.ndarray) -> np.ndarray:
 
 def set_error(errors: np.ndarray, chosen: Sequence[int]) -> float:
     """The sum of the gap errors of a set of computed steps."""
-    before, ends = (NONE, *chosen), (*chosen[1:], errors.shape[0] - 1)
-    return sum(
-        float(errors[older + 1, newest, end])
-        for older, newest, end in zip(before, chosen, ends, strict=False)
-    )
+    before, ends = (NONE, *chosen[:-1]), (*chosen[1:], errors.shape[0] - 1)
+    gaps = zip(before, chosen, ends, strict=True)
+    return sum(float(errors[older + 1, newest, end]) for older, newest, end in gaps)
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from examples.samplers import EXAMPLES, Example
 from graphcache import Plan, PlanError, presets
 from graphcache.automatic import checker
 from graphcache.bench import Generation
+from graphcache.candidates import Candidate
 from graphcache.metrics import psnr
 from graphcache.sampling import Sampling, converged
-from graphcache.search import Candidate, search
+from graphcache.search import search
 from graphcache.tuning import tune, with_corrections
 
 SPEEDUPS = (1.5, 2.0, 3.0, 4.0)

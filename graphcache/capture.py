@@ -169,6 +169,7 @@ def _unlifted(program: Any, exported: fx.Graph) -> tuple[fx.Graph, dict[str, Any
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     held: dict[str, Any] = {}
+    values = {**program.constants, **program.state_dict}
     inputs = list(
         zip(exported.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True)
     )
@@ -177,17 +178,13 @@ def _unlifted(program: Any, exported: fx.Graph) -> tuple[fx.Graph, dict[str, Any
             env[node] = graph.node_copy(node)
     for node, spec in inputs:
         if node not in env:
-            held[spec.target] = _attribute(program, spec.target)
+            held[spec.target] = values[spec.target]
             env[node] = graph.get_attr(spec.target)
             env[node].meta.update(node.meta)
     results = graph.graph_copy(exported, env)
     graph.output(tuple(results))  # type: ignore[arg-type]
     erase_unread(graph)
     return graph, held
-
-
-def _attribute(program: Any, name: str) -> Any:
-    return program.state_dict[name] if name in program.state_dict else program.constants[name]
 
 
 def _refuse_ops(graph: fx.Graph) -> None:

@@ -16,6 +16,7 @@ from rich.text import Text
 from graphcache import importers, presets
 from graphcache.arguments import assignment, json_argument, plan_argument, preset_argument, value_argument
 from graphcache.bench import Timing, benchmark
+from graphcache.candidates import candidates
 from graphcache.cli_profile import add_commands
 from graphcache.comparison import load_rows
 from graphcache.inspection import inspect as inspect_model
@@ -24,7 +25,6 @@ from graphcache.ir.plan import Plan, Value
 from graphcache.ir.plantext import write_bytes
 from graphcache.page import save_charts, write_page
 from graphcache.profile_file import load_profile
-from graphcache.search import candidates
 from graphcache.sources import load_model, load_object
 
 app = typer.Typer(

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from graphcache.arguments import json_argument, plan_argument
 from graphcache.automatic import checker
+from graphcache.candidates import Candidate
 from graphcache.cluster import Cluster
 from graphcache.comparison import Row
 from graphcache.comparison import compare as compare_runs
@@ -24,7 +25,7 @@ from graphcache.ir.plantext import write_bytes
 from graphcache.profile_file import load_profile
 from graphcache.profiling import profile as profile_model
 from graphcache.sampling import Sampler, Sampling, solved_by
-from graphcache.search import Candidate, Found
+from graphcache.search import Found
 from graphcache.search import search as search_plan
 from graphcache.sources import Sampled, load_object, load_sampled
 from graphcache.tuning import tune as tune_plan
@@ -211,6 +212,8 @@ def _fewer(
     found: Sampled, counts: Sequence[int], solvers: Sequence[str]
 ) -> dict[str, tuple[Sampler | None, int]]:
     """Rows of fewer steps by the own solver and others."""
+    if solvers and not counts:
+        raise GraphCacheError("--solver: there is nothing to solve; give --fewer a number of steps")
     if solvers and found.sampler is not None:
         raise GraphCacheError("--solver: a bare module's sampler has its own solver; give a pipeline")
     rows: dict[str, tuple[Sampler | None, int]] = {f"{count} steps": (None, count) for count in counts}

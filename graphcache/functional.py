@@ -55,7 +55,8 @@ def erase_unread(graph: fx.Graph) -> None:
 def _body(region: fx.Node) -> nn.Module:
     operand: Any = region.args[4]
     root: Any = region.graph.owning_module
-    return root.get_submodule(operand.target)  # type: ignore[no-any-return]
+    body: nn.Module = root.get_submodule(operand.target)
+    return body
 
 
 def _is_uncast(node: Any) -> bool:
@@ -119,6 +120,8 @@ class _Functional:
             raise Unknown(node)
         changed = self._call(node, _out_of_place(node), view, *node.args[1:], **node.kwargs)
         whole = self._put(node, base, view, changed)
+        if value_of(whole).stride() != value_of(base).stride():
+            raise Unknown(node)  # views of the base are views of the same layout
         for other in others:
             self.env.pop(other, None)
         self.env[base] = whole
@@ -145,7 +148,7 @@ class _Functional:
         made = self.graph.call_function(target, args, kwargs)
         made.meta.update(node.meta)
         fakes: Any = fx.map_arg((args, kwargs), value_of)
-        before = value_of(made.all_input_nodes[0])
+        before = value_of(args[0])
         with fake_mode(before):
             made.meta["val"] = after = target(*fakes[0], **fakes[1])
         if (before.shape, before.dtype) != (after.shape, after.dtype):
@@ -160,16 +163,15 @@ def _geometry(node: fx.Node) -> tuple[Any, ...]:
 
 def _out_of_place(node: fx.Node) -> OpOverload:
     """The operation that gives as its result what this one writes into its first operand."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    target: Any = node.target
+    schema, name = target._schema, target._overloadname
     packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
     written = [bool(argument.alias_info and argument.alias_info.is_write) for argument in schema.arguments]
-    name = schema.overload_name or "default"
     if packet is None or name not in packet.overloads() or written != [True] + [False] * (len(written) - 1):
         raise Unknown(node)
     found: OpOverload = getattr(packet, name)
-    if found._schema.is_mutable or [a.name for a in found._schema.arguments] != [
-        a.name for a in schema.arguments
-    ]:
+    wanted, given = ([argument.name for argument in one.arguments] for one in (schema, found._schema))
+    if found._schema.is_mutable or wanted != given:
         raise Unknown(node)
     return found
 

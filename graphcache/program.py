@@ -158,7 +158,7 @@ class Runnable:
 
 @dataclass
 class Program:
-    """A captured step made ready to run under any plan: its prologue, and its phases when needed."""
+    """A captured step, its prologue, and its phases under any plan, each made when first needed."""
 
     captured: Captured
     backend: Backend

@@ -119,7 +119,7 @@ class _PipelineSampler:
         arguments = {"output_type": "latent", **sample}
         seed = arguments.pop("seed", 0)
         arguments.setdefault("generator", torch.Generator().manual_seed(int(seed)))
-        parts = {"transformer": model} | ({"scheduler": self.scheduler} if self.scheduler else {})
+        parts = {"transformer": model} | ({} if self.scheduler is None else {"scheduler": self.scheduler})
         with _in_place(self.pipe, parts):
             result = call(self.pipe, num_inference_steps=steps, return_dict=False, **arguments)[0]
         return result if isinstance(result, Tensor) else torch.stack(list(result))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.checkpoint import checkpoint
 
 from graphcache.engine import Engine, Options
@@ -111,11 +111,12 @@ def tune(
         reached = float(error.detach())
         if not math.isfinite(reached):
             raise GraphCacheError(f"iteration {number}: PSNR is {reached}; lower rate=")
-        for parameter in trained:
-            parameter.grad = None
+        weights.zero_grad()
         (-error).backward(inputs=trained)  # type: ignore[no-untyped-call]
         if number == 0:
-            optimiser, schedule = _optimiser(trained, iterations, rate)
+            rate = decibel_rate(trained) if rate is None else rate
+            optimiser = Adam(trained, lr=rate, betas=(0.9, 0.95))
+            schedule = CosineAnnealingLR(optimiser, iterations, eta_min=rate / 10)
         optimiser.step()
         schedule.step()
         held = None
@@ -131,12 +132,13 @@ def tune(
     return Tuned(best_plan, tuple(curve), before, best)
 
 
-def _optimiser(trained: list[nn.Parameter], iterations: int, rate: float | None) -> tuple[Adam, LRScheduler]:
-    """Adam, whose first update adds `rate` times the gradient's sign; the gradients are in decibels."""
+def decibel_rate(trained: Sequence[nn.Parameter]) -> float:
+    """The rate at which an update gains one decibel if error is linear, by gradients in decibels.
+
+    Adam's first update moves every parameter by the rate.
+    """
     slope = sum(float(parameter.grad.abs().sum()) for parameter in trained if parameter.grad is not None)
-    rate = min(1 / slope, MOST_RATE) if rate is None and slope else rate or MOST_RATE
-    optimiser = Adam(trained, lr=rate, betas=(0.9, 0.95))
-    return optimiser, CosineAnnealingLR(optimiser, iterations, eta_min=rate / 10)
+    return 1 / max(slope, 1 / MOST_RATE)
 
 
 def with_corrections(plan: Plan, symbol: str = "c") -> Plan:

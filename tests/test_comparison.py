@@ -150,17 +150,13 @@ def test_a_solver_of_another_equation_is_refused() -> None:
         solved_by(PIPELINES["sd3"].make(), "DDIMScheduler")
 
 
-def test_a_bare_module_keeps_its_solver() -> None:
-    arguments = [
-        "compare",
-        "test_comparison:factory",
-        "--steps",
-        "6",
-        "--fewer",
-        "3",
-        "--solver",
-        "DDIMScheduler",
-    ]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--fewer", "3"), "give a pipeline"), ((), "give --fewer a number of steps")],
+    ids=["a bare module", "no steps"],
+)
+def test_solvers_that_would_have_no_effect_are_refused(options: tuple[str, ...], message: str) -> None:
+    arguments = ["compare", "test_comparison:factory", "--steps", "6", *options, "--solver", "DDIMScheduler"]
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, GraphCacheError)
-    assert "give a pipeline" in str(result.exception)
+    assert message in str(result.exception)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from browser import Browser, browser, chromium
 from graphcache import GraphCacheError, Plan, Profile, presets, save_profile
+from graphcache.candidates import Candidate, candidates
 from graphcache.cli import app
 from graphcache.ir.graph import storage_bytes, value_of
 from graphcache.page import Row, save_charts, write_page
@@ -30,7 +31,6 @@ from graphcache.page.tokens import token_maps
 from graphcache.page.units import duration, size, work
 from graphcache.profile import Provenance, Site
 from graphcache.program import Program
-from graphcache.search import Candidate, candidates
 from reference import capture_call, subject
 from tiny import arguments, tiny
 

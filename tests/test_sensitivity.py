@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphcache.analysis.full_steps import NONE, Table, best_steps, gap_errors, set_error, steady_gap_errors
+from graphcache.analysis.full_steps import (
+    NONE,
+    Table,
+    best_steps,
+    gap_errors,
+    gap_squares,
+    set_error,
+    steadied,
+)
 from graphcache.analysis.sensitivity import effect, feature_error, fitted
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True)
@@ -114,7 +122,7 @@ def test_gap_errors_are_sums_over_the_gap_and_infinite_beyond_the_window(
     steps: int, window: int, sites: int
 ) -> None:
     tables = [replace(random_table(steps, window, seed), reused=seed == 2) for seed in range(sites)]
-    errors = gap_errors(tables)
+    errors = gap_errors(gap_squares(tables))
     assert errors.shape == (steps + 1,) * 3
     for newest in range(steps):
         for older in [NONE, *range(newest)]:
@@ -185,7 +193,8 @@ def test_step_sets_never_have_a_gap_beyond_the_window(window: int) -> None:
 def test_step_sets_of_measured_products_are_the_best_of_all_subsets(
     seed: int, steps: int, window: int
 ) -> None:
-    errors = gap_errors([random_table(steps, min(window, steps - 1), seed + number) for number in range(2)])
+    tables = [random_table(steps, min(window, steps - 1), seed + number) for number in range(2)]
+    errors = gap_errors(gap_squares(tables))
     check_best(errors)
     found = best_steps(errors, steps)
     assert found[steps].error == 0
@@ -200,7 +209,8 @@ def test_the_error_of_a_set_is_the_sum_of_its_gaps() -> None:
 
 def test_steady_errors_are_the_mean_with_what_nearby_gaps_feel() -> None:
     table = random_table(7, 3, 2)
-    raw, steady, felt = gap_errors([table]), steady_gap_errors([table]), {}
+    squares, felt = gap_squares([table]), {}
+    raw, steady = gap_errors(squares), gap_errors(steadied(squares, [table]))
     for newest in range(7):
         for older in [NONE, *range(newest)]:
             for end in range(newest + 2, min(newest + 4, 7) + 1):
@@ -238,9 +248,10 @@ def test_steady_errors_choose_better_sets_from_few_measurements() -> None:
             for gap in range(min(7, step + 1)):
                 effects[step, gap, :, 0] = felt @ values[step - gap]
         gram = values @ values.T
-        true = gap_errors([Table("site", gram, effects[:, :, :30])])
-        seen = Table("site", gram, effects[:, :, 30:])
-        raw, steady = (best_steps(made([seen]), 8)[8].steps for made in (gap_errors, steady_gap_errors))
+        true = gap_errors(gap_squares([Table("site", gram, effects[:, :, :30])]))
+        seen = [Table("site", gram, effects[:, :, 30:])]
+        squares = gap_squares(seen)
+        raw, steady = (best_steps(gap_errors(s), 8)[8].steps for s in (squares, steadied(squares, seen)))
         ratios.append(set_error(true, steady) / set_error(true, raw))
     assert np.median(ratios) < 0.5
     assert np.mean(np.array(ratios) <= 1) >= 0.9

@@ -14,7 +14,7 @@ from examples.digits.sample import sample as sample_digits
 from graphcache import GraphCacheError, Plan, PlanError, restore, tune, with_corrections
 from graphcache.sampling import Sampling, converged
 from graphcache.transform import wrapped
-from graphcache.tuning import TuningEngine, Weights, mean_psnr
+from graphcache.tuning import MOST_RATE, TuningEngine, Weights, decibel_rate, mean_psnr
 from linear import Replanned, Sampler, linear
 from tiny import tiny
 
@@ -154,6 +154,19 @@ def test_the_best_plan_for_the_held_out_samples_is_kept(rate: float) -> None:
     expected = sum(map(psnr, results, references)) / 2
     assert found.after == pytest.approx(expected, abs=1e-3)
     assert mean_psnr(results, references) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("slopes", "rate"), [((30.0, -10.0), 1 / 40), ((2.0, 0.0), MOST_RATE), ((0.0, 0.0), MOST_RATE)]
+)
+def test_the_first_update_gains_a_decibel_along_the_slopes(slopes: tuple[float, ...], rate: float) -> None:
+    parameters = [nn.Parameter(torch.ones(1)) for _ in slopes]
+    for parameter, slope in zip(parameters, slopes, strict=True):
+        parameter.grad = torch.full((1,), -slope)
+    assert decibel_rate(parameters) == pytest.approx(rate)
+    torch.optim.Adam(parameters, lr=decibel_rate(parameters)).step()
+    gained = sum(slope * (float(p) - 1) for p, slope in zip(parameters, slopes, strict=True))
+    assert gained == pytest.approx(min(1.0, MOST_RATE * sum(map(abs, slopes))), abs=1e-5)
 
 
 def test_the_given_plan_is_kept_where_nothing_is_better() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from graphcache.candidates import Candidate, pareto
 from graphcache.comparison import KINDS, Row
 from graphcache.extras import require
 from graphcache.ir.errors import GraphCacheError
@@ -19,7 +20,6 @@ from graphcache.page.rows import unbeaten
 from graphcache.page.scales import colour, is_light
 from graphcache.page.sensitivity import sensitivity
 from graphcache.profile import Profile
-from graphcache.search import Candidate, pareto
 
 DPI = 150
 MARKERS = ("o", "D", "^", "s", "P", "v")

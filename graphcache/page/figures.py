@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from graphcache.candidates import Candidate, pareto
 from graphcache.comparison import KINDS, Row
 from graphcache.page.charts import (
     Chart,
@@ -23,7 +24,6 @@ from graphcache.page.rows import unbeaten
 from graphcache.page.scales import Axis, linear, logarithmic
 from graphcache.page.units import number, size
 from graphcache.profile import Profile
-from graphcache.search import Candidate, pareto
 
 BANDS = ("low frequencies", "high frequencies")
 

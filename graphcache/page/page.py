@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from graphcache.candidates import Candidate
 from graphcache.comparison import Row
 from graphcache.extras import require
 from graphcache.ir.plan import Plan
@@ -21,7 +22,6 @@ from graphcache.page.scales import VIRIDIS
 from graphcache.page.tokens import token_maps
 from graphcache.page.units import duration, fixed, number, size, work
 from graphcache.profile import Profile
-from graphcache.search import Candidate
 
 TEMPLATES = "graphcache.page"
 
@@ -57,7 +57,7 @@ def write_page(
         rows: measured contenders of a comparison.
         pictures: PNG or GIF files by contender; that of a `plain` row, else the first, is the uncached one.
         sample: PNG or GIF of a profiled sample, to lay the tokens' drift over.
-        candidates: what `graphcache.search.candidates` found.
+        candidates: what `graphcache.candidates.candidates` found.
         title: the heading.
 
     Raises:

@@ -5,11 +5,11 @@ import math
 import numpy as np
 
 from graphcache.analysis.sensitivity import effect
+from graphcache.candidates import Candidate, partly_skipped, skipped, whole
 from graphcache.ir.plan import COMPUTE
 from graphcache.ir.schedule import GUIDANCE
 from graphcache.page.course import HOLD, Course
 from graphcache.profile import Profile, families
-from graphcache.search import Candidate, partly_skipped, skipped, whole
 
 Source = tuple[tuple[int, ...], tuple[float, ...]]
 """Steps of the values that stand in for a site's, and their weights."""
@@ -19,7 +19,7 @@ def promise(course: Course) -> Candidate | None:
     """Speed-up and error of a plan, predicted as those of searched ones are; None where they cannot be.
 
     The effects of neighbouring steps that take something from the cache add up with their signs, since they
-    continue one another; stretches between them are taken for independent, as in `graphcache.search`.
+    continue one another; stretches between them are taken for independent, as in `graphcache.candidates`.
 
     Not to be predicted: token budgets, guidance beside other sites or split in bands, sites that the profile
     did not measure, and values older than its window.
