@@ -27,6 +27,7 @@ from graphcache.ir.schedule import (
 )
 
 _Column = tuple[Action, ...]
+UNCORRECTED = (1.0, 0.0)
 
 
 def lower(
@@ -178,7 +179,7 @@ def _assemble(
     tracks: Sequence[Track], steps: range, guided: Guided | None = None, memories: Sequence[Memory] = ()
 ) -> Schedule:
     """Merge equal columns; a phase stores what any of its steps needs stored."""
-    columns = _merged([tuple(track.actions[i] for track in tracks) for i in range(len(steps))])
+    columns = _merged([tuple(track.actions[i] for track in tracks) for i in range(len(steps))], tracks)
     order = {column: i for i, column in enumerate(dict.fromkeys(columns))}
     members = defaultdict(list)
     for i, column in enumerate(columns):
@@ -189,7 +190,7 @@ def _assemble(
         doubled = guided is not None and guided.conditional is not None
         phases.append(replace(phase, half=doubled and phase.is_answered))
         for i in members[index]:
-            weights[i] = tuple(tracks[t].weights[i] for t in groups)
+            weights[i] = tuple(tracks[t].weights[i] or UNCORRECTED for t in groups)
     result = tuple(
         Step(
             order[columns[i]],
@@ -204,20 +205,31 @@ def _assemble(
     return Schedule(tuple(phases), result, bounds, guided, tuple(memories))
 
 
-def _merged(columns: list[_Column]) -> list[_Column]:
-    """A column of one step may measure scores that nobody reads, where that spares a graph."""
+def _merged(columns: list[_Column], tracks: Sequence[Track]) -> list[_Column]:
+    """A column of one step does more than it must, where that spares a graph.
+
+    It measures scores that nobody reads, or corrects by 1 and 0 what it computes; not a range, whose inputs
+    plus their change are rounded otherwise than what it computes.
+    """
+    exact = [not track.name.startswith("range(") for track in tracks]
+
+    def does_more(one: _Column, other: _Column) -> bool:
+        return all(b in _included(a, same) for a, b, same in zip(one, other, exact, strict=True))
+
     counts = Counter(columns)
     result = []
     for column in columns:
-        wider = [other for other in counts if other != column and _measures_more(other, column)]
+        wider = [other for other in counts if other != column and does_more(other, column)]
         result.append(wider[0] if wider and counts[column] == 1 else column)
     return result
 
 
-def _measures_more(one: _Column, other: _Column) -> bool:
-    """Whether a column does what another does, and measures more scores."""
-    pairs = list(zip(one, other, strict=True))
-    return all(a == b or (b.measure is None and replace(a, measure=None) == b) for a, b in pairs)
+def _included(action: Action, exact: bool) -> list[Action]:
+    """What an action does besides measuring scores, or correcting."""
+    whole = [action]
+    if action.kind == "correct" and exact:
+        whole.append(replace(action, kind="compute", reads=0))
+    return [*whole, *(replace(some, measure=None) for some in whole)]
 
 
 def _phase(
@@ -229,7 +241,8 @@ def _phase(
     actions = []
     for t, (track, action) in enumerate(zip(tracks, column, strict=True)):
         if action.kind in ("forecast", "correct"):
-            rows = tuple(track.weights[i] for i in members)
+            rows = tuple(track.weights[i] or UNCORRECTED for i in members)
+            action = replace(action, optional=any(not track.weights[i] for i in members))
             if rows not in groups:
                 groups[rows] = len(groups)
                 owners.append(t)

@@ -196,7 +196,8 @@ class _Sites(Rewriter):
             self.write(CacheWrite(history.name, number), kept)
         if action.kind == "compute":
             return None
-        entries = [self._load(CacheRead(history.name, number, i), raw, part) for i in range(action.reads)]
+        ports = [CacheRead(history.name, number, i, action.optional) for i in range(action.reads)]
+        entries = [self._load(port, raw, part) for port in ports]
         if action.kind == "correct":
             entries.insert(0, raw)
         if action.patched:

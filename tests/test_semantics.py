@@ -158,6 +158,18 @@ def test_ranges_that_end_at_the_same_block_nest(rows: str) -> None:
     check_against_reference(subject("chunked_dit"), plan)
 
 
+@pytest.mark.parametrize(("site", "phases"), [("output", 2), ("*", 2), ("range(0..1)", 3)])
+def test_a_first_step_shares_the_graph_of_corrected_ones_where_that_is_exact(site: str, phases: int) -> None:
+    listed = "step 2 = 0.5 0.25\nstep 4 = 2 -1"
+    plan = Plan.parse(f"plan steps=5 preset=none\nc = tuned compute\n{site} #.c.c\n{listed}")
+    on = subject("chunked_dit")
+    check_against_reference(on, plan)
+    model = on.transform(plan)
+    on.sample(model, plan.steps)
+    (program,) = model._graphcache.programs.values()
+    assert program.graphs == phases
+
+
 def test_output_ages_while_a_range_of_all_blocks_is_reused() -> None:
     plan = Plan.parse("plan steps=4 preset=none\nrange(0..1) #.#.\noutput ##..")
     check_against_reference(subject("chunked_dit"), plan)

@@ -93,7 +93,7 @@ class Action:
     """What a phase does to one site.
 
     `reads` history entries are loaded, combined by the coefficients of `group` (-1: the newest as it
-    is); `stores` hands the raw value out. What is `packed` is the newest value in bfloat16, its difference to
+    is), `optional` ones where there are any; `stores` hands the raw value out. What is `packed` is the newest value in bfloat16, its difference to
     the one before in 8 bits and that one's scales. `tokens` computes a `budget` of them and writes them into
     the newest value; `patches` into a copy of it, which is then what `patched` actions read. A `measure`
     hands scores out. `hold` leaves the site alone: a range around it is reused.
@@ -108,13 +108,14 @@ class Action:
     patches: bool = False
     patched: bool = False
     measure: Measure | None = None
+    optional: bool = False
 
     def __str__(self) -> str:
         text: str = self.kind
         if self.budget is not None:
             text += f" {self.budget.count}"
         if self.reads:
-            text += f" reads {self.reads}"
+            text += f" reads {self.reads}" + " if any" * self.optional
         if self.group >= 0:
             text += f" by {self.group}"
         for name in ("packed", "patched", "patches", "stores"):
