@@ -36,6 +36,7 @@ from graphcache.ir.schedule import Guided, Memory, Phase, Role, Schedule, site_o
 from graphcache.passes.base import Observer, Pass, run
 from graphcache.passes.guidance import Guide
 from graphcache.passes.hoist import Hoist, Prologue
+from graphcache.passes.narrow import Narrow
 from graphcache.passes.offload import Offload
 from graphcache.passes.simplify import Simplify
 from graphcache.passes.specialize import Specialize
@@ -299,6 +300,7 @@ class Program:
                 passes: list[Pass] = [Specialize(phase, ranges, conditional, schedule.memories)]
                 if guided is not None:
                     passes.append(Guide(phase, guided))
+                passes.append(Narrow())
                 if moved:
                     passes.append(Offload(moved))
                 step = run(passes, self.half_step if phase.half else self.step, self.observers)

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,24 +29,7 @@ from graphcache.program import Program
 from reference import assert_same, capture_call, subject
 from tiny import arguments, tiny
 
-GOLDEN = Path(__file__).parent / "golden"
 Golden = Callable[[str], None]
-
-
-@pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Golden:
-    """Compares a text with the file named after the test; --update-golden writes the file instead."""
-    name = request.node.name.removeprefix("test_").replace("[", "_").replace("]", "")
-    path = GOLDEN / f"{name}.txt"
-
-    def check(text: str) -> None:
-        assert len(text.splitlines()) <= 45
-        if request.config.getoption("--update-golden"):
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(f"{text}\n")
-        assert path.read_text() == f"{text}\n"
-
-    return check
 
 
 @pytest.fixture(autouse=True)
