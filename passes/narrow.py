@@ -41,9 +41,12 @@ class Narrow:
     """
 
     def __call__(self, step: StepGraph) -> StepGraph:
-        rewriter = Rewriter(step)
+        rewriter, values = Rewriter(step), {branch.value for branch in step.branches}
         for node in rewriter.graph.find_nodes(op="call_function", target=aten.linear.default):
-            runs = list(_runs(node, _read(node)))
+            pieces = _read(node)
+            if any(piece.node.name in values for piece in pieces):
+                continue
+            runs = list(_runs(node, pieces))
             if sum(run[-1].last - run[0].first for run in runs) < value_of(node).shape[-1]:
                 for run in runs:
                     _narrow(rewriter, node, run)

@@ -14,6 +14,7 @@ from graphcache.analysis.liveness import lower
 from graphcache.ir.graph import StepGraph
 from graphcache.ir.text import render
 from graphcache.passes import narrow
+from graphcache.passes.base import run
 from graphcache.passes.narrow import Narrow
 from graphcache.passes.specialize import Specialize
 from reference import capture_call
@@ -113,3 +114,22 @@ def test_what_is_read_otherwise_stays(cut: Cut) -> None:
     step = reused(Modulated(cut))
     with mock.patch.dict(narrow._WORTH, cpu=1):
         assert products(Narrow()(step)) == products(step) == [24]
+
+
+class HalfRead(nn.Module):
+    """A branch's value is one half of a layer's channels, and nobody reads the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Linear(4, 8)
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        half, _ = self.both(x * timestep[:, None, None]).chunk(2, dim=-1)
+        return x + half
+
+
+def test_a_branchs_own_value_keeps_its_name() -> None:
+    step = capture_call(HalfRead(), arguments(), "timestep").step
+    with mock.patch.dict(narrow._WORTH, cpu=1):
+        (after,) = run([Narrow()], step).branches
+    assert after == step.branches[0]
