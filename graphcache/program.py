@@ -300,7 +300,9 @@ class Program:
                 passes: list[Pass] = [Specialize(phase, ranges, conditional, schedule.memories)]
                 if guided is not None:
                     passes.append(Guide(phase, guided))
-                passes.append(Narrow())
+                if self.backend is not None:
+                    # what is not compiled keeps the bits of the untouched model
+                    passes.append(Narrow())
                 if moved:
                     passes.append(Offload(moved))
                 step = run(passes, self.half_step if phase.half else self.step, self.observers)
