@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
@@ -150,30 +151,30 @@ class Bench:
                     yield name, [self.generate(self.example.model, item, solver, count) for item in items]
 
     def time(self) -> None:
-        """Seconds of one generation: each kind of step of each plan is timed once, compiled."""
+        """Seconds of one generation: each kind of step is timed once, compiled, all plans interleaved."""
         item = self.items(TEST, 1)[0]
-        inputs = self.sampling.first_call(item, self.example.steps)
-        figures = self._load("time")
+        steps = Generation(self.sampling.first_call(item, self.example.steps), "timestep", self.example.steps)
+        contenders = self.contenders()
+        keys = {name: self._keys(plan, item) for name, plan in contenders.items()}
+        models: dict[str, Any] = {"plain": torch.compile(self.example.model, dynamic=False)}
         known: dict[Any, list[float]] = {}
-        plain = torch.compile(self.example.model, dynamic=False)
-        steps = Generation(inputs, "timestep", self.example.steps)
-        base: list[float] = []
+        for name, plan in contenders.items():
+            if not keys[name].keys() <= known.keys():
+                models[name] = graphcache.transform(self.example.model, plan, backend="inductor")
+                known.update((key, []) for key in keys[name])
+        plain: dict[Any, list[int]] = {"plain": list(range(self.example.steps))}
         with torch.no_grad():
-            steps.run(plain)
-            for name, plan in self.contenders().items():
-                keys = self._keys(plan, item)
-                if not keys.keys() <= known.keys():
-                    model = graphcache.transform(self.example.model, plan, backend="inductor")
-                    for turn in range(self.arguments.rounds + 1):
-                        whole, parts = steps.run(plain), steps.run(model)
-                        if turn:
-                            base += whole
-                            for key, places in keys.items():
-                                known.setdefault(key, []).extend(parts[place] for place in places)
-                spent = sum(statistics.median(known[key]) * len(places) for key, places in keys.items())
-                figures[name] = statistics.median(base) * self.example.steps / spent
-                self._save("time", figures)
-                console.print(f"{name:32} {figures[name]:.2f}")
+            for turn in range(self.arguments.rounds + 1):
+                for name in random.Random(turn).sample(list(models), len(models)):
+                    parts = steps.run(models[name])
+                    for key, places in keys.get(name, plain).items():
+                        known.setdefault(key, []).extend(parts[place] for place in places if turn)
+        figures = self._load("time")
+        for name, kinds in keys.items():
+            spent = sum(statistics.median(known[key]) * len(places) for key, places in kinds.items())
+            figures[name] = statistics.median(known["plain"]) * self.example.steps / spent
+            console.print(f"{name:32} {figures[name]:.2f}")
+        self._save("time", figures)
 
     def _keys(self, plan: Plan, item: Any) -> dict[Any, list[int]]:
         """Steps of the plan by what their graph does."""
