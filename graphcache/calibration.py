@@ -22,8 +22,8 @@ from graphcache.runner import begun, feed, run_prologue
 from graphcache.transform import transform
 
 ACTIONS = "##fff#f#fff#f"
-"""Of the plans that are timed; the first two steps are warm-up. The computed ones after them follow skipped ones,
-as in most plans: they can take a few per cent longer than one after another."""
+"""Of the plans that are timed; the first two steps are warm-up. The computed ones after them follow
+skipped ones, as in most plans: they can take a few per cent longer than one after another."""
 
 
 def step_seconds(

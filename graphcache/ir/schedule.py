@@ -93,10 +93,11 @@ class Action:
     """What a phase does to one site.
 
     `reads` history entries are loaded, combined by the coefficients of `group` (-1: the newest as it is),
-    `optional` ones where there are any; `stores` hands the raw value out. What is `packed` is the newest value
-    in bfloat16, its difference to the one before in 8 bits and that one's scales. `tokens` computes a `budget`
-    of them and writes them into the newest value; `patches` into a copy of it, which is then what `patched`
-    actions read. A `measure` hands scores out. `hold` leaves the site alone: a range around it is reused.
+    `optional` ones where there are any; `stores` hands the raw value out. What is `packed` is the newest
+    value in bfloat16, its difference to the one before in 8 bits and that one's scales. `tokens` computes a
+    `budget` of them and writes them into the newest value; `patches` into a copy of it, which is then what
+    `patched` actions read. A `measure` hands scores out. `hold` leaves the site alone: a range around it is
+    reused.
     """
 
     kind: Kind
