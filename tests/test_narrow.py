@@ -1,6 +1,8 @@
 """Layers of which parts are read: what is left of them, and that it gives the same."""
 
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphcache import Plan
+from graphcache import Plan, presets
 from graphcache.analysis.cost import graph_flops
 from graphcache.analysis.liveness import lower
 from graphcache.ir.graph import StepGraph
@@ -17,7 +19,7 @@ from graphcache.passes import narrow
 from graphcache.passes.base import run
 from graphcache.passes.narrow import Narrow
 from graphcache.passes.specialize import Specialize
-from reference import capture_call
+from reference import assert_same, capture_call, subject
 from tiny import arguments
 
 Cut = Callable[[Tensor], tuple[Tensor, ...]]
@@ -44,17 +46,33 @@ def chunked(value: Tensor) -> tuple[Tensor, ...]:
     return value.chunk(6, dim=-1)
 
 
+def across(value: Tensor) -> tuple[Tensor, ...]:
+    """Parts that are no channels: six tokens of four."""
+    return value.reshape(-1, 6, 4).chunk(6, dim=1)
+
+
+def with_their_sum(value: Tensor) -> tuple[Tensor, ...]:
+    """Parts of a value that is read whole as well."""
+    return tuple(part + value.sum(dim=-1, keepdim=True) for part in value.chunk(6, dim=-1))
+
+
 CUTS: dict[str, Cut] = {
     "chunk": chunked,
     "split": lambda value: value.split(4, dim=2),
     "split with sizes": lambda value: value.split([4, 4, 4, 4, 4, 4], dim=-1),
+    "another dimension": across,
+    "read whole": with_their_sum,
 }
 
 
-def reused(model: nn.Module, rows: str = "*") -> StepGraph:
-    """The phase that reuses some of the block's branches."""
+@cache
+def modulated(name: str, bias: bool = True) -> StepGraph:
     torch.manual_seed(0)
-    step = capture_call(model, arguments(), "timestep").step
+    return capture_call(Modulated(CUTS[name], bias), arguments(), "timestep").step
+
+
+def reused(step: StepGraph, rows: str = "*") -> StepGraph:
+    """The phase that reuses some of the block's branches."""
     schedule = lower(Plan.parse(f"plan steps=2 preset=none\n{rows} #."), step.branches)
     return Specialize(schedule.phases[1])(step)
 
@@ -82,9 +100,9 @@ def same(step: StepGraph, after: StepGraph) -> None:
     ],
 )
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("name", ["chunk", "split", "split with sizes"])
 def test_only_what_is_read_is_computed(name: str, bias: bool, rows: str, worth: int, left: list[int]) -> None:
-    step = reused(Modulated(CUTS[name], bias), rows)
+    step = reused(modulated(name, bias), rows)
     with mock.patch.dict(narrow._WORTH, cpu=worth):
         after = Narrow()(step)
         again = Narrow()(after)
@@ -96,22 +114,12 @@ def test_only_what_is_read_is_computed(name: str, bias: bool, rows: str, worth: 
 
 def test_narrowed_to_the_gates(golden: Callable[[str], None]) -> None:
     with mock.patch.dict(narrow._WORTH, cpu=1):
-        golden(render(Narrow()(reused(Modulated(chunked)))))
+        golden(render(Narrow()(reused(modulated("chunk")))))
 
 
-def with_their_sum(value: Tensor) -> tuple[Tensor, ...]:
-    """Parts of a value that is read whole as well."""
-    return tuple(part + value.sum(dim=-1, keepdim=True) for part in value.chunk(6, dim=-1))
-
-
-def across(value: Tensor) -> tuple[Tensor, ...]:
-    """Parts that are no channels: six tokens of four."""
-    return value.reshape(-1, 6, 4).chunk(6, dim=1)
-
-
-@pytest.mark.parametrize("cut", [across, with_their_sum])
-def test_what_is_read_otherwise_stays(cut: Cut) -> None:
-    step = reused(Modulated(cut))
+@pytest.mark.parametrize("name", ["another dimension", "read whole"])
+def test_what_is_read_otherwise_stays(name: str) -> None:
+    step = reused(modulated(name))
     with mock.patch.dict(narrow._WORTH, cpu=1):
         assert products(Narrow()(step)) == products(step) == [24]
 
@@ -133,3 +141,20 @@ def test_a_branchs_own_value_keeps_its_name() -> None:
     with mock.patch.dict(narrow._WORTH, cpu=1):
         (after,) = run([Narrow()], step).branches
     assert after == step.branches[0]
+
+
+@torch.no_grad()
+def test_what_is_compiled_is_narrowed_and_eager_phases_keep_their_bits() -> None:
+    on, plan = subject("dit"), presets.fora(4, 2)
+    results: dict[str | None, list[Any]] = {}
+    with mock.patch.dict(narrow._WORTH, cpu=1):
+        for backend in (None, "aot_eager"):
+            model = on.transform(plan, backend=backend)
+            results[backend] = on.sample(model, plan.steps)
+            (program,) = model._graphcache.programs.values()
+            flops = [graph_flops(runnable.step) for runnable in program.phases.values()]
+            results[backend].append(min(flops))
+    eager, compiled = results[None], results["aot_eager"]
+    assert compiled.pop() < eager.pop()
+    torch.testing.assert_close(compiled, eager)
+    assert_same(eager, on.sample(on.reference(plan), plan.steps))
