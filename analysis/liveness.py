@@ -14,6 +14,7 @@ from graphcache.ir.resolve import Resolution, resolve
 from graphcache.ir.schedule import (
     GUIDANCE,
     PREDICTION,
+    UNCORRECTED,
     Action,
     Guided,
     Memory,
@@ -27,7 +28,6 @@ from graphcache.ir.schedule import (
 )
 
 _Column = tuple[Action, ...]
-UNCORRECTED = (1.0, 0.0)
 
 
 def lower(

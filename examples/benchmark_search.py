@@ -1,6 +1,7 @@
 """Searched and tuned plans against presets and fewer steps, on the trained models: quality at equal time.
 
 python -m examples.benchmark_search digits profile plans quality time converged judged table
+python -m examples.benchmark_search digits profile predicted ablations
 
 Stages write what they find into `--workdir`, and the plans beside the example; each takes up what is there.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 from collections.abc import Iterator
@@ -20,14 +22,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torchmetrics.functional import spearman_corrcoef
 
 import graphcache
 from examples.samplers import EXAMPLES, Example
 from graphcache import Plan, PlanError, presets
 from graphcache.automatic import checker
 from graphcache.bench import Generation
+from graphcache.calibration import step_seconds
 from graphcache.candidates import Candidate
 from graphcache.metrics import psnr
+from graphcache.page.course import meet
+from graphcache.page.promise import promise
+from graphcache.profile import families
 from graphcache.sampling import Sampling, converged
 from graphcache.search import search
 from graphcache.tuning import tune, with_corrections
@@ -157,7 +164,7 @@ class Bench:
         contenders = self.contenders()
         keys = {name: self._keys(plan, item) for name, plan in contenders.items()}
         models: dict[str, Any] = {"plain": torch.compile(self.example.model, dynamic=False)}
-        known: dict[Any, list[float]] = {}
+        known: dict[Any, list[float]] = {"plain": []}
         for name, plan in contenders.items():
             if not keys[name].keys() <= known.keys():
                 models[name] = graphcache.transform(self.example.model, plan, backend="inductor")
@@ -168,13 +175,54 @@ class Bench:
                 for name in random.Random(turn).sample(list(models), len(models)):
                     parts = steps.run(models[name])
                     for key, places in keys.get(name, plain).items():
-                        known.setdefault(key, []).extend(parts[place] for place in places if turn)
+                        known[key] += [parts[place] for place in places if turn]
         figures = self._load("time")
         for name, kinds in keys.items():
             spent = sum(statistics.median(known[key]) * len(places) for key, places in kinds.items())
             figures[name] = statistics.median(known["plain"]) * self.example.steps / spent
             console.print(f"{name:32} {figures[name]:.2f}")
         self._save("time", figures)
+
+    def predicted(self) -> None:
+        """Predicted and measured speed-ups of the found plans, from steps that are timed right before."""
+        profile = graphcache.load_profile(self.folder / "profile.json")
+        inputs = self.sampling.first_call(self.items(TEST, 1)[0], self.example.steps)
+        sites = {name: [site.name for site in group] for name, group in families(profile).items()}
+        rounds = self.arguments.rounds
+        seconds = step_seconds(
+            self.example.model, inputs, sites, backend="inductor", timestep="timestep", rounds=rounds
+        )
+        self.arguments.methods = ["tuned"]
+        self.time()
+        measured = self._load("time")
+        for name, plan in self.contenders().items():
+            found = promise(meet(name, plan, replace(profile, timings=seconds)))
+            assert found is not None
+            off = found.speedup / measured[name] - 1
+            console.print(f"{name:32} {found.speedup:.2f} {measured[name]:.2f} {off:+.0%}")
+
+    def ablations(self) -> None:
+        """How the adjoint's estimates rank real errors: one site reused at one step of a profiled run."""
+        (item,), steps = self.items(TRAINED, 1), self.example.steps
+        sampler, conditional = self.example.sampler(), self.example.conditional
+        profile = graphcache.profile(
+            self.example.model, [item], steps=steps, sampler=sampler, conditional=conditional, window=1
+        )
+        uncached = self.generate(self.example.model, item)
+        branches = [site.name for site in profile.sites if site.kind == "branch"]
+        estimated, real = [], []
+        for site in branches[:: -(-len(branches) // 8)]:
+            for step in (round(share * steps) for share in (0.12, 0.3, 0.5, 0.7, 0.9)):
+                row = "#" * step + "." + "#" * (steps - step - 1)
+                model = self.sampling.planned(Plan.parse(f"plan steps={steps} preset=none\n{site} {row}"))
+                effects = profile.effects[profile.index(site), step]
+                estimated.append(float(((effects[1] - effects[0]) ** 2).mean(axis=0).sum()))
+                real.append(float((self.generate(model, item) - uncached).double().square().sum()))
+        rank = float(spearman_corrcoef(torch.tensor(estimated), torch.tensor(real)))
+        ratio = statistics.median(math.sqrt(one / other) for one, other in zip(estimated, real, strict=True))
+        console.print(
+            f"{len(real)} ablations: rank correlation {rank:.2f}, estimated by real error {ratio:.2f}"
+        )
 
     def _keys(self, plan: Plan, item: Any) -> dict[Any, list[int]]:
         """Steps of the plan by what their graph does."""

@@ -24,6 +24,7 @@ from graphcache.ir.graph import (
     CacheRead,
     CacheWrite,
     Coefficients,
+    InPort,
     Input,
     StepGraph,
     Table,
@@ -129,8 +130,13 @@ class Runnable:
 
     def blank(self, port: CacheRead) -> torch.Tensor:
         """What is read where nothing was stored yet."""
-        like = next(value_of(node) for known, node in self.step.ports() if known == port)
+        like = self._described[port]
         return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+
+    @cached_property
+    def _described(self) -> dict[InPort, torch.Tensor]:
+        """Fake tensors of what each port is fed."""
+        return {port: value_of(node) for port, node in self.step.ports()}
 
     @cached_property
     def stored(self) -> tuple[tuple[str, int], ...]:
@@ -144,8 +150,8 @@ class Runnable:
     @cached_property
     def _weights(self) -> dict[int, torch.Tensor]:
         """Fake tensors with dtype and device of each group's coefficients."""
-        ports = self.step.ports()
-        return {port.group: value_of(node) for port, node in ports if isinstance(port, Coefficients)}
+        found = self._described.items()
+        return {port.group: value for port, value in found if isinstance(port, Coefficients)}
 
     def coefficients(self, group: int, values: tuple[float, ...]) -> torch.Tensor:
         """The coefficients as a tensor; made once, so that later generations copy nothing to the device."""

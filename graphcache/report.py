@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from graphcache.ir.schedule import GUIDANCE, PREDICTION, Schedule, site_of
+from graphcache.ir.schedule import GUIDANCE, PREDICTION, UNCORRECTED, Action, Schedule, Step, site_of
 from graphcache.program import Program
 from graphcache.session import Branch, Session
 
@@ -118,7 +118,9 @@ def _step(program: Program, schedule: Schedule, index: int, start: int, size: di
     phase = schedule.phases[step.phase]
     pseudo = (GUIDANCE, PREDICTION)
     actions = {
-        name: action.kind for name, action in phase.actions if name not in pseudo and name == site_of(name)
+        name: "compute" if _is_uncorrected(action, step) else action.kind
+        for name, action in phase.actions
+        if name not in pseudo and name == site_of(name)
     }
     kinds = Counter(actions.values())
     for branch in program.captured.step.branches:
@@ -137,6 +139,11 @@ def _step(program: Program, schedule: Schedule, index: int, start: int, size: di
         held_bytes=schedule.held(index, size),
         branches=schedule.branches(index),
     )
+
+
+def _is_uncorrected(action: Action, step: Step) -> bool:
+    """Whether the step only shares a corrected phase's graph, having no history to correct by."""
+    return action.optional and step.coefficients[action.group] == UNCORRECTED
 
 
 def _size(count: int) -> str:

@@ -168,6 +168,14 @@ def test_a_first_step_shares_the_graph_of_corrected_ones_where_that_is_exact(sit
     on.sample(model, plan.steps)
     (program,) = model._graphcache.programs.values()
     assert program.graphs == phases
+    steps = model.summary().branches[0].steps
+    assert [(step.computed > 0, step.corrected > 0) for step in steps] == [
+        (True, False),
+        (False, False),
+        (site != "*", True),
+        (False, False),
+        (site != "*", True),
+    ]
 
 
 def test_output_ages_while_a_range_of_all_blocks_is_reused() -> None:

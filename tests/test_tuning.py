@@ -165,7 +165,7 @@ def test_the_first_update_gains_a_decibel_along_the_slopes(slopes: tuple[float, 
         parameter.grad = torch.full((1,), -slope)
     assert decibel_rate(parameters) == pytest.approx(rate)
     torch.optim.Adam(parameters, lr=decibel_rate(parameters)).step()
-    gained = sum(slope * (float(p) - 1) for p, slope in zip(parameters, slopes, strict=True))
+    gained = sum(slope * (float(p.detach()) - 1) for p, slope in zip(parameters, slopes, strict=True))
     assert gained == pytest.approx(min(1.0, MOST_RATE * sum(map(abs, slopes))), abs=1e-5)
 
 

@@ -88,6 +88,10 @@ class Measure:
         return Measure(str(options["by"]), float(options.get("queries", 1.0)), shared)
 
 
+UNCORRECTED = (1.0, 0.0)
+"""The coefficients by which a corrected phase gives what it computes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Action:
     """What a phase does to one site.
