@@ -1,7 +1,9 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from reference import shared_captures
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -24,3 +26,10 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
         assert path.read_text() == f"{text}\n"
 
     return check
+
+
+@pytest.fixture
+def captured_once() -> Iterator[None]:
+    """For tests that ask for the same model's capture again and again, and do not change the model."""
+    with shared_captures():
+        yield

@@ -6,7 +6,7 @@ looked at, so that nothing is told here the way the library tells it.
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,38 +15,33 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+import graphcache
 from graphcache import Plan
 from graphcache.capture import forward_parameters
-from graphcache.ir.call import Binder, CallSpec
-from graphcache.program import Captured
+from graphcache.ir.call import Binder
 from pipelines import TinyPipeline
-from reference import Reference, capture_call
+from reference import Reference, capture_call, shared_captures
 
 PlanFor = Callable[[int], Plan]
 """The plan for a schedule of this many steps."""
-
-_CAPTURES: dict[Hashable, Captured] = {}
-_capture = Captured.of
-
-
-def shared_captures() -> Any:
-    """A context in which a capture is made once for a model and signature, whoever asks for it.
-
-    Captures know no plan and take nine tenths of the time of a generation.
-    """
-    return patch.object(Captured, "of", _captured_once)
-
-
-def _captured_once(model: nn.Module, call: CallSpec, tensors: Sequence[Tensor], *rest: Any) -> Captured:
-    key = model, repr(call.template), tuple((tensor.shape, tensor.dtype) for tensor in tensors)
-    if key not in _CAPTURES:
-        _CAPTURES[key] = _capture(model, call, tensors, *rest)
-    return _CAPTURES[key]
 
 
 @functools.cache
 def untouched(tiny: TinyPipeline) -> Any:
     return tiny.make()
+
+
+def fresh(tiny: TinyPipeline) -> Any:
+    """A new pipeline with the models of the untouched one, so that captures can be shared."""
+    pipe = tiny.make()
+    for part, model in parts(untouched(tiny)).items():
+        setattr(pipe, part, model)
+    return pipe
+
+
+def transformed(tiny: TinyPipeline, plan: Plan) -> Any:
+    """Such a pipeline under a plan."""
+    return graphcache.transform(fresh(tiny), plan)
 
 
 def reference(

@@ -30,7 +30,7 @@ import graphcache
 from graphcache import CaptureError, GraphCacheError, Plan, StateError, presets
 from pipelines import PIPELINES, TinyPipeline
 from reference import Reference, assert_same, capture_call, runner_tensors, subject
-from reference_pipeline import reference, shared_captures, untouched
+from reference_pipeline import reference, untouched
 from tiny import arguments, tiny
 from zoo import CASES
 
@@ -49,12 +49,6 @@ def inference() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
     with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def captured_once() -> Iterator[None]:
-    with shared_captures():
         yield
 
 

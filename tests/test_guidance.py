@@ -1,5 +1,6 @@
 """Guidance as a row of a plan, in both shapes of pipelines, against the Fourier form."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,8 @@ from reference import Subject, assert_same, runner_tensors, subject
 from reference_guidance import GuidedReference, low_band
 from strategies import QUICK, plans
 from tiny import TinyDiT
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 SIZES = [(60, 90), (64, 64), (54, 96), (60, 106), (45, 80), (61, 91), (7, 5), (9, 4)]
 PUBLISHED = ("open-sora-1.2", "latte", "open-sora-plan-1.1", "cogvideox", "vchitect-2.0", "mochi")
@@ -349,9 +352,14 @@ class Counting(TinyDiT):
 DEPTH, TOKENS, DIM = 3, 24, 4
 
 
+@functools.cache
+def counting() -> Counting:
+    return Counting(DEPTH).eval()
+
+
 def sample_counting(plan: Plan, **options: Any) -> Any:
     torch.manual_seed(0)
-    model = graphcache.transform(Counting(DEPTH).eval(), plan, **options)
+    model = graphcache.transform(counting(), plan, **options)
     latents, text = torch.randn(1, DIM, 4, 6), torch.randn(2, DIM)
     for step in range(plan.steps):
         model(torch.cat([latents, latents]), torch.full((2,), 1 - step / plan.steps), text)

@@ -1,7 +1,7 @@
 """FasterCache in real diffusers pipelines, beside the same pipelines with a reference for each branch."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import graphcache
 from graphcache.capture import forward_parameters
 from graphcache.ir.call import Binder
 from graphcache.ir.plan import Plan
@@ -17,17 +16,13 @@ from graphcache.presets import fastercache
 from pipelines import PIPELINES
 from reference import assert_same, capture_call
 from reference_guidance import GuidedReference
-from reference_pipeline import StandIn, laid, reference, shared_captures, untouched
+from reference_pipeline import StandIn, laid, reference, transformed, untouched
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 STEPS = 10
 GRID = (3, 8, 8)
 """Frames, height and width of the tokens that LTX returns packed."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _shared_captures() -> Iterator[None]:
-    with shared_captures():
-        yield
 
 
 @dataclass
@@ -105,7 +100,7 @@ PLANS = {
 
 @functools.cache
 def cached(name: str) -> Any:
-    return graphcache.transform(PIPELINES[name].make(), PLANS[name])
+    return transformed(PIPELINES[name], PLANS[name])
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
@@ -141,7 +136,7 @@ def test_two_prompts_and_no_guidance(name: str) -> None:
     assert_close(both, reference(tiny, lambda steps: PLANS[name], STEPS, GuidedStandIn, batch=2))
     rows = tuple(row for row in PLANS[name].rows if not row.selector.is_guidance)
     alone = replace(PLANS[name], rows=rows, preset=None)
-    unguided = graphcache.transform(tiny.make(), alone)
+    unguided = transformed(tiny, alone)
     expected = tiny.generate(unguided, STEPS, batch=2, guided=False)
     assert_same(tiny.generate(pipe, STEPS, batch=2, guided=False), expected)
 
@@ -150,7 +145,7 @@ def test_a_distilled_model_has_feature_reuse_alone() -> None:
     """HunyuanVideo takes the scale as an input and is called once a step."""
     tiny = PIPELINES["hunyuan_video"]
     plan = fastercache(STEPS, guidance=False)
-    pipe = graphcache.transform(tiny.make(), plan)
+    pipe = transformed(tiny, plan)
     expected = reference(tiny, lambda steps: plan, STEPS, guided=False)
     assert_same(tiny.generate(pipe, STEPS, guided=False), expected)
 

@@ -22,12 +22,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-import graphcache
 from graphcache import Plan, PlanError, importers
 from graphcache.cli import app
 from graphcache.ir import plantext
 from pipelines import PIPELINES
 from reference import Subject, subject
+from reference_pipeline import fresh, transformed, untouched
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 MASK = [1, 0, 0, 1, 0, 1, 1, 0]
 OTHER = [1, 1, 0, 1, 0, 0, 0, 1]
@@ -259,8 +261,8 @@ def test_dbcache_over_flux_as_one_list_agrees(cache_dit: Any, front: int, back: 
     cache_dit.enable_cache(pipe, cache_config=config(cache_dit, MASK, front, back))
     theirs = tiny.generate(pipe, STEPS, guided=False)
     plan = importers.steps_mask(MASK, front, back, blocks=4)
-    assert torch.equal(tiny.generate(graphcache.transform(tiny.make(), plan), STEPS, guided=False), theirs)
-    assert not torch.allclose(tiny.generate(tiny.make(), STEPS, guided=False), theirs)
+    assert torch.equal(tiny.generate(transformed(tiny, plan), STEPS, guided=False), theirs)
+    assert not torch.allclose(tiny.generate(untouched(tiny), STEPS, guided=False), theirs)
 
 
 @pytest.mark.parametrize("name", ["pixart", "wan", "cogvideox", "flux"])
@@ -270,9 +272,7 @@ def test_dbcache_in_a_guided_pipeline_agrees_in_every_generation(cache_dit: Any,
     pipe = local(tiny.make())
     separate = {"enable_separate_cfg": True} if name == "flux" else {}
     cache_dit.enable_cache(pipe, cache_config=config(cache_dit, MASK, 1, 0, **separate))
-    ours = graphcache.transform(
-        tiny.make(), importers.steps_mask(MASK, front=1, blocks=4 if name == "flux" else 2)
-    )
+    ours = transformed(tiny, importers.steps_mask(MASK, front=1, blocks=4 if name == "flux" else 2))
     for _ in range(2):
         assert torch.equal(tiny.generate(ours, STEPS), tiny.generate(pipe, STEPS))
 
@@ -287,10 +287,10 @@ def test_dbcache_with_taylorseer_agrees_up_to_rounding(cache_dit: Any, name: str
     cache_dit.enable_cache(pipe, config(cache_dit, mask, 1, 0), calibrator)
     theirs = tiny.generate(pipe, len(mask))
     plan = importers.steps_mask(mask, front=1, blocks=2, order=order)
-    ours = tiny.generate(graphcache.transform(tiny.make(), plan), len(mask))
+    ours = tiny.generate(transformed(tiny, plan), len(mask))
     assert deviation(ours, theirs) < 1e-6
     reused = importers.steps_mask(mask, front=1, blocks=2)
-    other = tiny.generate(graphcache.transform(tiny.make(), reused), len(mask))
+    other = tiny.generate(transformed(tiny, reused), len(mask))
     assert deviation(other, theirs) > 1e-4
 
 
@@ -463,7 +463,7 @@ def test_every_line_of_the_document_runs(code: str, tmp_path: Path, monkeypatch:
     Path("schedule.json").write_text('{"attn1": [1, 0, 1, 0], "ff": [1, 1, 0, 1]}')
     importers.smoothcache("schedule.json").save("plan.txt")
     tiny = PIPELINES["latte" if "fastercache" in code else "flux"]
-    names: dict[str, Any] = {"pipe": tiny.make()}
+    names: dict[str, Any] = {"pipe": fresh(tiny)}
     exec(code, names)
     plan = getattr(names["pipe"].transformer, "plan", names.get("plan"))
     if plan is not None:

@@ -1,7 +1,6 @@
 """Real pipelines of every family beside the reference interpreter in the same pipeline, bit for bit."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +9,9 @@ import torch
 import graphcache
 from pipelines import PIPELINES
 from reference import assert_same
-from reference_pipeline import parts, reference, shared_captures, untouched
+from reference_pipeline import reference, transformed, untouched
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 STEPS = 6
 compute = graphcache.presets.compute
@@ -20,24 +21,10 @@ fora = functools.partial(graphcache.presets.fora, interval=3)
 pipelines = pytest.mark.parametrize("name", PIPELINES, scope="module")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _shared_captures() -> Iterator[None]:
-    with shared_captures():
-        yield
-
-
-def transformed(name: str, plan: graphcache.Plan) -> Any:
-    """A pipeline with the models of the untouched one, so that captures can be shared."""
-    pipe = PIPELINES[name].make()
-    for part, model in parts(untouched(PIPELINES[name])).items():
-        setattr(pipe, part, model)
-    return graphcache.transform(pipe, plan)
-
-
 @functools.cache
 def with_fora(name: str) -> Any:
     """One transformed pipeline for many tests: generations are independent of each other."""
-    return transformed(name, fora(STEPS))
+    return transformed(PIPELINES[name], fora(STEPS))
 
 
 @pipelines
@@ -49,7 +36,7 @@ def test_the_reference_equals_the_pipeline_where_all_is_computed(name: str) -> N
 @pipelines
 def test_a_plan_that_only_computes_changes_no_bit(name: str) -> None:
     tiny = PIPELINES[name]
-    pipe = transformed(name, compute(STEPS))
+    pipe = transformed(tiny, compute(STEPS))
     assert_same(tiny.generate(pipe, STEPS), tiny.generate(untouched(tiny), STEPS))
 
 
@@ -68,8 +55,7 @@ def test_a_second_generation_equals_the_first(name: str) -> None:
 
 
 CALLS: tuple[dict[str, Any], ...] = (
-    {"steps": STEPS, "batch": 2, "guided": False},
-    {"steps": STEPS, "large": True},
+    {"steps": STEPS, "batch": 2, "guided": False, "large": True},
     {"steps": 8},
     {"steps": STEPS},
 )

@@ -20,6 +20,10 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CaptureError, Plan
 from pipelines import PIPELINES
+from reference import assert_same
+from reference_pipeline import transformed, untouched
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 STEPS = 6
 FORA = graphcache.presets.fora(STEPS, interval=3)
@@ -28,14 +32,9 @@ NAMES = ("dit", "pixart", "flux")
 
 
 @functools.cache
-def untouched(name: str) -> Any:
-    return PIPELINES[name].make()
-
-
-@functools.cache
 def with_fora(name: str) -> Any:
     """One transformed pipeline for many tests: generations are independent of each other."""
-    return graphcache.transform(PIPELINES[name].make(), FORA)
+    return transformed(PIPELINES[name], FORA)
 
 
 @contextmanager
@@ -62,28 +61,26 @@ def outputs_stored(model: nn.Module, modules: str, branches: int, actions: str) 
 
 def cached_by_hand(name: str, actions: str = COMPUTED, batch: int = 1, guided: bool = True) -> Tensor:
     """A generation of the untouched pipeline in which branches compute at `#` and are reused elsewhere."""
-    tiny, pipe = PIPELINES[name], untouched(name)
+    tiny, pipe = PIPELINES[name], untouched(PIPELINES[name])
     branches = tiny.branches if guided else 1
     with outputs_stored(pipe.transformer, tiny.branch_modules, branches, actions):
         return tiny.generate(pipe, len(actions), batch, guided)
 
 
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("plan", [graphcache.presets.compute(STEPS), Plan.parse("plan steps=6\n* ######")])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plan_that_only_computes_changes_no_bit(name: str, plan: Plan) -> None:
-    pipe = graphcache.transform(PIPELINES[name].make(), plan)
-    assert_same(PIPELINES[name].generate(pipe, STEPS), PIPELINES[name].generate(untouched(name), STEPS))
+    pipe = transformed(PIPELINES[name], plan)
+    assert_same(
+        PIPELINES[name].generate(pipe, STEPS), PIPELINES[name].generate(untouched(PIPELINES[name]), STEPS)
+    )
 
 
 @pytest.mark.parametrize("name", [*NAMES, "wan"])
 def test_fora_hands_out_the_branch_outputs_of_every_third_step(name: str) -> None:
     result = PIPELINES[name].generate(with_fora(name), STEPS)
     assert_same(result, cached_by_hand(name))
-    assert not torch.equal(result, PIPELINES[name].generate(untouched(name), STEPS))
+    assert not torch.equal(result, PIPELINES[name].generate(untouched(PIPELINES[name]), STEPS))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -140,12 +137,12 @@ def test_a_second_order_solver_takes_two_plan_steps_at_a_timestep() -> None:
 
 def test_transforming_again_replaces_the_plan() -> None:
     tiny = PIPELINES["pixart"]
-    pipe = graphcache.transform(tiny.make(), FORA)
+    pipe = transformed(tiny, FORA)
     compute = graphcache.presets.compute(STEPS)
     assert graphcache.transform(pipe, compute) is pipe
     assert pipe.transformer.plan == compute
     assert type(pipe.transformer).__mro__[2] is diffusers.PixArtTransformer2DModel
-    assert_same(tiny.generate(pipe, STEPS), tiny.generate(untouched("pixart"), STEPS))
+    assert_same(tiny.generate(pipe, STEPS), tiny.generate(untouched(PIPELINES["pixart"]), STEPS))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -155,17 +152,17 @@ def test_the_original_model_goes_on_computing_every_step(name: str) -> None:
     graphcache.transform(pipe, FORA)
     assert pipe.transformer is not original
     pipe.transformer = original
-    assert_same(tiny.generate(pipe, STEPS), tiny.generate(untouched(name), STEPS))
+    assert_same(tiny.generate(pipe, STEPS), tiny.generate(untouched(PIPELINES[name]), STEPS))
 
 
 def test_original_and_transformed_model_run_in_turn() -> None:
     tiny, pipe = PIPELINES["dit"], PIPELINES["dit"].make()
     original = pipe.transformer
-    transformed = graphcache.transform(pipe, FORA).transformer
+    cached = graphcache.transform(pipe, FORA).transformer
     for _ in range(2):
         pipe.transformer = original
-        assert_same(tiny.generate(pipe, STEPS), tiny.generate(untouched("dit"), STEPS))
-        pipe.transformer = transformed
+        assert_same(tiny.generate(pipe, STEPS), tiny.generate(untouched(PIPELINES["dit"]), STEPS))
+        pipe.transformer = cached
         assert_same(tiny.generate(pipe, STEPS), cached_by_hand("dit"))
 
 
@@ -198,8 +195,8 @@ def test_moving_the_pipeline_to_another_dtype_moves_the_cached_model() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_saved_model_loads_as_the_original_class_with_equal_weights(name: str, tmp_path: Path) -> None:
-    kind = type(untouched(name).transformer)
-    model = graphcache.transform(PIPELINES[name].make(), FORA).transformer
+    kind = type(untouched(PIPELINES[name]).transformer)
+    model = transformed(PIPELINES[name], FORA).transformer
     model.save_pretrained(tmp_path)
     loaded = kind.from_pretrained(tmp_path)
     assert type(loaded) is kind
@@ -208,11 +205,11 @@ def test_a_saved_model_loads_as_the_original_class_with_equal_weights(name: str,
 
 def test_a_saved_pipeline_loads_with_an_untransformed_model(tmp_path: Path) -> None:
     tiny = PIPELINES["dit"]
-    graphcache.transform(tiny.make(), FORA).save_pretrained(tmp_path)
+    transformed(tiny, FORA).save_pretrained(tmp_path)
     loaded = diffusers.DiTPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded.transformer) is diffusers.DiTTransformer2DModel
-    assert_same(tiny.generate(loaded, STEPS), tiny.generate(untouched("dit"), STEPS))
+    assert_same(tiny.generate(loaded, STEPS), tiny.generate(untouched(PIPELINES["dit"]), STEPS))
 
 
 def test_a_diffusers_cache_on_top_is_refused() -> None:

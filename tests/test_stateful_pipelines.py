@@ -21,7 +21,7 @@ import graphcache
 from graphcache import GraphCacheError, Plan, presets, runner
 from pipelines import PIPELINES
 from reference import assert_same
-from reference_pipeline import parts, reference, shared_captures, untouched
+from reference_pipeline import parts, reference, untouched
 from test_stateful import in_thread
 
 ACTIONS = int(os.environ.get("PIPELINE_ACTIONS", "60"))
@@ -184,8 +184,8 @@ class Pipeline(RuleBasedStateMachine):
             assert_same(result, self.expected(call))
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_a_pipeline_is_right_or_refuses() -> None:
-    with shared_captures():
-        while Pipeline.counts.total() < ACTIONS:
-            run_state_machine_as_test(Pipeline, settings=SETTINGS)
+    while Pipeline.counts.total() < ACTIONS:
+        run_state_machine_as_test(Pipeline, settings=SETTINGS)
     print(f"\n{Pipeline.counts.total()} actions: {dict(Pipeline.counts)}")

@@ -12,8 +12,10 @@ import graphcache
 from graphcache import GraphCacheError, Plan, PlanError, StateError, placement, presets, schedulers
 from pipelines import PIPELINES
 from reference import assert_same, subject
-from reference_pipeline import reference, untouched
+from reference_pipeline import reference, transformed, untouched
 from tiny import arguments, tiny
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 MIXED = Plan.parse(
     "plan steps=6 preset=none\nt = taylorseer order=2\n@mlp ##t#tt\n@self #.##.#\n@cross #..#.."
@@ -58,7 +60,7 @@ READS = {
 @pytest.mark.parametrize("name", READS)
 def test_a_scheduler_tells_the_step_without_reading_the_device(name: str, reads: list[float]) -> None:
     tiny_pipe = PIPELINES[name]
-    pipe = graphcache.transform(tiny_pipe.make(), presets.fora(6))
+    pipe = transformed(tiny_pipe, presets.fora(6))
     for _ in range(2):
         reads.clear()
         tiny_pipe.generate(pipe, 6)
@@ -161,7 +163,7 @@ def test_a_transformer_put_into_a_pipeline_by_hand() -> None:
 
 def test_another_number_of_steps_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     tiny_pipe = PIPELINES["pixart"]
-    pipe = graphcache.transform(tiny_pipe.make(), presets.fora(6))
+    pipe = transformed(tiny_pipe, presets.fora(6))
     with caplog.at_level(logging.WARNING, logger="graphcache"):
         for steps in (6, 4, 6, 4):
             tiny_pipe.generate(pipe, steps)
@@ -176,11 +178,11 @@ def test_listed_coefficients_are_replaced_for_other_steps_with_a_message(
 ) -> None:
     tiny_pipe = PIPELINES["pixart"]
     plan = Plan.parse("plan steps=6 preset=none\nf = fitted order=1\n* ##f###\n  step 2 = 1.5 -0.5")
-    pipe = graphcache.transform(tiny_pipe.make(), plan)
+    pipe = transformed(tiny_pipe, plan)
     with caplog.at_level(logging.WARNING, logger="graphcache"):
         made = tiny_pipe.generate(pipe, 4)
     assert "so values are extrapolated linearly" in caplog.text
-    other = graphcache.transform(tiny_pipe.make(), plan.resample(4))
+    other = transformed(tiny_pipe, plan.resample(4))
     assert_same(made, tiny_pipe.generate(other, 4))
 
 
@@ -214,7 +216,7 @@ KINDS = (
 
 def test_the_scheduler_may_be_replaced_at_any_time() -> None:
     tiny_pipe = PIPELINES["pixart"]
-    pipe = graphcache.transform(tiny_pipe.make(), presets.fora(6))
+    pipe = transformed(tiny_pipe, presets.fora(6))
     plain = untouched(tiny_pipe)
     given = plain.scheduler
     try:
@@ -246,7 +248,7 @@ def test_a_pipeline_that_is_gone_leaves_a_bare_module() -> None:
 def test_more_calls_at_a_step_than_branches_are_likely_are_refused() -> None:
     """The pipeline's scheduler has begun, and somebody calls the model without it."""
     tiny_pipe = PIPELINES["flux"]
-    pipe = graphcache.transform(tiny_pipe.make(), presets.fora(6))
+    pipe = transformed(tiny_pipe, presets.fora(6))
     pipe.scheduler.set_timesteps(6, mu=1.0)
     on = subject("flux")
     calls = [on.case.call(on.static(), on.latents(), 1 - step / 6) for step in range(5)]
@@ -270,7 +272,7 @@ def test_a_session_follows_the_scheduler_that_it_is_given() -> None:
 
 def test_a_copied_pipeline_follows_its_own_scheduler() -> None:
     tiny_pipe = PIPELINES["pixart"]
-    pipe = graphcache.transform(tiny_pipe.make(), presets.fora(6))
+    pipe = transformed(tiny_pipe, presets.fora(6))
     twin = copy.deepcopy(pipe)
     weights = zip(pipe.transformer.parameters(), twin.transformer.parameters(), strict=True)
     assert not any(mine is theirs for mine, theirs in weights)
