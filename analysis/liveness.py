@@ -179,7 +179,7 @@ def _assemble(
     tracks: Sequence[Track], steps: range, guided: Guided | None = None, memories: Sequence[Memory] = ()
 ) -> Schedule:
     """Merge equal columns; a phase stores what any of its steps needs stored."""
-    columns = _merged([tuple(track.actions[i] for track in tracks) for i in range(len(steps))], tracks)
+    columns = _merged([tuple(track.actions[i] for track in tracks) for i in range(len(steps))])
     order = {column: i for i, column in enumerate(dict.fromkeys(columns))}
     members = defaultdict(list)
     for i, column in enumerate(columns):
@@ -205,16 +205,14 @@ def _assemble(
     return Schedule(tuple(phases), result, bounds, guided, tuple(memories))
 
 
-def _merged(columns: list[_Column], tracks: Sequence[Track]) -> list[_Column]:
+def _merged(columns: list[_Column]) -> list[_Column]:
     """A column of one step does more than it must, where that spares a graph.
 
-    It measures scores that nobody reads, or corrects by 1 and 0 what it computes; not a range, whose inputs
-    plus their change are rounded otherwise than what it computes.
+    It measures scores that nobody reads, or corrects by 1 and 0 what it computes.
     """
-    exact = [not track.name.startswith("range(") for track in tracks]
 
     def does_more(one: _Column, other: _Column) -> bool:
-        return all(b in _included(a, same) for a, b, same in zip(one, other, exact, strict=True))
+        return all(b in _included(a) for a, b in zip(one, other, strict=True))
 
     counts = Counter(columns)
     result = []
@@ -224,10 +222,10 @@ def _merged(columns: list[_Column], tracks: Sequence[Track]) -> list[_Column]:
     return result
 
 
-def _included(action: Action, exact: bool) -> list[Action]:
+def _included(action: Action) -> list[Action]:
     """What an action does besides measuring scores, or correcting."""
     whole = [action]
-    if action.kind == "correct" and exact:
+    if action.kind == "correct":
         whole.append(replace(action, kind="compute", reads=0))
     return [*whole, *(replace(some, measure=None) for some in whole)]
 

@@ -9,7 +9,7 @@ from graphcache.analysis.frequency import radius
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import CacheRead, CacheWrite, Input, Output, StepGraph, Table, value_of
 from graphcache.ir.schedule import GUIDANCE, PREDICTION, Action, Guided, Phase
-from graphcache.passes.prune import Prune
+from graphcache.passes.prune import pruned
 from graphcache.passes.rewrite import Chain, Rewriter, wider
 
 aten = torch.ops.aten
@@ -38,7 +38,7 @@ class Guide:
                 results.answer(action, self.phase.half)
             elif name == GUIDANCE and action.stores:
                 results.measure()
-        return Prune()(results.finished())
+        return pruned(results.finished())
 
 
 @dataclass

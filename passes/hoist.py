@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from graphcache.ir.graph import Hoisted, StepGraph
-from graphcache.passes.prune import Prune
+from graphcache.passes.prune import pruned
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Hoist:
             ports.append(Hoisted(name))
             renamed[name] = held.name
         branches = tuple(replace(b, stream=renamed.get(b.stream, b.stream)) for b in step.branches)
-        return Prune()(step.rebuilt(graph, inputs=tuple(ports), branches=branches))
+        return pruned(step.rebuilt(graph, inputs=tuple(ports), branches=branches))
 
 
 @dataclass(frozen=True)
@@ -40,4 +40,4 @@ class Prologue:
         graph.erase_node(graph.output_node())
         graph.output(tuple(nodes[name] for name in self.values))
         outputs = tuple(Hoisted(name) for name in self.values)
-        return Prune()(step.rebuilt(graph, outputs=outputs, branches=()))
+        return pruned(step.rebuilt(graph, outputs=outputs, branches=()))

@@ -1,6 +1,6 @@
 """Remove what no result needs."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from torch import fx
 
@@ -9,25 +9,22 @@ from graphcache.analysis.dataflow import needed
 from graphcache.ir.graph import StepGraph
 
 
-@dataclass(frozen=True)
-class Prune:
-    """Plain reachability: attention that nobody reads goes too, and so do inputs that nobody reads."""
+def pruned(step: StepGraph) -> StepGraph:
+    """The step without what no result needs; `step.graph`, which is its maker's own, changes in place.
 
-    def __call__(self, step: StepGraph) -> StepGraph:
-        graph, env = step.copy()
-        sweep(graph)
-        alive = set(graph.nodes)
-        inputs = []
-        for port, old in step.ports():
-            node = env[old]
-            if node.users:
-                inputs.append(port)
-            else:
-                graph.erase_node(node)
-                alive.discard(node)
-        names = {node.name for node in alive}
-        branches = tuple(b for b in step.branches if {b.value, b.merge, b.stream} <= names)
-        return step.rebuilt(graph, inputs=tuple(inputs), branches=branches)
+    Plain reachability: attention that nobody reads goes too, and so do inputs that nobody reads.
+    """
+    graph = step.graph
+    sweep(graph)
+    inputs = []
+    for port, node in list(step.ports()):
+        if node.users:
+            inputs.append(port)
+        else:
+            graph.erase_node(node)
+    names = {node.name for node in graph.nodes}
+    branches = tuple(b for b in step.branches if {b.value, b.merge, b.stream} <= names)
+    return replace(step, inputs=tuple(inputs), branches=branches)
 
 
 def sweep(graph: fx.Graph) -> None:

@@ -25,7 +25,7 @@ from graphcache.ir.schedule import (
 )
 from graphcache.passes.pack import Packed
 from graphcache.passes.partial import Partial, remembered
-from graphcache.passes.prune import Prune
+from graphcache.passes.prune import pruned
 from graphcache.passes.rewrite import Rewriter
 from graphcache.passes.scores import Scores, measured
 
@@ -71,7 +71,7 @@ class Specialize:
             places = rewriter.output_parts() if name == "output" else parts[name]
             for number, part in enumerate(places):
                 rewriter.apply(self._histories(name, actions), number, part)
-        return Prune()(rewriter.finished())
+        return pruned(rewriter.finished())
 
     def _is_rewritten(self, name: str, actions: Mapping[str, Action]) -> bool:
         is_site = name not in (GUIDANCE, PREDICTION) and name == site_of(name)
@@ -90,12 +90,13 @@ class Specialize:
 class _Part:
     """One tensor of a site.
 
-    `raw` is what the step computes for it; `substitute` puts another value in its place. `fresh` values
-    are copied when they are stored or reused: views would pin their base, results may be changed in place.
+    `raw` is what the step computes for it; `substitute` puts another value in its place, which may be what
+    corrects it. `fresh` values are copied when they are stored or reused: views would pin their base, results
+    may be changed in place.
     """
 
     raw: fx.Node
-    substitute: Callable[[fx.Node, set[fx.Node]], None]
+    substitute: Callable[[fx.Node, set[fx.Node], bool], None]
     fresh: bool
     result: bool = False
 
@@ -123,13 +124,13 @@ class _Sites(Rewriter):
         branch = next(b for b in self.step.branches if b.name == name)
         value = self.nodes[branch.value]
         fresh = ops.is_view(value) or ops.is_slice(value)
-        return [_Part(value, lambda new, keep: self._replace(value, new, keep), fresh)]
+        return [_Part(value, lambda new, keep, _: self._replace(value, new, keep), fresh)]
 
     def output_parts(self) -> list[_Part]:
         return [self._output_part(i) for i, port in enumerate(self.outputs) if isinstance(port, Output)]
 
     def _output_part(self, index: int) -> _Part:
-        def substitute(new: fx.Node, keep: set[fx.Node]) -> None:
+        def substitute(new: fx.Node, keep: set[fx.Node], corrects: bool) -> None:
             self.results[index] = new
 
         return _Part(self.results[index], substitute, fresh=True, result=True)
@@ -138,35 +139,41 @@ class _Sites(Rewriter):
         """The range's change of one stream: x_out - x_in.
 
         Several ranges may end at one residual add; they come here outermost first. `streams` is the add's
-        value after the inner ones, whose deltas keep reading what they were made of.
+        value after the inner ones, whose deltas keep reading what they were made of. A correction is added to
+        that value, so that one by nothing changes no bit.
         """
         before = bypass(merge)
         delta = self.emit(merge, aten.sub.Tensor, merge, before)
         deltas = self.deltas.setdefault(merge, [])
         deltas.append(delta)
 
-        def substitute(new: fx.Node, keep: set[fx.Node]) -> None:
+        def substitute(new: fx.Node, keep: set[fx.Node], corrects: bool) -> None:
             after = new if new.op == "call_function" else delta
-            # a range that ends where this one begins may have been substituted already
-            whole = self.emit(after, aten.add.Tensor, self.streams.get(before, before), new)
-            unchanged = {whole, *deltas[deltas.index(delta) :]}
-            self._replace(self.streams.get(merge, merge), whole, unchanged)
+            stream = self.streams.get(merge, merge)
+            if corrects:
+                change = self.emit(after, aten.sub.Tensor, new, delta)
+                whole = self.emit(change, aten.add.Tensor, stream, change)
+            else:
+                # a range that ends where this one begins may have been substituted already
+                whole = self.emit(after, aten.add.Tensor, self.streams.get(before, before), new)
+            self._replace(stream, whole, {whole, *deltas[deltas.index(delta) :]})
             self.streams[merge] = whole
 
         return _Part(delta, substitute, fresh=False)
 
     def apply(self, histories: Sequence[_History], number: int, part: _Part) -> None:
         """Obtain one part of a site from its history, or from those of a doubled batch's halves."""
-        raw, keep = part.raw, set[fx.Node]()
-        if any(history.action.kind == "tokens" for history in histories):
-            part.substitute(self._partial(histories, part), keep)
+        raw, keep, kinds = part.raw, set[fx.Node](), {history.action.kind for history in histories}
+        if "tokens" in kinds:
+            part.substitute(self._partial(histories, part), keep, False)
             return
+        corrects = kinds <= {"compute", "correct"}
         if len(histories) == 1:
             # both graphs of a doubled batch hand on contiguous rows
             part = replace(part, fresh=part.fresh or (self.is_half and not value_of(raw).is_contiguous()))
             new = self._obtained(histories[0], number, part, raw, keep)
             if new is not None:
-                part.substitute(new, keep)
+                part.substitute(new, keep, corrects)
             return
         halves = []
         for half, history in enumerate(histories):
@@ -179,7 +186,7 @@ class _Sites(Rewriter):
                 halves.append(taken)
         if halves:
             last = max([raw, *(half for half in halves if half.op != "placeholder")])
-            part.substitute(self.emit(last, aten.cat.default, halves), keep)
+            part.substitute(self.emit(last, aten.cat.default, halves), keep, corrects)
 
     def _obtained(
         self, history: _History, number: int, part: _Part, raw: fx.Node, keep: set[fx.Node]

@@ -167,7 +167,11 @@ class Reference:
                 before = run.bypass(cut, cut.streams[node])
                 change = raw - before
                 used = self._obtained(outer, cut.leaving.index(node), change)
-                raw = raw if used is change else before + used
+                letter = self.letters.get(outer.symbol)
+                if letter is not None and letter.is_compute:
+                    raw = raw + (used - change)
+                elif used is not change:
+                    raw = before + used
         return raw
 
     def _obtained(self, site: Site, part: int, raw: Any) -> Any:

@@ -21,7 +21,7 @@ from graphcache.ir.text import render
 from graphcache.passes.base import Pass
 from graphcache.passes.guidance import Guide
 from graphcache.passes.hoist import Hoist, Prologue
-from graphcache.passes.prune import Prune
+from graphcache.passes.prune import pruned
 from graphcache.passes.simplify import Simplify
 from graphcache.passes.specialize import Specialize
 from graphcache.passes.tag import Tag
@@ -235,7 +235,7 @@ def test_the_step_and_its_prologue_share_no_work() -> None:
     assert once["linear.default"] >= 4
 
 
-PASSES: list[Pass] = [Simplify(), Prune(), Tag()]
+PASSES: list[Pass] = [Simplify(), Tag()]
 
 
 @pytest.mark.parametrize("item", PASSES, ids=lambda item: type(item).__name__)
@@ -245,6 +245,15 @@ def test_a_pass_run_twice_changes_nothing_more(item: Pass, name: str) -> None:
     again = item(once)
     assert render(again) == render(once)
     assert again.branches == once.branches
+
+
+@pytest.mark.parametrize("name", ["mochi", "cogvideox"])
+def test_pruning_leaves_what_is_read(name: str) -> None:
+    step = subject(name).captured.step
+    graph, _ = step.copy()
+    again = pruned(step.rebuilt(graph))
+    assert render(again) == render(step)
+    assert again.branches == step.branches
 
 
 def test_no_pass_changes_its_input() -> None:

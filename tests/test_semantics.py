@@ -158,8 +158,8 @@ def test_ranges_that_end_at_the_same_block_nest(rows: str) -> None:
     check_against_reference(subject("chunked_dit"), plan)
 
 
-@pytest.mark.parametrize(("site", "phases"), [("output", 2), ("*", 2), ("range(0..1)", 3)])
-def test_a_first_step_shares_the_graph_of_corrected_ones_where_that_is_exact(site: str, phases: int) -> None:
+@pytest.mark.parametrize("site", ["output", "*", "range(0..1)"])
+def test_a_first_step_shares_the_graph_of_corrected_ones(site: str) -> None:
     listed = "step 2 = 0.5 0.25\nstep 4 = 2 -1"
     plan = Plan.parse(f"plan steps=5 preset=none\nc = tuned compute\n{site} #.c.c\n{listed}")
     on = subject("chunked_dit")
@@ -167,7 +167,7 @@ def test_a_first_step_shares_the_graph_of_corrected_ones_where_that_is_exact(sit
     model = on.transform(plan)
     on.sample(model, plan.steps)
     (program,) = model._graphcache.programs.values()
-    assert program.graphs == phases
+    assert program.graphs == 2
     steps = model.summary().branches[0].steps
     assert [(step.computed > 0, step.corrected > 0) for step in steps] == [
         (True, False),
