@@ -22,6 +22,7 @@ from examples.emoji.evaluate import CACHE, ranks_among
 from examples.emoji.model import flow_scheduler as emoji_scheduler
 from examples.emoji.model import load_model as load_emoji
 from examples.emoji.sample import sample as sample_emoji
+from examples.moving_digits.evaluate import clip_quality
 from examples.moving_digits.model import flow_scheduler as clip_scheduler
 from examples.moving_digits.model import load_model as load_clips
 from examples.moving_digits.sample import sample as sample_clips
@@ -91,10 +92,22 @@ def digits_example() -> Example:
     )
 
 
+def _clips_quality(items: Sequence[Item], clips: Tensor) -> dict[str, float]:
+    quality = clip_quality(clips, torch.cat([labels for labels, _ in items]))
+    return {"accuracy": quality.accuracy, "Fréchet": quality.frechet_distance}
+
+
 def clips_example() -> Example:
     """Clips of a moving digit: a Latte, 50 Euler steps."""
     return Example(
-        load_clips(), 50, "last", _flow_solvers(clip_scheduler), sample_clips, _labels, _folder(moving_digits)
+        load_clips(),
+        50,
+        "last",
+        _flow_solvers(clip_scheduler),
+        sample_clips,
+        _labels,
+        _folder(moving_digits),
+        _clips_quality,
     )
 
 
