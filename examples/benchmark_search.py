@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import statistics
 from collections.abc import Iterator
@@ -217,12 +216,11 @@ class Bench:
                 effects = profile.effects[profile.index(site), step]
                 estimated.append(float(((effects[1] - effects[0]) ** 2).mean(axis=0).sum()))
                 real.append(float((self.generate(model, item) - uncached).double().square().sum()))
-        rank = float(spearman_corrcoef(torch.tensor(estimated), torch.tensor(real)))
         # reusing what does not change, as attention to a single token of text, is no error at all
-        pairs = [(one, other) for one, other in zip(estimated, real, strict=True) if other]
-        ratio = statistics.median(math.sqrt(one / other) for one, other in pairs)
+        pairs = torch.tensor([pair for pair in zip(estimated, real, strict=True) if pair[1]])
+        rank, ratio = float(spearman_corrcoef(*pairs.T)), float((pairs[:, 0] / pairs[:, 1]).sqrt().median())
         console.print(
-            f"{len(real)} ablations: rank correlation {rank:.2f}, estimated by real error {ratio:.2f}"
+            f"{len(pairs)} ablations: rank correlation {rank:.2f}, estimated by real error {ratio:.2f}"
         )
 
     def _keys(self, plan: Plan, item: Any) -> dict[Any, list[int]]:
