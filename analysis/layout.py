@@ -4,6 +4,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -86,10 +87,11 @@ def _kept(dimension: Dimension, size: int) -> Dimension:
 def _moved(node: fx.Node, given: Layout) -> Layout | None:
     dims = list(given)
     if node.target is aten.permute.default:
-        return tuple(dims[i] for i in node.args[1])  # type: ignore[union-attr,index]
-    first = int(node.args[1])  # type: ignore[arg-type]
+        order: Any = node.args[1]
+        return tuple(dims[i] for i in order)
+    first = ops.integer(node, 1)
     if node.target is aten.transpose.int:
-        second = int(node.args[2])  # type: ignore[arg-type]
+        second = ops.integer(node, 2)
         dims[first], dims[second] = dims[second], dims[first]
     elif node.target is aten.unsqueeze.default:
         dims.insert(first % (len(dims) + 1), (Factor(None, 1),))

@@ -1,6 +1,7 @@
 """What the analyses know about ATen operations: data, not behaviour."""
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -115,6 +116,13 @@ def is_slice(node: fx.Node) -> bool:
     return node.target in SLICES
 
 
+def integer(node: fx.Node, place: int, default: int | None = None) -> int:
+    """A positional argument that counts or names a dimension; the default, if any, where it is left out."""
+    left_out = default is not None and len(node.args) <= place
+    value: Any = default if left_out else node.args[place]
+    return int(value)
+
+
 def behind(node: fx.Node, targets: frozenset[object]) -> fx.Node:
     """The value that a chain of the given operations starts from."""
     while node.target in targets and node.all_input_nodes:
@@ -133,7 +141,7 @@ def operands(node: fx.Node) -> list[fx.Node]:
     """The tensors that a product multiplies."""
     first = node.args[0]
     if node.target is aten.einsum.default:
-        tensors = node.args[1]
-        return [item for item in tensors if isinstance(item, fx.Node)]  # type: ignore[union-attr]
+        tensors: Any = node.args[1]
+        return [item for item in tensors if isinstance(item, fx.Node)]
     count = 3 if node.target in ATTENTION or node.target is aten.baddbmm.default else 2
     return [item for item in (first, *node.args[1:count]) if isinstance(item, fx.Node)]

@@ -38,8 +38,7 @@ def _range_depends(flow: Dataflow, node: fx.Node, dim: int, start: int, stop: in
 
 def _operand_depends(flow: Dataflow, node: fx.Node, dim: int, start: int, stop: int, kinds: int) -> bool:
     pieces: Any = node.args[0]
-    joined = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
-    if joined % value_of(node).dim() != dim:
+    if ops.integer(node, 1, default=0) % value_of(node).dim() != dim:
         return any(_range_depends(flow, piece, dim, start, stop, kinds) for piece in pieces)
     offset = 0
     for piece in pieces:

@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -80,9 +80,9 @@ def is_passed_on(node: fx.Node, axis: Axis) -> fx.Node | None:
         taken = taken_rows(node)
         dim = taken[1] if taken else None
     elif node.target is aten.cat.default:
-        dim = int(node.args[1]) % value_of(node).dim() if len(node.args) > 1 else 0  # type: ignore[arg-type]
+        dim = ops.integer(node, 1, default=0) % value_of(node).dim()
     elif node.target is aten.slice_scatter.default:
-        dim = int(node.args[2]) % value_of(node).dim() if len(node.args) > 2 else 0  # type: ignore[arg-type]
+        dim = ops.integer(node, 2, default=0) % value_of(node).dim()
     return demands(node, axis).along[0][0] if dim == axis.dim else None
 
 
@@ -101,8 +101,8 @@ def _elementwise(node: fx.Node, axis: Axis) -> Demands:
 
 def _last_dim_product(node: fx.Node, axis: Axis) -> Demands:
     """A linear layer, or a norm over the last dimensions: everything before them is a token's own."""
-    source: Any = node.args[0]
-    mixed = 1 if node.target is aten.linear.default else len(node.args[1])  # type: ignore[arg-type]
+    source, shape, *_ = cast(Any, node.args)
+    mixed = 1 if node.target is aten.linear.default else len(shape)
     _refuse(node, axis.dim >= value_of(node).dim() - mixed)
     return Demands([(source, axis)], [item for item in node.all_input_nodes if item is not source])
 
@@ -187,7 +187,7 @@ def _joined(node: fx.Node, axis: Axis) -> Demands:
     """A concatenation: of streams along the tokens, or of channels."""
     pieces: Any = node.args[0]
     rank = value_of(node).dim()
-    dim = int(node.args[1]) % rank if len(node.args) > 1 else 0  # type: ignore[arg-type]
+    dim = ops.integer(node, 1, default=0) % rank
     if node.target is aten.stack.default:
         _refuse(node, dim == axis.dim)
         return Demands([(piece, _at(axis, axis.dim - (dim < axis.dim))) for piece in pieces])
@@ -220,9 +220,9 @@ def _scattered(node: fx.Node, axis: Axis) -> Demands:
 
 def _attention(node: fx.Node, axis: Axis) -> Demands:
     """The chosen queries against all keys and values."""
-    query, key, value, *rest = node.args
+    query, key, value, *rest = cast(Any, node.args)
     _refuse(node, axis.dim != value_of(node).dim() - 2)
-    wanted = Demands([(query, axis)], [key, value])  # type: ignore[list-item]
+    wanted = Demands([(query, axis)], [key, value])
     mask = rest[0] if rest else node.kwargs.get("attn_mask")
     _refuse(node, rest[2:3] == [True] or node.kwargs.get("is_causal") is True)
     if isinstance(mask, fx.Node):

@@ -157,10 +157,17 @@ class Bench:
                     yield name, [self.generate(self.example.model, item, solver, count) for item in items]
 
     def time(self) -> None:
-        """Seconds of one generation: each kind of step is timed once, compiled, all plans interleaved."""
+        """How much faster than the uncached run all contenders are."""
+        figures = self._load("time")
+        for name, speedup in self._speedups(self.contenders()).items():
+            figures[name] = speedup
+            console.print(f"{name:32} {speedup:.2f}")
+        self._save("time", figures)
+
+    def _speedups(self, contenders: dict[str, Plan]) -> dict[str, float]:
+        """Of one generation: each kind of step is timed once, compiled, all plans interleaved."""
         item = self.items(TEST, 1)[0]
         steps = Generation(self.sampling.first_call(item, self.example.steps), "timestep", self.example.steps)
-        contenders = self.contenders()
         keys = {name: self._keys(plan, item) for name, plan in contenders.items()}
         models: dict[str, Any] = {"plain": torch.compile(self.example.model, dynamic=False)}
         known: dict[Any, list[float]] = {"plain": []}
@@ -175,12 +182,12 @@ class Bench:
                     parts = steps.run(models[name])
                     for key, places in keys.get(name, plain).items():
                         known[key] += [parts[place] for place in places if turn]
-        figures = self._load("time")
-        for name, kinds in keys.items():
-            spent = sum(statistics.median(known[key]) * len(places) for key, places in kinds.items())
-            figures[name] = statistics.median(known["plain"]) * self.example.steps / spent
-            console.print(f"{name:32} {figures[name]:.2f}")
-        self._save("time", figures)
+        uncached = statistics.median(known["plain"]) * self.example.steps
+        spent = {
+            name: sum(statistics.median(known[key]) * len(places) for key, places in kinds.items())
+            for name, kinds in keys.items()
+        }
+        return {name: uncached / seconds for name, seconds in spent.items()}
 
     def predicted(self) -> None:
         """Predicted and measured speed-ups of the found plans, from steps that are timed right before."""
@@ -191,13 +198,10 @@ class Bench:
         seconds = step_seconds(
             self.example.model, inputs, sites, backend="inductor", timestep="timestep", rounds=rounds
         )
-        self.arguments.methods = ["tuned"]
-        self.time()
-        measured = self._load("time")
-        for name, plan in self.contenders().items():
-            promised = promise.speedup(meet(name, plan, replace(profile, timings=seconds)))
-            off = promised / measured[name] - 1
-            console.print(f"{name:32} {promised:.2f} {measured[name]:.2f} {off:+.0%}")
+        plans = self.tuned()
+        for name, measured in self._speedups(plans).items():
+            promised = promise.speedup(meet(name, plans[name], replace(profile, timings=seconds)))
+            console.print(f"{name:32} {promised:.2f} {measured:.2f} {promised / measured - 1:+.0%}")
 
     def ablations(self) -> None:
         """How the adjoint's estimates rank real errors: one site reused at one step of a profiled run."""
@@ -281,11 +285,13 @@ class Bench:
         values = quality[best]
         return f"{statistics.fmean(values):.1f} ± {statistics.pstdev(values):.1f} ({rate:.2f}×)"
 
+    def tuned(self) -> dict[str, Plan]:
+        """The plans that were found, by names for the tables."""
+        return {f"tuned {speedup}": Plan.load(self.plan_path(speedup)) for speedup in self.arguments.speedups}
+
     def contenders(self) -> dict[str, Plan]:
         """Tuned plans, and presets swept over their settings."""
-        found = {
-            f"tuned {speedup}": Plan.load(self.plan_path(speedup)) for speedup in self.arguments.speedups
-        }
+        found = self.tuned()
         found.update(_presets(self.example.steps, self.example.conditional))
         usable = {}
         for name, plan in found.items():

@@ -13,8 +13,8 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor, nn
 
 from examples import digits, emoji, moving_digits
-from examples.digits.evaluate import sample_quality
-from examples.digits.model import ddim_scheduler, dpm_solver_scheduler, load_classifier
+from examples.digits.evaluate import SampleQuality, sample_quality
+from examples.digits.model import Classifier, ddim_scheduler, dpm_solver_scheduler, load_classifier
 from examples.digits.model import load_model as load_digits
 from examples.digits.sample import sample as sample_digits
 from examples.emoji.data import load_pictures
@@ -69,9 +69,16 @@ class Example:
         return [(self.requests(size, seed + number), seed + number) for number in range(count)]
 
 
-def _digits_quality(items: Sequence[Item], images: Tensor) -> dict[str, float]:
-    quality = sample_quality(load_classifier(), images, torch.cat([labels for labels, _ in items]))
-    return {"accuracy": quality.accuracy, "Fréchet": quality.frechet_distance}
+def _classified(
+    quality: Callable[[Classifier, Tensor, Tensor], SampleQuality],
+) -> Callable[[Sequence[Item], Tensor], dict[str, float]]:
+    """A judge that shows samples to the digits' classifier."""
+
+    def judge(items: Sequence[Item], samples: Tensor) -> dict[str, float]:
+        found = quality(load_classifier(), samples, torch.cat([labels for labels, _ in items]))
+        return {"accuracy": found.accuracy, "Fréchet": found.frechet_distance}
+
+    return judge
 
 
 def _labels(count: int, seed: int) -> Tensor:
@@ -88,13 +95,8 @@ def digits_example() -> Example:
         sample_digits,
         _labels,
         _folder(digits),
-        _digits_quality,
+        _classified(sample_quality),
     )
-
-
-def _clips_quality(items: Sequence[Item], clips: Tensor) -> dict[str, float]:
-    quality = clip_quality(clips, torch.cat([labels for labels, _ in items]))
-    return {"accuracy": quality.accuracy, "Fréchet": quality.frechet_distance}
 
 
 def clips_example() -> Example:
@@ -107,7 +109,7 @@ def clips_example() -> Example:
         sample_clips,
         _labels,
         _folder(moving_digits),
-        _clips_quality,
+        _classified(clip_quality),
     )
 
 

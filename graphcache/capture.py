@@ -200,8 +200,8 @@ def _unlifted(program: Any, exported: fx.Graph) -> tuple[fx.Graph, dict[str, Any
             held[spec.target] = values[spec.target]
             env[node] = graph.get_attr(spec.target)
             env[node].meta.update(node.meta)
-    results = graph.graph_copy(exported, env)
-    graph.output(tuple(results))  # type: ignore[arg-type]
+    results: Any = graph.graph_copy(exported, env)
+    graph.output(tuple(results))
     erase_unread(graph)
     return graph, held
 

@@ -39,9 +39,9 @@ def fresh(tiny: TinyPipeline) -> Any:
     return pipe
 
 
-def transformed(tiny: TinyPipeline, plan: Plan) -> Any:
+def transformed(tiny: TinyPipeline, plan: Plan, **options: Any) -> Any:
     """Such a pipeline under a plan."""
-    return graphcache.transform(fresh(tiny), plan)
+    return graphcache.transform(fresh(tiny), plan, **options)
 
 
 def reference(

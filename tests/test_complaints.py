@@ -30,7 +30,7 @@ import graphcache
 from graphcache import CaptureError, GraphCacheError, Plan, StateError, presets
 from pipelines import PIPELINES, TinyPipeline
 from reference import Reference, assert_same, capture_call, runner_tensors, subject
-from reference_pipeline import reference, untouched
+from reference_pipeline import reference, transformed
 from tiny import arguments, tiny
 from zoo import CASES
 
@@ -94,13 +94,6 @@ def hooked(config: Any) -> Any:
     model: Any = CASE.make()
     model.enable_cache(config)
     return model
-
-
-def cached(tiny_pipe: TinyPipeline, plan: Plan, **options: Any) -> Any:
-    """A transformed pipeline around the reference's own model, so that captures are shared."""
-    pipe = tiny_pipe.make()
-    pipe.transformer = untouched(tiny_pipe).transformer
-    return graphcache.transform(pipe, plan, **options)
 
 
 def in_context(model: Any, call: Callable[..., Any] | None = None) -> Callable[..., Any]:
@@ -230,7 +223,7 @@ def test_cache_dit_breaks_the_graph(cache_dit: Any) -> None:
 @pytest.mark.usefixtures("captured_once")
 def test_a_pipeline_compiles_in_its_first_generation_only() -> None:
     counter = CompileCounterWithBackend("eager")
-    pipe = cached(WAN, FORA, backend=counter)
+    pipe = transformed(WAN, FORA, backend=counter)
     graphs = []
     for _ in range(2):
         WAN.generate(pipe, STEPS)
@@ -363,7 +356,7 @@ def test_one_plan_file_serves_several_models_and_numbers_of_steps(
     plan = Plan.load(tmp_path / "plan.txt")
     for name in ("dit", "pixart", "wan"):
         caplog.clear()
-        pipe = cached(PIPELINES[name], plan)
+        pipe = transformed(PIPELINES[name], plan)
         for steps in (6, 9, 4, 9):
             result = PIPELINES[name].generate(pipe, steps)
             expected = reference(PIPELINES[name], functools.partial(presets.resample, plan), steps=steps)
@@ -392,8 +385,8 @@ def test_magcache_wants_ratios_of_the_model_and_the_number_of_steps() -> None:
 @pytest.mark.usefixtures("captured_once")
 def test_an_interrupted_generation_leaves_nothing_in_the_next() -> None:
     """vllm-omni #2194 and #7335, sglang #17140, cache-dit #540: the state of one request is in another."""
-    fresh = WAN.generate(cached(WAN, FORA), STEPS)
-    pipe = cached(WAN, FORA)
+    fresh = WAN.generate(transformed(WAN, FORA), STEPS)
+    pipe = transformed(WAN, FORA)
     interrupt(WAN, pipe)
     assert_same(WAN.generate(pipe, STEPS), fresh)
 

@@ -247,7 +247,7 @@ def test_a_pass_run_twice_changes_nothing_more(item: Pass, name: str) -> None:
     assert again.branches == once.branches
 
 
-@pytest.mark.parametrize("name", ["mochi", "cogvideox"])
+@pytest.mark.parametrize("name", ["dit", "mochi", "cogvideox", "factorised_dit"])
 def test_pruning_leaves_what_is_read(name: str) -> None:
     step = subject(name).captured.step
     graph, _ = step.copy()

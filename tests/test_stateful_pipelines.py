@@ -21,7 +21,7 @@ import graphcache
 from graphcache import GraphCacheError, Plan, presets, runner
 from pipelines import PIPELINES
 from reference import assert_same
-from reference_pipeline import parts, reference, untouched
+from reference_pipeline import fresh, parts, reference, untouched
 from test_stateful import in_thread
 
 ACTIONS = int(os.environ.get("PIPELINE_ACTIONS", "60"))
@@ -89,9 +89,7 @@ class Pipeline(RuleBasedStateMachine):
     def make(self, name: str, plan: Any) -> None:
         self.name, self.tiny, self.plan = name, PIPELINES[name], plan
         self.given = untouched(self.tiny).scheduler
-        self.pipe = self.tiny.make()
-        for part, model in parts(untouched(self.tiny)).items():
-            setattr(self.pipe, part, model)
+        self.pipe = fresh(self.tiny)
         self.weights = [
             (parameter, parameter.detach().clone())
             for model in parts(self.pipe).values()

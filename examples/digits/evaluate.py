@@ -63,9 +63,15 @@ def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
 
 
 @torch.no_grad()
-def sample_quality(classifier: Classifier, images: Tensor, labels: Tensor) -> SampleQuality:
-    """Judge `images` (N, 1, IMAGE_SIZE, IMAGE_SIZE) in [-1, 1] that were asked to show `labels` (N,)."""
-    reference, _ = reference_images()
+def sample_quality(
+    classifier: Classifier, images: Tensor, labels: Tensor, reference: Tensor | None = None
+) -> SampleQuality:
+    """Judge `images` (N, 1, IMAGE_SIZE, IMAGE_SIZE) in [-1, 1] that were asked to show `labels` (N,).
+
+    `reference`: images that the distance is to; by default `reference_images()`.
+    """
+    if reference is None:
+        reference, _ = reference_images()
     distance = frechet_distance(classifier.embed(images), classifier.embed(reference))
     return SampleQuality(accuracy(classifier, images, labels), distance)
 

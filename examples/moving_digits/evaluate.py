@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from examples.digits.data import IMAGE_SIZE, load_split
-from examples.digits.evaluate import SampleQuality, accuracy
-from examples.digits.model import load_classifier
+from examples.digits.evaluate import SampleQuality, sample_quality
+from examples.digits.model import Classifier
 from examples.moving_digits.data import ENLARGED, FRAME_SIZE, FRAMES, Clips
-from graphcache.metrics import frechet_distance
 
 REFERENCE_COUNT = 256
 """Clips of held-out digits that distances are taken to."""
@@ -21,15 +18,14 @@ _SIDE = round(IMAGE_SIZE * ENLARGED)
 """Of a digit in a clip, pixels."""
 
 
-@torch.no_grad()
-def clip_quality(clips: Tensor, labels: Tensor) -> SampleQuality:
+def clip_quality(classifier: Classifier, clips: Tensor, labels: Tensor) -> SampleQuality:
     """Judge `clips` (N, 1, FRAMES, FRAME_SIZE, FRAME_SIZE) in [-1, 1] that were asked to show `labels` (N,).
 
-    Accuracy is the share of frames that are read as asked for.
+    Accuracy is the share of frames that are read as asked for; the distance is to frames of held-out clips.
     """
-    classifier, frames = load_classifier(), digits_of(clips)
-    distance = frechet_distance(classifier.embed(frames), _reference())
-    return SampleQuality(accuracy(classifier, frames, labels.repeat_interleave(FRAMES)), distance)
+    reference, _ = Clips(load_split("held_out")).batch(REFERENCE_COUNT, torch.Generator().manual_seed(0))
+    frames = digits_of(clips), labels.repeat_interleave(FRAMES)
+    return sample_quality(classifier, *frames, digits_of(reference))
 
 
 def digits_of(clips: Tensor) -> Tensor:
@@ -47,12 +43,3 @@ def digits_of(clips: Tensor) -> Tensor:
     size = [len(frames), 1, _SIDE, _SIDE]
     cut = F.grid_sample(frames + 1, F.affine_grid(theta, size, align_corners=False), align_corners=False) - 1
     return F.interpolate(cut, size=(IMAGE_SIZE, IMAGE_SIZE), mode="area")
-
-
-@functools.cache
-def _reference() -> Tensor:
-    """Embeddings of the frames of clips that nobody generated."""
-    generator = torch.Generator().manual_seed(0)
-    clips, _ = Clips(load_split("held_out")).batch(REFERENCE_COUNT, generator)
-    with torch.no_grad():
-        return load_classifier().embed(digits_of(clips))

@@ -171,7 +171,8 @@ class StepGraph:
 
     def results(self) -> tuple[fx.Node, ...]:
         """The nodes that the graph returns, one per output port."""
-        return tuple(self.graph.output_node().args[0])  # type: ignore[arg-type]
+        results: Any = self.graph.output_node().args[0]
+        return tuple(results)
 
     def ports(self) -> Iterator[tuple[InPort, fx.Node]]:
         return zip(self.inputs, self.placeholders(), strict=True)
