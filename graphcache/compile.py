@@ -69,6 +69,25 @@ def compile_plainly(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     return model if backend is None else torch.compile(model, dynamic=False, **_arguments(backend))
 
 
+def begin_generation(backend: Backend) -> None:
+    """Under CUDA graphs: what the graphs returned in the generation before may be overwritten from now on.
+
+    Without a mark PyTorch takes every call for an iteration of its own, at whose end nothing is kept.
+    """
+    if _replays_cuda_graphs(backend):
+        torch.compiler.cudagraph_mark_step_begin()
+
+
+def _replays_cuda_graphs(backend: Backend) -> bool:
+    given = _arguments(backend)
+    options = {**_mode_options(given), **(given.get("options") or {})}
+    compiler = given.get("backend", "inductor")
+    if compiler == "inductor":
+        return bool(options.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+    # a model that was compiled before brings Inductor as an object that holds its options
+    return bool(getattr(compiler, "config", {}).get("triton.cudagraphs"))
+
+
 def prior_compilation(model: nn.Module) -> Backend:
     """What the model or its blocks were compiled with before, by torch.compile or Module.compile."""
     for module in model.modules():

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 
 from graphcache import presets
 from graphcache.capture import forward_parameters
-from graphcache.compile import Backend, prior_compilation
+from graphcache.compile import Backend, begin_generation, prior_compilation
 from graphcache.halves import is_doubled
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import CaptureError, PlanError, StateError
@@ -109,6 +109,8 @@ class Engine:
             state = self._state(session, generation, branch, call, bound, tensors)
             if state.role == "uncond":
                 hand_over(session.states.get(("cond", branch[1])), state)
+            if generation.begins and not generation.called:
+                begin_generation(state.program.backend)
             session.enter(generation, branch, state)
             try:
                 return self.evaluate(branch, state, tensors)

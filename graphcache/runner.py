@@ -1,7 +1,7 @@
 """Runs one step of one branch: feeds a phase its tensors and keeps what later steps read."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from graphcache.ir.schedule import (
     PREDICTION,
     Role,
     Schedule,
+    Selection,
     Step,
     is_unconditional,
     score,
@@ -193,18 +194,26 @@ def run_prologue(state: BranchState, tensors: Sequence[torch.Tensor], laid: Sequ
 
 
 def _choose(state: BranchState) -> None:
-    """Choose the tokens of the steps up to the next one that computes their site whole."""
+    """Choose the tokens of the steps up to the next one that computes their sites whole."""
     program, entries = state.program, state.cache.entries
-    sites = {branch.name: number for number, branch in enumerate(program.captured.step.branches)}
+    numbers = {branch.name: number for number, branch in enumerate(program.captured.step.branches)}
+    alike: dict[Hashable, list[tuple[Selection, torch.Tensor]]] = {}
     for selection in state.now.selections:
-        site = site_of(selection.site)
-        rows, count = program.tokens[site]
         value = entries[selection.site][0][0]
         scores = entries.pop(score(selection.site), None)
-        tokens = Tokens(rows // 2 if state.role == "doubled" else rows, count, value.device, selection.grid)
         given = value if scores is None else scores[0][0]
-        for step, choice in choose(selection, tokens, state.step, sites[site], given).items():
-            state.chosen.setdefault(step, {})[selection.site] = choice
+        key = replace(selection, site=""), program.tokens[site_of(selection.site)], given.shape
+        alike.setdefault(key, []).append((selection, given))
+    for group in alike.values():
+        sites = [site_of(selection.site) for selection, _ in group]
+        rows, count = program.tokens[sites[0]]
+        first, given = group[0]
+        tokens = Tokens(rows // 2 if state.role == "doubled" else rows, count, given.device, first.grid)
+        given_by_site = [item for _, item in group]
+        made = choose(first, tokens, state.step, [numbers[site] for site in sites], given_by_site)
+        for (selection, _), choices in zip(group, made, strict=True):
+            for step, choice in choices.items():
+                state.chosen.setdefault(step, {})[selection.site] = choice
 
 
 def feed(

@@ -1,6 +1,8 @@
 """Which tokens the steps of a cycle compute, chosen once, where their site was computed whole."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,19 +30,21 @@ class Tokens:
 
 
 def choose(
-    selection: Selection, tokens: Tokens, step: int, site: int, score: Tensor | None = None
-) -> dict[int, Choice]:
-    """The choice of every step of a cycle.
+    selection: Selection, tokens: Tokens, step: int, sites: Sequence[int], scores: Sequence[Tensor]
+) -> list[dict[int, Choice]]:
+    """The choice of every step of a cycle, for each of several sites that differ in nothing else.
 
-    Nothing here waits for the device, and no row's choice depends on other rows.
+    Nothing here waits for the device, and no row's choice depends on other rows or sites. The sites are
+    ordered together, because a sort of few tokens costs a device no more than its launch.
 
     Args:
         selection: which steps, by which letters.
-        tokens: of the site.
-        step: at which the site was computed whole.
-        site: its number among the model's sites; with seed, step and row it makes random numbers its own.
-        score: of each token, (rows or half of them, tokens); of clusters the site's value (rows, tokens,
-            channels). Half the rows: both halves of the batch take the same tokens.
+        tokens: of each site.
+        step: at which the sites were computed whole.
+        sites: their numbers among the model's; with seed, step and row one makes random numbers its own.
+        scores: of each site's tokens, (rows or half of them, tokens); of clusters the site's value (rows,
+            tokens, channels). Half the rows: both halves of the batch take the same tokens. What is drawn at
+            random looks at none.
 
     Raises:
         PlanError: a spread over the grid of tokens, which is not known.
@@ -48,73 +52,72 @@ def choose(
     letter = selection.steps[0][1]
     by = letter.option("by")
     if by == "cluster":
-        assert score is not None
-        letters = dict.fromkeys(item for _, item in selection.steps)
-        made = {item: _clustered(item, score, tokens, step, site) for item in letters}
-        return {number: made[item] for number, item in selection.steps}
+        pairs = zip(sites, scores, strict=True)
+        return [_clusters(selection, value, tokens, step, site) for site, value in pairs]
     if by == "random":
-        return _permuted(selection, _noise(letter, tokens, step, site))
-    if by == "stratified":
-        return _stratified(selection, _noise(letter, tokens, step, site))
-    assert score is not None
-    return _ranked(selection, score, tokens)
+        places = _permuted(selection, _noise(letter, tokens, step, sites))
+    elif by == "stratified":
+        places = _stratified(selection, _noise(letter, tokens, step, sites))
+    else:
+        places = _ranked(selection, torch.stack(list(scores)), tokens)
+    none = torch.empty(0, dtype=torch.int64, device=tokens.device)
+    return [
+        {number: Choice(each[index], none) for number, each in places.items()} for index in range(len(sites))
+    ]
 
 
-def _choice(places: Tensor) -> Choice:
-    return Choice(places, places.new_empty(0))
-
-
-def _noise(letter: Letter, tokens: Tokens, step: int, site: int) -> Tensor:
-    """Uniform numbers (rows, tokens), each row from a generator of its own."""
-    rows = []
-    for row in range(tokens.rows):
+def _noise(letter: Letter, tokens: Tokens, step: int, sites: Sequence[int]) -> Tensor:
+    """Uniform numbers (sites, rows, tokens), each row from a generator of its own."""
+    # from memory that is not pinned, the copy would wait for the device
+    pinned = tokens.device.type == "cuda"
+    drawn = torch.empty(len(sites), tokens.rows, tokens.count, pin_memory=pinned)
+    for index, row in itertools.product(range(len(sites)), range(tokens.rows)):
         seed = 0
-        for number in (int(letter.option("seed")), step, site, row):
+        for number in (int(letter.option("seed")), step, sites[index], row):
             seed = (seed * _STRIDE + number) % 2**63
-        generator = torch.Generator().manual_seed(seed)
-        rows.append(torch.rand(tokens.count, generator=generator))
-    return torch.stack(rows).to(tokens.device, non_blocking=True)
+        torch.rand(tokens.count, generator=torch.Generator().manual_seed(seed), out=drawn[index, row])
+    return drawn.to(tokens.device, non_blocking=True)
 
 
-def _permuted(selection: Selection, noise: Tensor) -> dict[int, Choice]:
+def _permuted(selection: Selection, noise: Tensor) -> dict[int, Tensor]:
     """Consecutive stretches of one random order: no token twice before every other one once."""
-    order = noise.argsort(dim=1, stable=True)
-    count = order.shape[1]
-    twice = torch.cat([order, order], 1)
-    choices, first = {}, 0
+    order = noise.argsort(stable=True)
+    count = order.shape[-1]
+    twice = torch.cat([order, order], -1)
+    places, first = {}, 0
     for step, letter in selection.steps:
         budget = Budget.of(letter).among(count)
-        choices[step] = _choice(twice[:, first : first + budget].sort(dim=1).values)
+        places[step] = twice[..., first : first + budget].sort().values
         first = (first + budget) % count
-    return choices
+    return places
 
 
-def _stratified(selection: Selection, noise: Tensor) -> dict[int, Choice]:
+def _stratified(selection: Selection, noise: Tensor) -> dict[int, Tensor]:
     """One token from each of as many equal stretches as there are tokens to choose; another one each step."""
-    count = noise.shape[1]
-    choices = {}
+    count = noise.shape[-1]
+    places = {}
     for number, (step, letter) in enumerate(selection.steps):
         budget = Budget.of(letter).among(count)
         bounds = torch.arange(budget + 1, device=noise.device) * count // max(budget, 1)
         lengths = bounds[1:] - bounds[:-1]
-        part = (noise[:, :budget] + number / len(selection.steps)) % 1
-        choices[step] = _choice(bounds[:-1] + (part * lengths).long().clamp(max=lengths - 1))
-    return choices
+        part = (noise[..., :budget] + number / len(selection.steps)) % 1
+        places[step] = bounds[:-1] + (part * lengths).long().clamp(max=lengths - 1)
+    return places
 
 
-def _ranked(selection: Selection, score: Tensor, tokens: Tokens) -> dict[int, Choice]:
+def _ranked(selection: Selection, score: Tensor, tokens: Tokens) -> dict[int, Tensor]:
     """The best ones, by their score and by the steps since they were computed."""
-    rows, count = score.shape
+    _, rows, count = score.shape
     missed = torch.zeros_like(score)
-    choices = {}
+    places = {}
     for step, letter in selection.steps:
         budget = Budget.of(letter).among(count)
         total = score + float(letter.option("staleness")) * missed / selection.cycle
         total = _spread(total, letter, tokens)
-        best = total.argsort(dim=1, descending=True, stable=True)[:, :budget].sort(dim=1).values
-        choices[step] = _choice(best.repeat(tokens.rows // rows, 1))
-        missed = (missed + 1).scatter(1, best, 0.0)
-    return choices
+        best = total.argsort(descending=True, stable=True)[..., :budget].sort().values
+        places[step] = best.repeat(1, tokens.rows // rows, 1)
+        missed = (missed + 1).scatter(-1, best, 0.0)
+    return places
 
 
 def _spread(score: Tensor, letter: Letter, tokens: Tokens) -> Tensor:
@@ -148,11 +151,17 @@ def _grid(tokens: Tokens) -> tuple[int, int, int]:
     )
 
 
+def _clusters(selection: Selection, value: Tensor, tokens: Tokens, step: int, site: int) -> dict[int, Choice]:
+    letters = dict.fromkeys(letter for _, letter in selection.steps)
+    made = {letter: _clustered(letter, value, tokens, step, site) for letter in letters}
+    return {number: made[letter] for number, letter in selection.steps}
+
+
 def _clustered(letter: Letter, value: Tensor, tokens: Tokens, step: int, site: int) -> Choice:
     """k-means of the cached value; the token next to each mean stands for its cluster (ClusCa)."""
     budget = Budget.of(letter).among(tokens.count)
     features = value.float().view(tokens.rows, tokens.count, -1)
-    start = _noise(letter, tokens, step, site).argsort(dim=1, stable=True)[:, :budget]
+    start = _noise(letter, tokens, step, [site])[0].argsort(dim=1, stable=True)[:, :budget]
     means = features.gather(1, start[:, :, None].expand(-1, -1, features.shape[2]))
     for _ in range(_ROUNDS):
         member = F.one_hot(torch.cdist(features, means).argmin(2), budget).float()

@@ -218,7 +218,7 @@ class Reference:
                 score = norms / norms.norm(dim=-1, keepdim=True)
             tokens = Tokens(cut.rows, cut.tokens, raw.device, self.plan.grid)
             selection = Selection(site.name, tuple(steps), step - self.now)
-            site.chosen = choose(selection, tokens, self.now, number, score)
+            [site.chosen] = choose(selection, tokens, self.now, [number], [score])
 
     def _later(self, site: Site, step: int) -> str:
         """The symbol that a site will have: held within what is taken from the cache."""

@@ -155,3 +155,37 @@ def test_copies_and_pickles_of_a_compiled_model_stay_right() -> None:
     cached = graphcache.transform(tiny(2), PLAN, backend="aot_eager")
     expected = generation(cached)
     assert_same(generation(copy.deepcopy(cached)), expected)
+
+
+def twice(given: Any, backend: Any) -> None:
+    """Two generations."""
+    made = graphcache.transform(given, PLAN, backend=backend)
+    for _ in range(2):
+        generation(made)
+
+
+@pytest.mark.parametrize(
+    ("backend", "marks"),
+    [
+        ({"mode": "reduce-overhead"}, 2),
+        ({"backend": "inductor", "options": {"triton.cudagraphs": True}}, 2),
+        ("inductor", 0),
+        ("eager", 0),
+        (None, 0),
+    ],
+)
+def test_a_generation_under_cuda_graphs_is_marked_once(
+    backend: Any, marks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the mark every call would overwrite what the calls before it have cached."""
+    seen: list[int] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: seen.append(1))
+    twice(tiny(2), backend)
+    assert len(seen) == marks
+
+
+def test_a_model_compiled_for_cuda_graphs_before_is_marked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: seen.append(1))
+    twice(torch.compile(tiny(2), mode="reduce-overhead"), None)
+    assert len(seen) == 2

@@ -154,7 +154,8 @@ def tables(text: str, rows: int = 2, count: int = 16, steps: int = 4, **given: A
     item = letter(text)
     selection = Selection("x", tuple((step, item) for step in range(1, steps + 1)), steps + 1)
     score = given.pop("score", None)
-    chosen = choose(selection, Tokens(rows, count, torch.device("cpu"), **given), 0, 0, score)
+    scores = [torch.empty(0) if score is None else score]
+    (chosen,) = choose(selection, Tokens(rows, count, torch.device("cpu"), **given), 0, [0], scores)
     return [chosen[step].places for step in range(1, steps + 1)]
 
 
@@ -215,12 +216,26 @@ class TestChoices:
     def test_a_cluster_s_token_is_the_one_next_to_its_mean(self) -> None:
         value = torch.randn(2, 16, 4)
         selection = Selection("x", ((1, letter("tokens 4 by cluster multiple=1")),), 2)
-        choice = choose(selection, Tokens(2, 16, torch.device("cpu")), 0, 0, value)[1]
+        (chosen,) = choose(selection, Tokens(2, 16, torch.device("cpu")), 0, [0], [value])
+        choice = chosen[1]
         for row in range(2):
             for cluster in choice.clusters[row].unique().tolist():
                 members = (choice.clusters[row] == cluster).nonzero()[:, 0]
                 apart = (value[row][members] - value[row][members].mean(0)).norm(dim=1)
                 assert choice.places[row, cluster] == members[apart.argmin()]
+
+    @pytest.mark.parametrize("by", ["random", "stratified", "norm", "cluster"])
+    def test_sites_chosen_together_are_chosen_as_each_alone(self, by: str) -> None:
+        item = letter(f"tokens 5 by {by} multiple=1")
+        selection, tokens = Selection("x", ((1, item), (2, item)), 3), Tokens(2, 16, torch.device("cpu"))
+        scores = [torch.rand(2, 16, 4) if by == "cluster" else torch.rand(2, 16) for _ in range(3)]
+        together = choose(selection, tokens, 0, [4, 7, 9], scores)
+        for site, score, chosen in zip([4, 7, 9], scores, together, strict=True):
+            (alone,) = choose(selection, tokens, 0, [site], [score])
+            for step in (1, 2):
+                assert_same(
+                    [chosen[step].places, chosen[step].clusters], [alone[step].places, alone[step].clusters]
+                )
 
     @pytest.mark.parametrize(
         ("count", "multiple", "tokens", "budget"),
@@ -263,9 +278,9 @@ def measured(on: Subject, monkeypatch: pytest.MonkeyPatch, rows: str, shared: bo
     """The scores that a generation's first step hands to the choice, site by site."""
     scores: list[Tensor] = []
 
-    def record(selection: Selection, tokens: Tokens, step: int, site: int, score: Tensor) -> Any:
-        scores.append(score)
-        return choose(selection, tokens, step, site, score)
+    def record(selection: Selection, tokens: Tokens, step: int, sites: Any, given: list[Tensor]) -> Any:
+        scores.extend(given)
+        return choose(selection, tokens, step, sites, given)
 
     monkeypatch.setattr(runner, "choose", record)
     program = Program(on.captured, None).prepared()
