@@ -72,7 +72,7 @@ SLICES = frozenset(
 )
 """Some of the elements."""
 
-WRITES = frozenset({aten.scatter_.src, aten.copy_.default})
+WRITES = frozenset({aten.index_put_.default, aten.copy_.default})
 """What writes into cache entries; captured graphs have no such operation."""
 
 ATTENTION = frozenset({aten.scaled_dot_product_attention.default})

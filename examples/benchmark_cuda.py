@@ -1,25 +1,29 @@
 """Plans on a CUDA device in bfloat16, beside the plain compiled model: whole runs and partial steps.
 
-python -m examples.benchmark_cuda [pixart flux cogvideox offload] [--rounds 5]
+python -m examples.benchmark_cuda [pixart flux cogvideox offload] [--rounds 5] [--cuda-graphs]
 """
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 import graphcache
-from examples.benchmark_models import device_sized_flux, device_sized_pixart, guided_cogvideox, on_cuda
+from examples.benchmark_models import Made, device_sized_flux, device_sized_pixart, guided_cogvideox, on_cuda
 from examples.benchmark_toca import time_plans
 from graphcache import Plan, presets
 from graphcache.bench import Generation
 
 STEPS = 12
 
+Contest = Callable[[str, Made, Mapping[str, Plan]], None]
+"""Times plans on a model and prints what each costs."""
 
-def pixart(rounds: int) -> None:
+
+def pixart(contest: Contest) -> None:
     """Whole steps skipped, and half of the tokens computed by MLPs where attention is reused."""
     reused, budget = "#..." * (STEPS // 4), "#aaa" * (STEPS // 4)
     rows = f"@self {reused}\n@cross {reused}\n@mlp {budget}"
@@ -32,25 +36,23 @@ def pixart(rounds: int) -> None:
             for by in ("random", "entropy", "influence")
         },
     }
-    time_plans("PixArt, width 1152, 2 x 4096 tokens, 8 blocks", on_cuda(device_sized_pixart()), plans, rounds)
+    contest("PixArt, width 1152, 2 x 4096 tokens, 8 blocks", on_cuda(device_sized_pixart()), plans)
 
 
-def flux(rounds: int) -> None:
+def flux(contest: Contest) -> None:
     """FLUX's published ToCa plan, and forecasts."""
     plans = {
         "taylorseer 4": presets.taylorseer(STEPS, 4, 1),
         "toca flux, random": presets.toca("flux", STEPS, by="random"),
     }
-    time_plans(
-        "FLUX, width 3072, 4096 + 512 tokens, 2 + 4 blocks", on_cuda(device_sized_flux()), plans, rounds
-    )
+    contest("FLUX, width 3072, 4096 + 512 tokens, 2 + 4 blocks", on_cuda(device_sized_flux()), plans)
 
 
-def cogvideox(rounds: int) -> None:
+def cogvideox(contest: Contest) -> None:
     """FasterCache on a doubled batch."""
     plan = presets.fastercache("cogvideox", 25, conditional="last")
     made = on_cuda(guided_cogvideox(30, 64, blocks=6, side=64))
-    time_plans("CogVideoX, width 1920, 2 x 4128 tokens, 6 blocks", made, {"fastercache": plan}, rounds)
+    contest("CogVideoX, width 1920, 2 x 4128 tokens, 6 blocks", made, {"fastercache": plan})
 
 
 def offload(rounds: int) -> None:
@@ -59,7 +61,7 @@ def offload(rounds: int) -> None:
     plan = presets.taylorseer(STEPS, 3, 1)
     steps = Generation(inputs, "timestep", STEPS)
     for host in (False, True):
-        made: Any = graphcache.transform(model, plan, backend="inductor", offload=host)
+        made: Any = graphcache.transform(model, plan, backend="inductor", offload=host, wait="never")
         with torch.no_grad():
             steps.run(made)
             made.reset()
@@ -71,23 +73,24 @@ def offload(rounds: int) -> None:
         print(f"offload {host}: {ms:.2f} ms a step, peak {peak:.0f} MiB, cache {held:.0f} MiB")
 
 
-PARTS: dict[str, Callable[[int], None]] = {
-    "pixart": pixart,
-    "flux": flux,
-    "cogvideox": cogvideox,
-    "offload": offload,
-}
+CONTESTS: dict[str, Callable[[Contest], None]] = {"pixart": pixart, "flux": flux, "cogvideox": cogvideox}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=list(PARTS))
+    parser.add_argument("parts", nargs="*", default=[*CONTESTS, "offload"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cuda-graphs", action="store_true", help="for plans and the plain model alike")
     arguments = parser.parse_args()
-    print(torch.cuda.get_device_name(), torch.__version__)
+    backend: Any = {"mode": "reduce-overhead"} if arguments.cuda_graphs else "inductor"
+    contest = partial(time_plans, rounds=arguments.rounds, backend=backend)
+    print(torch.cuda.get_device_name(), torch.__version__, backend)
     for name in arguments.parts:
         start = time.perf_counter()
-        PARTS[name](arguments.rounds)
+        if name == "offload":
+            offload(arguments.rounds)
+        else:
+            CONTESTS[name](contest)
         print(f"{name}: {time.perf_counter() - start:.0f} s, compilation included", flush=True)
         torch.compiler.reset()
 

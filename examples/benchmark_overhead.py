@@ -29,7 +29,7 @@ class Driven(Generation):
         super().__init__(inputs, "timestep", STEPS)
         self.scheduler = SimpleNamespace(num_inference_steps=STEPS, begin_index=0)
 
-    def run(self, model: Any) -> list[float]:
+    def launch(self, model: Any) -> list[float]:
         self.scheduler.timesteps = torch.arange(STEPS)
         times = []
         for step, kwargs in enumerate(self.calls):

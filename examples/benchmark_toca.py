@@ -21,6 +21,7 @@ from examples.digits.model import ddim_scheduler, load_model
 from examples.digits.sample import sample
 from graphcache import Plan, presets
 from graphcache.bench import Timing, benchmark
+from graphcache.compile import Backend
 from graphcache.metrics import psnr
 from graphcache.presets import clusca, duca, toca
 
@@ -47,9 +48,11 @@ def run_plans(name: str) -> dict[str, Plan]:
     return {"own scores": toca(name), **fewer, "random": toca(name, by="random")}
 
 
-def time_plans(title: str, made: Made, plans: Mapping[str, Plan], rounds: int) -> None:
+def time_plans(
+    title: str, made: Made, plans: Mapping[str, Plan], rounds: int, backend: Backend = "inductor"
+) -> None:
     """Time contenders on one model and print what each costs."""
-    timings = benchmark(*made, plans, rounds=rounds)
+    timings = benchmark(*made, plans, rounds=rounds, backend=backend)
     table = Table("", "ms a step", "times faster", "in FLOPs", "realised", "graphs", "peak KiB", title=title)
     for timing in timings:
         table.add_row(*_cells(timing))

@@ -1,5 +1,6 @@
 """Interleaved timings: a plan against the same model under plain torch.compile, in one run."""
 
+import itertools
 import random
 import statistics
 import time
@@ -69,12 +70,27 @@ class Generation:
         self.calls = [{**inputs, timestep: torch.full_like(first, float(value))} for value in scaled]
 
     def run(self, model: Call) -> list[float]:
-        """Seconds of each step, in order."""
+        """Seconds of each step, in order.
+
+        On a CUDA device those between the steps' ends there: as a sampling loop does, nothing waits for the
+        device before the last step.
+        """
+        if not _is_on_cuda(self.calls[0]):
+            return self.launch(model)
+        events: Any = [torch.cuda.Event(enable_timing=True) for _ in range(self.steps + 1)]  # type: ignore[no-untyped-call]
+        events[0].record()
+        for kwargs, event in zip(self.calls, events[1:], strict=True):
+            model(**kwargs)
+            event.record()
+        torch.cuda.synchronize()
+        return [1e-3 * begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
+
+    def launch(self, model: Call) -> list[float]:
+        """Seconds after which each call returns."""
         times = []
         for kwargs in self.calls:
             start = time.perf_counter()
             model(**kwargs)
-            _wait(kwargs)
             times.append(time.perf_counter() - start)
         return times
 
@@ -106,7 +122,10 @@ def benchmark(
     if len(steps) > 1:
         raise PlanError(f"plans of one number of steps can be compared, these have {sorted(steps)}")
     generation = Generation(inputs, timestep, steps.pop())
-    made = {name: transform(model, plan, backend=backend, timestep=timestep) for name, plan in plans.items()}
+    made = {
+        name: transform(model, plan, backend=backend, timestep=timestep, wait="never")
+        for name, plan in plans.items()
+    }
     contenders: dict[str, Call] = {"torch.compile": compile_plainly(model, backend), **(beside or {}), **made}
     measured: dict[str, list[list[float]]] = {name: [] for name in contenders}
     with torch.no_grad():
@@ -175,7 +194,7 @@ def runner_overhead(model: Any, generation: Generation, rounds: int = 5) -> floa
         medians = []
         for turn in range(rounds + 1):
             model.reset()
-            times = generation.run(model)
+            times = generation.launch(model)
             if turn:
                 medians.append(statistics.median(times[1:]))
         return 1e6 * statistics.median(medians)
@@ -195,8 +214,5 @@ def _replay(call: Call) -> Call:
     return replay
 
 
-def _wait(kwargs: Mapping[str, Any]) -> None:
-    if torch.cuda.is_available() and any(
-        isinstance(value, torch.Tensor) and value.is_cuda for value in kwargs.values()
-    ):
-        torch.cuda.synchronize()
+def _is_on_cuda(kwargs: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.is_cuda for value in kwargs.values())

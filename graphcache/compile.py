@@ -66,7 +66,16 @@ def _first_call_alone(compiled: Compiled) -> Compiled:
 
 def compile_plainly(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     """The untouched model under torch.compile as a user would call it, to compare with."""
-    return model if backend is None else torch.compile(model, dynamic=False, **_arguments(backend))
+    if backend is None:
+        return model
+    compiled = torch.compile(model, dynamic=False, **_arguments(backend))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # nothing is kept from call to call; once someone marks generations, PyTorch waits for marks
+        begin_generation(backend)
+        return compiled(*args, **kwargs)
+
+    return call if _replays_cuda_graphs(backend) else compiled
 
 
 def begin_generation(backend: Backend) -> None:
@@ -75,7 +84,7 @@ def begin_generation(backend: Backend) -> None:
     Without a mark PyTorch takes every call for an iteration of its own, at whose end nothing is kept.
     """
     if _replays_cuda_graphs(backend):
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
 
 def _replays_cuda_graphs(backend: Backend) -> bool:

@@ -66,7 +66,7 @@ class Rewriter:
         """Call an operation, placed after a node."""
         with self.graph.inserting_after(after):
             node = self.graph.call_function(target, args, kwargs)
-        node.meta["val"] = _fake(target, args, kwargs)
+        node.meta["val"] = _fake(target, args, kwargs, after)
         return node
 
     def input(
@@ -154,10 +154,11 @@ def wider(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _fake(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:
+def _fake(target: Any, args: Sequence[Any], kwargs: dict[str, Any], beside: fx.Node) -> torch.Tensor:
     nodes: list[fx.Node] = []
     fx.map_arg((tuple(args), kwargs), nodes.append)
     values, named = fx.map_arg((tuple(args), kwargs), lambda node: node.meta["val"])
+    nodes.append(beside)
     with fake_mode(pytree.tree_leaves(nodes[0].meta["val"])[0]):
         result: torch.Tensor = target(*values, **named)
     return result

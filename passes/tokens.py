@@ -58,8 +58,8 @@ class Tokens:
             cached = self.chain.emit(aten.view.default, cached, [axis.rows, axis.count, *shape[1:]])
             computed = self.chain.emit(aten.view.default, computed, [axis.rows, self.count, *shape[1:]])
             axis = Axis(1, 0, axis.count)
-        places = self._places(computed, axis)
-        result = self.chain.emit(aten.scatter_.src, cached, axis.dim, places, computed)
+        indices = self._indices(cached, axis.dim, axis.start)
+        result = self.chain.emit(aten.index_put_.default, cached, indices, computed)
         if tuple(value_of(result).shape) != shape:
             result = self.chain.emit(aten.view.default, result, list(shape))
         return result
@@ -84,8 +84,27 @@ class Tokens:
         places = self._spread(shape, axis)
         return self.chain.emit(aten.gather.default, node, axis.dim, places)
 
-    def _places(self, computed: fx.Node, axis: Axis) -> fx.Node:
-        return self._spread(list(value_of(computed).shape), axis)
+    def _indices(self, cached: fx.Node, dim: int, start: int) -> list[fx.Node | None]:
+        """One for each dimension up to that of the tokens; Inductor writes in place by these alone."""
+        value = value_of(cached)
+        places = self._along(dim, start)
+        if all(size == 1 for size in value.shape[:dim]):
+            return [*(None for _ in range(dim)), self.chain.emit(aten.view.default, places, [self.count])]
+        before: list[fx.Node | None] = []
+        for outer, size in enumerate(value.shape[:dim]):
+            all_of_it = self.chain.emit(aten.arange.default, size, device=value.device)
+            view = [size if inner == outer else 1 for inner in range(dim + 1)]
+            before.append(self.chain.emit(aten.view.default, all_of_it, view))
+        return [*before, places]
+
+    def _along(self, dim: int, start: int) -> fx.Node:
+        """The chosen places as dimension `dim`, behind rows and ones."""
+        places = self.chosen
+        if start:
+            places = self.chain.emit(aten.add.Tensor, places, start)
+        rows = int(value_of(places).shape[0])
+        shape = [self.count] if dim == 0 else [rows, *(1 for _ in range(dim - 1)), self.count]
+        return self.chain.emit(aten.view.default, places, shape)
 
     def _spread(self, shape: list[int], axis: Axis) -> fx.Node:
         """The chosen places along an axis, for every other entry of a shape alike."""

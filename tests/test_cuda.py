@@ -1,11 +1,15 @@
 """What differs on a CUDA device: attention kernels and their log-sum-exps, compiled graphs, memory."""
 
 from collections.abc import Iterator
+from inspect import unwrap
+from typing import Any
 
 import pytest
 import torch
 
 import graphcache
+from examples.digits.model import ddim_scheduler, load_model
+from examples.digits.sample import sample
 from graphcache import Plan, presets
 from graphcache.analysis.cost import graph_flops
 from graphcache.program import Program
@@ -108,3 +112,21 @@ def test_predicted_bytes_are_those_that_the_device_allocates() -> None:
     # the allocator rounds each tensor up to 512 bytes
     assert branch.peak_bytes <= held + 512 * 64
     assert held <= branch.peak_bytes + 512 * 64
+
+
+def test_a_plan_is_profiled_searched_and_timed_on_the_device() -> None:
+    model = load_model().to("cuda")
+
+    def sampler(model: Any, seed: int, steps: int) -> torch.Tensor:
+        labels = torch.arange(4, device="cuda")
+        drawn: torch.Tensor = unwrap(sample)(model, ddim_scheduler(), labels, steps=steps, seed=seed)
+        return drawn
+
+    steps = 8
+    profile = graphcache.profile(
+        model, [0], steps=steps, sampler=sampler, probes=1, conditional="first", backend="inductor"
+    )
+    assert profile.timings["plain"] > 0
+    found = graphcache.search(profile, speedup=1.5)
+    uncached, cached = sampler(model, 1, steps), sampler(graphcache.transform(model, found.plan), 1, steps)
+    assert float((uncached - cached).square().mean()) < 0.01
