@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from torch import Tensor, fx
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from graphcache import Plan, PlanError, presets, runner
 from graphcache.analysis import ops
@@ -287,6 +288,17 @@ def measured(on: Subject, monkeypatch: pytest.MonkeyPatch, rows: str, shared: bo
     state = begun((), program, Plan.parse(f"plan steps=2\n{rows}"), 0, "only", shared)
     run_step(state, inputs(on))
     return scores
+
+
+def test_compiled_code_writes_chosen_tokens_in_place() -> None:
+    """Inductor would otherwise copy the whole cached value, write into the copy, and copy it back."""
+    on = subject("pixart", batch=2)
+    plan = Plan.parse("plan steps=2\na = tokens 4 by random multiple=1\n@mlp #a")
+    with torch.no_grad(), fresh_cache():
+        _, codes = run_and_get_code(on.sample, on.transform(plan, backend="inductor"), 2)
+    written = [code for code in codes if "index_put" in code]
+    assert written
+    assert not any("copy__" in code for code in written)
 
 
 class TestScores:
