@@ -73,24 +73,24 @@ def offload(rounds: int) -> None:
         print(f"offload {host}: {ms:.2f} ms a step, peak {peak:.0f} MiB, cache {held:.0f} MiB")
 
 
-CONTESTS: dict[str, Callable[[Contest], None]] = {"pixart": pixart, "flux": flux, "cogvideox": cogvideox}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=[*CONTESTS, "offload"])
+    parser.add_argument("parts", nargs="*")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cuda-graphs", action="store_true", help="for plans and the plain model alike")
     arguments = parser.parse_args()
     backend: Any = {"mode": "reduce-overhead"} if arguments.cuda_graphs else "inductor"
     contest = partial(time_plans, rounds=arguments.rounds, backend=backend)
+    parts: dict[str, Callable[[], None]] = {
+        "pixart": partial(pixart, contest),
+        "flux": partial(flux, contest),
+        "cogvideox": partial(cogvideox, contest),
+        "offload": partial(offload, arguments.rounds),
+    }
     print(torch.cuda.get_device_name(), torch.__version__, backend)
-    for name in arguments.parts:
+    for name in arguments.parts or parts:
         start = time.perf_counter()
-        if name == "offload":
-            offload(arguments.rounds)
-        else:
-            CONTESTS[name](contest)
+        parts[name]()
         print(f"{name}: {time.perf_counter() - start:.0f} s, compilation included", flush=True)
         torch.compiler.reset()
 

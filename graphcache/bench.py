@@ -77,7 +77,8 @@ class Generation:
         """
         if not _is_on_cuda(self.calls[0]):
             return self.launch(model)
-        events: Any = [torch.cuda.Event(enable_timing=True) for _ in range(self.steps + 1)]  # type: ignore[no-untyped-call]
+        event_type: Any = torch.cuda.Event
+        events = [event_type(enable_timing=True) for _ in range(self.steps + 1)]
         events[0].record()
         for kwargs, event in zip(self.calls, events[1:], strict=True):
             model(**kwargs)

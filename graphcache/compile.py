@@ -84,7 +84,8 @@ def begin_generation(backend: Backend) -> None:
     Without a mark PyTorch takes every call for an iteration of its own, at whose end nothing is kept.
     """
     if _replays_cuda_graphs(backend):
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        mark: Callable[[], None] = torch.compiler.cudagraph_mark_step_begin
+        mark()
 
 
 def _replays_cuda_graphs(backend: Backend) -> bool:

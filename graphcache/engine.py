@@ -109,7 +109,7 @@ class Engine:
             state = self._state(session, generation, branch, call, bound, tensors)
             if state.role == "uncond":
                 hand_over(session.states.get(("cond", branch[1])), state)
-            if generation.begins and not generation.called:
+            if generation.untouched:
                 begin_generation(state.program.backend)
             session.enter(generation, branch, state)
             try:
@@ -210,7 +210,7 @@ class Engine:
         tensors: Sequence[torch.Tensor],
     ) -> BranchState:
         """The branch's state at this step; one that did not run the step before begins empty."""
-        begins = generation.begins and not generation.called
+        begins = generation.untouched
         plan = self.plan_for(generation.steps)
         if begins:
             session.driver.refuse_other(plan)

@@ -197,23 +197,19 @@ def _choose(state: BranchState) -> None:
     """Choose the tokens of the steps up to the next one that computes their sites whole."""
     program, entries = state.program, state.cache.entries
     numbers = {branch.name: number for number, branch in enumerate(program.captured.step.branches)}
-    alike: dict[Hashable, list[tuple[Selection, torch.Tensor]]] = {}
+    alike: dict[tuple[Selection, Tokens, torch.Size], dict[str, torch.Tensor]] = {}
     for selection in state.now.selections:
-        value = entries[selection.site][0][0]
-        scores = entries.pop(score(selection.site), None)
-        given = value if scores is None else scores[0][0]
-        key = replace(selection, site=""), program.tokens[site_of(selection.site)], given.shape
-        alike.setdefault(key, []).append((selection, given))
-    for group in alike.values():
-        sites = [site_of(selection.site) for selection, _ in group]
-        rows, count = program.tokens[sites[0]]
-        first, given = group[0]
-        tokens = Tokens(rows // 2 if state.role == "doubled" else rows, count, given.device, first.grid)
-        given_by_site = [item for _, item in group]
-        made = choose(first, tokens, state.step, [numbers[site] for site in sites], given_by_site)
-        for (selection, _), choices in zip(group, made, strict=True):
+        name = selection.site
+        given = (entries.pop(score(name), None) or entries[name])[0][0]
+        rows, count = program.tokens[site_of(name)]
+        tokens = Tokens(rows // 2 if state.role == "doubled" else rows, count, given.device, selection.grid)
+        alike.setdefault((replace(selection, site=""), tokens, given.shape), {})[name] = given
+    for (selection, tokens, _), scores in alike.items():
+        sites = [numbers[site_of(name)] for name in scores]
+        made = choose(selection, tokens, state.step, sites, list(scores.values()))
+        for name, choices in zip(scores, made, strict=True):
             for step, choice in choices.items():
-                state.chosen.setdefault(step, {})[selection.site] = choice
+                state.chosen.setdefault(step, {})[name] = choice
 
 
 def feed(

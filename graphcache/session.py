@@ -53,6 +53,11 @@ class Generation:
         return replace(self, called=(*self.called, branch))
 
     @property
+    def untouched(self) -> bool:
+        """Whether no call of it has been made."""
+        return self.begins and not self.called
+
+    @property
     def finished(self) -> bool:
         """Whether the last step has seen as many branches as the step before it."""
         return self.step + 1 == self.steps and len(self.called) >= self.before
@@ -123,7 +128,7 @@ class Session:
 
     def enter(self, generation: Generation, branch: Branch, state: BranchState) -> None:
         """Take up what `place` found, once the call has everything that it needs."""
-        if generation.begins and not generation.called:
+        if generation.untouched:
             self.states.clear()
             self.start_step = 0
         self.generation = generation.by(branch)

@@ -109,7 +109,8 @@ def transform(
             evaluated anew, any other plan resampled; the log says so once.
         backend: None runs the graphs as they are, or compiles them with what the model was compiled with;
             "inductor" or any torch.compile backend compiles each phase as one graph; a mapping holds
-            torch.compile's own keyword arguments.
+            torch.compile's own keyword arguments. Under {"mode": "reduce-overhead"}, CUDA graphs, one
+            generation at a time: the next one overwrites what this one has cached.
         example_inputs: arguments of one call. With them the capture happens now, and a plan that does not
             fit is an error now; without, at the first call.
         timestep: the name of forward's timestep argument, a tensor.

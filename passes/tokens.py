@@ -58,8 +58,8 @@ class Tokens:
             cached = self.chain.emit(aten.view.default, cached, [axis.rows, axis.count, *shape[1:]])
             computed = self.chain.emit(aten.view.default, computed, [axis.rows, self.count, *shape[1:]])
             axis = Axis(1, 0, axis.count)
-        indices = self._indices(cached, axis.dim, axis.start)
-        result = self.chain.emit(aten.index_put_.default, cached, indices, computed)
+        # not scatter_, which Inductor does on a copy of all of it
+        result = self.chain.emit(aten.index_put_.default, cached, self._indices(cached, axis), computed)
         if tuple(value_of(result).shape) != shape:
             result = self.chain.emit(aten.view.default, result, list(shape))
         return result
@@ -81,40 +81,27 @@ class Tokens:
         if list(value_of(node).shape) != shape:
             node = self.chain.emit(aten.expand.default, node, shape)
         shape[axis.dim] = self.count
-        places = self._spread(shape, axis)
+        places = self.chain.emit(aten.expand.default, self._places(axis, len(shape)), shape)
         return self.chain.emit(aten.gather.default, node, axis.dim, places)
 
-    def _indices(self, cached: fx.Node, dim: int, start: int) -> list[fx.Node | None]:
-        """One for each dimension up to that of the tokens; Inductor writes in place by these alone."""
-        value = value_of(cached)
-        places = self._along(dim, start)
-        if all(size == 1 for size in value.shape[:dim]):
-            return [*(None for _ in range(dim)), self.chain.emit(aten.view.default, places, [self.count])]
-        before: list[fx.Node | None] = []
-        for outer, size in enumerate(value.shape[:dim]):
-            all_of_it = self.chain.emit(aten.arange.default, size, device=value.device)
-            view = [size if inner == outer else 1 for inner in range(dim + 1)]
-            before.append(self.chain.emit(aten.view.default, all_of_it, view))
-        return [*before, places]
+    def _indices(self, cached: fx.Node, axis: Axis) -> list[fx.Node]:
+        """One index for each dimension up to that of the tokens: all of the outer ones, the chosen places."""
+        value, rank = value_of(cached), axis.dim + 1
+        indices = []
+        for dim, size in enumerate(value.shape[: axis.dim]):
+            every = self.chain.emit(aten.arange.default, size, device=value.device)
+            view = [size if other == dim else 1 for other in range(rank)]
+            indices.append(self.chain.emit(aten.view.default, every, view))
+        return [*indices, self._places(axis, rank)]
 
-    def _along(self, dim: int, start: int) -> fx.Node:
-        """The chosen places as dimension `dim`, behind rows and ones."""
-        places = self.chosen
-        if start:
-            places = self.chain.emit(aten.add.Tensor, places, start)
-        rows = int(value_of(places).shape[0])
-        shape = [self.count] if dim == 0 else [rows, *(1 for _ in range(dim - 1)), self.count]
-        return self.chain.emit(aten.view.default, places, shape)
-
-    def _spread(self, shape: list[int], axis: Axis) -> fx.Node:
-        """The chosen places along an axis, for every other entry of a shape alike."""
+    def _places(self, axis: Axis, rank: int) -> fx.Node:
+        """The chosen places along an axis of a value with so many dimensions, rows outermost."""
         places = self.chosen
         if axis.start:
             places = self.chain.emit(aten.add.Tensor, places, axis.start)
-        view = [shape[0], *(1 for _ in shape[1:])]
+        view = [int(value_of(places).shape[0]), *(1 for _ in range(rank - 1))]
         view[axis.dim] = self.count
-        places = self.chain.emit(aten.view.default, places, view)
-        return self.chain.emit(aten.expand.default, places, shape)
+        return self.chain.emit(aten.view.default, places, view)
 
     def _computed(self, node: fx.Node, axis: Axis) -> fx.Node:
         passed = is_passed_on(node, axis)
