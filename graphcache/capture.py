@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.overrides import TorchFunctionMode
 
 from graphcache.compile import COMPILING
@@ -50,6 +51,8 @@ def capture(
             COMPILING,
             _uncompiled(model),
             _without_stack_traces(),
+            # export writes code for modules that nobody calls, which takes a seventh of the time
+            _use_lazy_graph_module(True),
             _ChosenKernels(),
             torch.inference_mode(False),
             torch.no_grad(),
