@@ -33,6 +33,7 @@ from graphcache.candidates import Candidate
 from graphcache.metrics import psnr
 from graphcache.page import promise
 from graphcache.page.course import meet
+from graphcache.page.sensitivity import sensitivity
 from graphcache.profile import families
 from graphcache.sampling import Sampling, converged
 from graphcache.search import search
@@ -212,13 +213,13 @@ class Bench:
         )
         uncached = self.generate(self.example.model, item)
         branches = [site.name for site in profile.sites if site.kind == "branch"]
+        sensitive = sensitivity(profile)
         estimated, real = [], []
         for site in branches[:: -(-len(branches) // 8)]:
             for step in (round(share * steps) for share in (0.12, 0.3, 0.5, 0.7, 0.9)):
                 row = "#" * step + "." + "#" * (steps - step - 1)
                 model = self.sampling.planned(Plan.parse(f"plan steps={steps} preset=none\n{site} {row}"))
-                effects = profile.effects[profile.index(site), step]
-                estimated.append(float(((effects[1] - effects[0]) ** 2).mean(axis=0).sum()))
+                estimated.append(float(sensitive[profile.index(site), step]) ** 2)
                 real.append(float((self.generate(model, item) - uncached).double().square().sum()))
         # reusing what does not change, as attention to a single token of text, is no error at all
         pairs = torch.tensor([pair for pair in zip(estimated, real, strict=True) if pair[1]])

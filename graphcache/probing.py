@@ -42,6 +42,7 @@ class _Evaluation:
     tensors: Sequence[Tensor]
     feed: list[Tensor]
     count: int
+    folded: frozenset[tuple[str, int]] = frozenset()
 
     def place(self, leaf: Tensor) -> int | None:
         """Where the graph is fed one of the call's tensors; None if it does not read it."""
@@ -51,12 +52,44 @@ class _Evaluation:
 
     def again(self, places: Sequence[int]) -> "_Evaluation":
         """The same with gradients of what it is fed at these places, and of the latents."""
-        fed, ports = list(self.feed), enumerate(self.runnable.step.inputs)
+        fed = list(self.feed)
         # with frozen weights a first step's sites depend on nothing else that has a gradient
-        latents = next(i for i, port in ports if isinstance(port, Input) and port.kind == "latent")
-        for place in {*places, latents}:
+        for place in {*places, self.latents}:
             fed[place] = fed[place].detach().requires_grad_()
         return replace(self, feed=fed)
+
+    @property
+    def latents(self) -> int:
+        """Where the graph is fed the latents."""
+        ports = enumerate(self.runnable.step.inputs)
+        return next(i for i, port in ports if isinstance(port, Input) and port.kind == "latent")
+
+    def folding(self, values: Values) -> frozenset[tuple[str, int]]:
+        """The tensors, by site and place, of which every sample has several rows in a row: those whose first
+        rows alone move when the first sample's latents do. `values` are what this evaluation computed.
+        """
+        fed = list(self.feed)
+        latents = fed[self.latents] = fed[self.latents].clone()
+        latents[0] += 1
+        samples, found = len(latents), set()
+        for name, changed in replace(self, feed=fed).run()[1].items():
+            for part, (before, after) in enumerate(zip(values[name], changed, strict=True)):
+                if before.dim() and len(before) > samples and len(before) % samples == 0:
+                    moved = (before != after).reshape(samples, -1).any(dim=1)
+                    if moved[0] and not moved[1:].any():
+                        found.add((name, part))
+        return frozenset(found)
+
+    def by_sample(self, values: Values) -> Values:
+        """The same with the samples of the latents outermost, where they can be told apart."""
+        samples = len(self.feed[self.latents])
+        return {
+            name: tuple(
+                tensor.reshape(samples, -1, *tensor.shape[1:]) if (name, part) in self.folded else tensor
+                for part, tensor in enumerate(tensors)
+            )
+            for name, tensors in values.items()
+        }
 
     def run(self) -> tuple[Sequence[Tensor], Values, Values]:
         """The results, the sites' values, and what their gradients are taken of."""
@@ -91,6 +124,7 @@ class ProbeEngine(Engine):
         self.ranges = tuple(ranges)
         self.latest: _Evaluation | None = None
         self._runnables: dict[int, tuple[Program, Runnable]] = {}
+        self._folded: dict[int, frozenset[tuple[str, int]]] = {}
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
@@ -112,8 +146,11 @@ class ProbeEngine(Engine):
         runnable = self._probe(state.program)
         fed = feed(state.cache, runnable, inputs, state.now)
         output = state.program.captured.output
-        self.latest = _Evaluation(state.step, branch, runnable, tensors, fed, output.count)
-        results, values, _ = self.latest.run()
+        evaluation = _Evaluation(state.step, branch, runnable, tensors, fed, output.count)
+        results, values, _ = evaluation.run()
+        if id(runnable) not in self._folded:
+            self._folded[id(runnable)] = evaluation.folding(values)
+        self.latest = replace(evaluation, folded=self._folded[id(runnable)])
         self.observer.saw(state.step, branch, values)
         if state.finished:
             end(state)
@@ -162,7 +199,10 @@ class _Recomputed(torch.autograd.Function):
             name: tuple(_or_zero(next(found), source) for source in sources[name]) for name in values
         }
         plain = {name: tuple(tensor.detach() for tensor in tensors) for name, tensors in values.items()}
-        ctx.engine.observer.pulled(evaluation.step, evaluation.branch, plain, pulled_sites)
+        by_sample = evaluation.by_sample
+        ctx.engine.observer.pulled(
+            evaluation.step, evaluation.branch, by_sample(plain), by_sample(pulled_sites)
+        )
         given: list[Any] = [None] * ctx.amount
         for number, gradient in zip(ctx.places, pulled, strict=False):
             given[number] = gradient

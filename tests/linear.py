@@ -27,19 +27,33 @@ class LinearBlock(nn.Module):
 
 
 class LinearDiT(nn.Module):
-    """Tokens (batch, any number, DIM), one time per sample and one text vector per sample."""
+    """Tokens (batch, any number, DIM), one time per sample and one text vector per sample.
 
-    def __init__(self, depth: int = 3) -> None:
+    `folds`: the blocks see the tokens as rows of one token, all of a sample after one another ("samples"), or
+    all samples' first ones before their second ones ("tokens").
+    """
+
+    def __init__(self, depth: int = 3, folds: str | None = None) -> None:
         super().__init__()
+        self.folds = folds
         self.time = nn.Linear(1, DIM)
         self.text = nn.Linear(DIM, DIM)
         self.blocks = nn.ModuleList(LinearBlock() for _ in range(depth))
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         gate = torch.cos(4 * self.time(timestep[:, None]) + self.text(text))[:, None]
+        batch, tokens, _ = x.shape
+        if self.folds:
+            gate = gate.expand(batch, tokens, DIM)
+            x, gate = (self._folded(item).reshape(batch * tokens, 1, DIM) for item in (x, gate))
         for block in self.blocks:
             x = block(x, gate)
-        return x
+        if self.folds == "tokens":
+            return x.reshape(tokens, batch, DIM).transpose(0, 1)
+        return x.reshape(batch, tokens, DIM)
+
+    def _folded(self, value: Tensor) -> Tensor:
+        return value.transpose(0, 1) if self.folds == "tokens" else value
 
     @contextmanager
     def cache_context(self, name: str) -> Iterator[None]:
@@ -47,11 +61,11 @@ class LinearDiT(nn.Module):
         yield
 
 
-def linear(depth: int = 3) -> LinearDiT:
+def linear(depth: int = 3, folds: str | None = None) -> LinearDiT:
     """A model with fixed weights, in eval mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(depth)
-        return LinearDiT(depth).eval()
+        return LinearDiT(depth, folds).eval()
 
 
 class Sampler:

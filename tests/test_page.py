@@ -235,14 +235,23 @@ def test_every_table_header_has_a_scope_and_every_picture_a_text(tmp_path: Path)
     assert {*re.findall(r'href="#([^"]+)"', text)} <= {*ids}
 
 
-def test_cells_are_the_roots_of_the_squared_effects(tmp_path: Path) -> None:
+def test_cells_are_the_roots_of_the_steadied_squared_effects(tmp_path: Path) -> None:
     profile = a_profile()
     values = sensitivity(profile)
+    probes, samples = profile.effects.shape[-2:]
     for i in range(len(SITES)):
         assert math.isnan(values[i, 0])
+        own, moved = np.zeros(STEPS), np.zeros(STEPS)
         for t in range(1, STEPS):
             squares = (profile.effects[i, t, 1].astype(float) - profile.effects[i, t, 0]) ** 2
-            assert values[i, t] == pytest.approx(math.sqrt(sum(squares.mean(axis=0))))
+            own[t] = sum(squares.mean(axis=0))
+            gram = profile.gram[i]
+            moved[t] = max(0.0, gram[t, t] - 2 * gram[t, t - 1] + gram[t - 1, t - 1])
+        for t in range(1, STEPS):
+            near = [s for s in range(max(1, t - 2), min(STEPS, t + 3)) if moved[s]]
+            likely = moved[t] * np.mean([own[s] / moved[s] for s in near]) if near else 0.0
+            weight = probes * samples
+            assert values[i, t] == pytest.approx(math.sqrt((weight * own[t] + 4 * likely) / (weight + 4)))
     read = Reader(page(tmp_path, profile))
     expected = [
         f"step {t}, {s.name}: {values[i, t]:.3g}" for i, s in enumerate(SITES) for t in range(1, STEPS)

@@ -33,8 +33,8 @@ MODES = [None, "first", "last", "calls"]
 class Measured:
     """The profile of the linear model, with what came back as probes."""
 
-    def __init__(self, mode: str | None, seed: int = 0) -> None:
-        self.mode, self.sampler, self.model = mode, Sampler(mode), linear()
+    def __init__(self, mode: str | None, folds: str | None = None) -> None:
+        self.mode, self.sampler, self.model = mode, Sampler(mode), linear(folds=folds)
         conditional = mode if mode in ("first", "last") else None
         self.samples, self.probes = (5, 8), 2
         self.profile = graphcache.profile(
@@ -45,7 +45,6 @@ class Measured:
             probes=self.probes,
             window=WINDOW,
             conditional=conditional,
-            seed=seed,
         )
         self.replanned = Replanned(self.model, STEPS)
 
@@ -97,6 +96,21 @@ def test_effects_of_a_linear_model_are_those_of_real_runs(mode: str | None) -> N
             )
             assert np.abs(real).max() > 1e-4, (site, step)
             np.testing.assert_allclose(estimated, real, rtol=1e-4, atol=1e-4 * np.abs(real).max())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("folds", ["samples", "tokens"])
+def test_samples_whose_rows_are_folded_are_told_apart_where_they_lie_together(
+    mode: str | None, folds: str
+) -> None:
+    on = Measured(mode, folds)
+    for site in ("blocks.1.mlp", "range(0..1)"):
+        table = on.profile.effects[on.profile.index(site)]
+        real = on.effects(replacing(site, 3, (1.0,), None))
+        if folds == "tokens":  # then only the sum over both samples of a generation is known
+            real = np.stack([real[:, 0::2] + real[:, 1::2], np.zeros((2, 2))], axis=-1).reshape(2, 4)
+        assert np.abs(real[:, 0::2]).min() > 1e-4
+        np.testing.assert_allclose(table[3, 1] - table[3, 0], real, rtol=1e-4, atol=1e-6)
 
 
 def test_effects_before_the_first_step_are_none() -> None:

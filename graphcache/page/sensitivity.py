@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from graphcache.analysis.full_steps import Table, gap_squares, steadied
 from graphcache.profile import Profile
 
 
@@ -10,10 +11,13 @@ def sensitivity(profile: Profile) -> np.ndarray:
 
     Returns:
         float64 (sites, steps): sqrt(Σ over samples of the mean over probes of (effects[t, 1] −
-        effects[t, 0])²). NaN at the first step, which has none before it.
+        effects[t, 0])²), drawn towards what neighbouring steps make likely (`steadied`). NaN at the first
+        step, which has none before it.
     """
     found = np.full((len(profile.sites), profile.steps), np.nan)
     if profile.window:
-        change = profile.effects[:, 1:, 1].astype(np.float64) - profile.effects[:, 1:, 0]
-        found[:, 1:] = np.sqrt((change**2).mean(axis=2).sum(axis=2))
+        for place, site in enumerate(profile.sites):
+            one_step = profile.effects[place][:, :2]
+            table = Table(site.name, profile.gram[place], one_step, reused=True)
+            found[place, 1:] = np.sqrt(steadied(gap_squares([table]), [table])[:-1, 0, 0])
     return found
