@@ -33,21 +33,29 @@ class Observer(Protocol):
 
 
 @dataclass
+class _Probed:
+    """A program's graph that hands out its sites; which of them are `folded` is known after its first run."""
+
+    program: Program
+    runnable: Runnable
+    folded: frozenset[tuple[str, int]] | None = None
+
+
+@dataclass
 class _Evaluation:
     """One evaluation as a function of its inputs, run again on the way back."""
 
     step: int
     branch: Branch
-    runnable: Runnable
+    probed: _Probed
     tensors: Sequence[Tensor]
     feed: list[Tensor]
     count: int
-    folded: frozenset[tuple[str, int]] = frozenset()
 
     def place(self, leaf: Tensor) -> int | None:
         """Where the graph is fed one of the call's tensors; None if it does not read it."""
         index = next(i for i, tensor in enumerate(self.tensors) if tensor is leaf)
-        ports = enumerate(self.runnable.step.inputs)
+        ports = enumerate(self.probed.runnable.step.inputs)
         return next((i for i, port in ports if isinstance(port, Input) and port.index == index), None)
 
     def again(self, places: Sequence[int]) -> "_Evaluation":
@@ -61,7 +69,7 @@ class _Evaluation:
     @property
     def latents(self) -> int:
         """Where the graph is fed the latents."""
-        ports = enumerate(self.runnable.step.inputs)
+        ports = enumerate(self.probed.runnable.step.inputs)
         return next(i for i, port in ports if isinstance(port, Input) and port.kind == "latent")
 
     def folding(self, values: Values) -> frozenset[tuple[str, int]]:
@@ -82,10 +90,10 @@ class _Evaluation:
 
     def by_sample(self, values: Values) -> Values:
         """The same with the samples of the latents outermost, where they can be told apart."""
-        samples = len(self.feed[self.latents])
+        samples, folded = len(self.feed[self.latents]), self.probed.folded or ()
         return {
             name: tuple(
-                tensor.reshape(samples, -1, *tensor.shape[1:]) if (name, part) in self.folded else tensor
+                tensor.reshape(samples, -1, *tensor.shape[1:]) if (name, part) in folded else tensor
                 for part, tensor in enumerate(tensors)
             )
             for name, tensors in values.items()
@@ -93,9 +101,9 @@ class _Evaluation:
 
     def run(self) -> tuple[Sequence[Tensor], Values, Values]:
         """The results, the sites' values, and what their gradients are taken of."""
-        results = self.runnable.call(*self.feed)
+        results = self.probed.runnable.call(*self.feed)
         parts: dict[str, list[Tensor]] = {OUTPUT: list(results[: self.count])}
-        for port, value in zip(self.runnable.step.outputs, results, strict=True):
+        for port, value in zip(self.probed.runnable.step.outputs, results, strict=True):
             if isinstance(port, CacheWrite):
                 parts.setdefault(port.site, []).append(value)
         values = {name: tuple(tensors) for name, tensors in parts.items() if "|" not in name}
@@ -123,8 +131,7 @@ class ProbeEngine(Engine):
         self.observer = observer
         self.ranges = tuple(ranges)
         self.latest: _Evaluation | None = None
-        self._runnables: dict[int, tuple[Program, Runnable]] = {}
-        self._folded: dict[int, frozenset[tuple[str, int]]] = {}
+        self._probes: dict[int, _Probed] = {}
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
@@ -143,26 +150,25 @@ class ProbeEngine(Engine):
         for index in (call.latent, call.timestep):
             # samplers may change these in place before they are needed again
             inputs[index] = inputs[index].clone()
-        runnable = self._probe(state.program)
-        fed = feed(state.cache, runnable, inputs, state.now)
+        probed = self._probe(state.program)
+        fed = feed(state.cache, probed.runnable, inputs, state.now)
         output = state.program.captured.output
-        evaluation = _Evaluation(state.step, branch, runnable, tensors, fed, output.count)
-        results, values, _ = evaluation.run()
-        if id(runnable) not in self._folded:
-            self._folded[id(runnable)] = evaluation.folding(values)
-        self.latest = replace(evaluation, folded=self._folded[id(runnable)])
+        self.latest = _Evaluation(state.step, branch, probed, tensors, fed, output.count)
+        results, values, _ = self.latest.run()
+        if probed.folded is None:
+            probed.folded = self.latest.folding(values)
         self.observer.saw(state.step, branch, values)
         if state.finished:
             end(state)
         return output.build(results)
 
-    def _probe(self, program: Program) -> Runnable:
-        known = self._runnables.get(id(program))
+    def _probe(self, program: Program) -> _Probed:
+        known = self._probes.get(id(program))
         if known is None:
             branches = tuple(branch.name for branch in program.captured.step.branches)
             step = run((Probe(branches, self.ranges),), program.step)
-            known = self._runnables[id(program)] = program, Runnable(step, build(step, None))
-        return known[1]
+            known = self._probes[id(program)] = _Probed(program, Runnable(step, build(step, None)))
+        return known
 
 
 class _Recomputed(torch.autograd.Function):
