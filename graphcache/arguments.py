@@ -2,11 +2,16 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from graphcache import presets
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan, Preset, Value
+
+Device = Annotated[str | None, typer.Option(help="where a folder's weights go, such as cuda")]
+Dtype = Annotated[str | None, typer.Option(help="of a folder's weights, such as bfloat16")]
 
 
 def plan_argument(text: str, steps: int | None) -> Plan:

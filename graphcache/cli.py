@@ -14,7 +14,15 @@ from rich.table import Table
 from rich.text import Text
 
 from graphcache import importers, presets
-from graphcache.arguments import assignment, json_argument, plan_argument, preset_argument, value_argument
+from graphcache.arguments import (
+    Device,
+    Dtype,
+    assignment,
+    json_argument,
+    plan_argument,
+    preset_argument,
+    value_argument,
+)
 from graphcache.bench import Timing, benchmark
 from graphcache.candidates import candidates
 from graphcache.cli_profile import add_commands
@@ -25,7 +33,7 @@ from graphcache.ir.plan import Plan, Value
 from graphcache.ir.plantext import write_bytes
 from graphcache.page import save_charts, write_page
 from graphcache.profile_file import load_profile
-from graphcache.sources import load_model, load_object
+from graphcache.sources import Placement, load_model, load_object
 
 app = typer.Typer(
     help="A compiler for feature caching in diffusion transformers.",
@@ -51,10 +59,15 @@ _LETTER_COLOURS = ("green", "magenta", "yellow", "cyan", "red")
 
 @app.command()
 def inspect(
-    model: ModelName, inputs: Inputs = None, call: Call = None, timestep: Timestep = "timestep"
+    model: ModelName,
+    inputs: Inputs = None,
+    call: Call = None,
+    timestep: Timestep = "timestep",
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """List a model's sites: role, shape of a cached value, share of the FLOPs."""
-    module, kwargs = load_model(model, inputs, json_argument(call))
+    module, kwargs = load_model(model, inputs, json_argument(call), Placement(device, dtype))
     found = inspect_model(module, kwargs, timestep=timestep)
     table = Table("site", "role", "cached value", "bytes", "MFLOPs", "share")
     for column in table.columns[3:]:
@@ -127,18 +140,23 @@ def bench(
     call: Call = None,
     timestep: Timestep = "timestep",
     threads: Annotated[int | None, typer.Option(help="torch threads")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     output: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
 ) -> None:
     """Time plans against the plain compiled model, interleaved, as ratios of medians."""
     if threads:
         torch.set_num_threads(threads)
-    module, kwargs = load_model(model, inputs, json_argument(call))
+    placement = Placement(device, dtype)
+    module, kwargs = load_model(model, inputs, json_argument(call), placement)
     plans = {text: plan_argument(text, steps) for text in plan or ["compute", "fora", "taylorseer"]}
     chosen: Any = None if backend == "none" else backend
     if option:
         chosen = {"backend": chosen, "options": dict(map(assignment, option))}
     others = {
-        name.rpartition(":")[2]: load_object(name)(load_model(model, inputs, json_argument(call))[0])
+        name.rpartition(":")[2]: load_object(name)(
+            load_model(model, inputs, json_argument(call), placement)[0]
+        )
         for name in beside or []
     }
     with console.status("starting") as status:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from graphcache.arguments import json_argument, plan_argument
+from graphcache.arguments import Device, Dtype, json_argument, plan_argument
 from graphcache.automatic import checker
 from graphcache.candidates import Candidate
 from graphcache.cluster import Cluster
@@ -27,7 +27,7 @@ from graphcache.profiling import profile as profile_model
 from graphcache.sampling import Sampler, Sampling, solved_by
 from graphcache.search import Found
 from graphcache.search import search as search_plan
-from graphcache.sources import Sampled, load_object, load_sampled
+from graphcache.sources import Placement, Sampled, load_object, load_sampled
 from graphcache.tuning import tune as tune_plan
 from graphcache.tuning import with_corrections
 
@@ -68,10 +68,12 @@ def profile(
     samples: Count = 2,
     timestep: Timestep = "timestep",
     threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
     ray: Ray = None,
 ) -> None:
     """Measure a model's sensitivity; an interrupted run goes on where it was."""
-    found = _sampled(model, call, samples, threads)
+    found = _sampled(model, call, samples, threads, Placement(device, dtype))
     with _mapping(ray) as run, Progress(console=console) as bar:
         task = bar.add_task("profiling", total=len(found.samples))
         made = profile_model(
@@ -107,6 +109,8 @@ def search(
     samples: Count = 2,
     timestep: Timestep = "timestep",
     threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
     ray: Ray = None,
 ) -> None:
     """Solve for the best plan that a profile promises, and with --model of those that hold it."""
@@ -117,7 +121,7 @@ def search(
             "--ray shards the runs of --model, which is missing; name one or leave --ray out"
         )
     if model is not None:
-        found_samples = _sampled(model, call, samples, threads)
+        found_samples = _sampled(model, call, samples, threads, Placement(device, dtype))
         sampling = Sampling.of(found_samples.model_or_pipe, found_samples.sampler)
         check = checker(sampling, found_samples.samples, made.steps, timestep)
     with _mapping(ray) as run:
@@ -141,9 +145,11 @@ def tune(
     samples: Count = 4,
     timestep: Timestep = "timestep",
     threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Train a plan's coefficients through the sampler."""
-    found = _sampled(model, call, samples, threads)
+    found = _sampled(model, call, samples, threads, Placement(device, dtype))
     if reference not in ("uncached", "converged"):
         raise GraphCacheError(f"--reference {reference}: must be uncached or converged")
     if not 0 < held_out < len(found.samples):
@@ -185,10 +191,12 @@ def compare(
     samples: Count = 2,
     timestep: Timestep = "timestep",
     threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
     ray: Ray = None,
 ) -> None:
     """Time plans and fewer steps against the plain compiled model, and measure how near they come to it."""
-    found = _sampled(model, call, samples, threads)
+    found = _sampled(model, call, samples, threads, Placement(device, dtype))
     with _mapping(ray) as run, console.status("starting") as status:
         rows = compare_runs(
             found.model_or_pipe,
@@ -229,10 +237,10 @@ def add_commands(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def _sampled(model: str, call: str | None, count: int, threads: int | None) -> Sampled:
+def _sampled(model: str, call: str | None, count: int, threads: int | None, placement: Placement) -> Sampled:
     if threads:
         torch.set_num_threads(threads)
-    return load_sampled(model, json_argument(call), count)
+    return load_sampled(model, json_argument(call), count, placement)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 from graphcache.compile import build
 from graphcache.engine import Engine, Options
 from graphcache.ir.graph import CacheWrite, Input
-from graphcache.ir.plan import Plan
 from graphcache.passes.base import run
 from graphcache.passes.probe import Probe, handle
 from graphcache.program import Program, Runnable, laid
@@ -118,18 +117,12 @@ class ProbeEngine(Engine):
     again on the way back.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        steps: int,
-        observer: Observer,
-        ranges: Sequence[tuple[str, int, int]],
-        timestep: str,
-        pipe: Any = None,
-    ) -> None:
-        super().__init__(model, Options(Plan(steps), timestep=timestep), pipe)
-        self.observer = observer
-        self.ranges = tuple(ranges)
+    ranges: Sequence[tuple[str, int, int]] = ()
+    """Names with first and last block; to be set before the first evaluation."""
+    observer: Observer
+
+    def __init__(self, model: nn.Module, options: Options, pipe: Any = None) -> None:
+        super().__init__(model, options, pipe)
         self.latest: _Evaluation | None = None
         self._probes: dict[int, _Probed] = {}
 

@@ -81,7 +81,8 @@ def profile(
     sampling = Sampling.of(model_or_pipe, sampler)
     refuse_random(sampling, samples[0], steps)
     task = Task(steps, min(window, steps - 1), probes, seed, conditional, timestep)
-    subject = describe(sampling, samples[0], task)
+    engine = ProbeEngine(sampling.model, Options(Plan(steps), timestep=timestep), sampling.pipe)
+    subject = describe(engine, sampling.first_call(samples[0], steps), conditional)
     key = hashlib.sha256(repr((task, subject.graph, versions())).encode()).hexdigest()
     parts: dict[int, Part] = {}
     places = {number: _part_path(path, number) for number in range(len(samples))}
@@ -91,8 +92,8 @@ def profile(
             parts[number] = known
     missing = [number for number in range(len(samples)) if number not in parts]
     progress(len(parts), len(samples))
-    task_of = _Measuring(sampling, samples, task, subject)
-    for number, part in zip(missing, run(task_of, missing), strict=True):
+    measuring = _Measuring(sampling, samples, task, subject, engine)
+    for number, part in zip(missing, run(measuring, missing), strict=True):
         place = places[number]
         if place is not None:
             save_part(part, f"{key} {number}", place)
@@ -140,28 +141,34 @@ class Subject:
 
 @dataclass(frozen=True)
 class _Measuring:
-    """Measures the sample of a number."""
+    """Measures the sample of a number; another process captures the model by itself."""
 
     sampling: Sampling
     samples: Sequence[Any]
     task: Task
     subject: Subject
+    engine: ProbeEngine | None = None
 
     def __call__(self, number: int) -> Part:
-        return measure(self.sampling, self.samples[number], number, self.task, self.subject)
+        sampling, task = self.sampling, self.task
+        options = Options(Plan(task.steps), timestep=task.timestep)
+        engine = self.engine or ProbeEngine(sampling.model, options, sampling.pipe)
+        engine.ranges = self.subject.ranges
+        return measure(engine, sampling, self.samples[number], number, task)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Measuring, (self.sampling, self.samples, self.task, self.subject)
 
 
-def describe(sampling: Sampling, sample: Any, task: Task) -> Subject:
-    """Capture the model at the first call of a sample."""
-    inputs = sampling.first_call(sample, task.steps)
-    engine = Engine(sampling.model, Options(Plan(1), timestep=task.timestep))
+def describe(engine: Engine, inputs: Mapping[str, Any], conditional: str | None) -> Subject:
+    """Capture the model for the arguments of a sample's first call."""
     with torch.no_grad():
         program = engine.prepare(inputs)
     step = program.step
     tensors = engine.flat(inputs)
-    if task.conditional is not None and not is_doubled(tensors[program.captured.call.latent]):
+    if conditional is not None and not is_doubled(tensors[program.captured.call.latent]):
         raise GraphCacheError(
-            f"conditional={task.conditional!r} is for a model that one call a step runs on both halves of a "
+            f"conditional={conditional!r} is for a model that one call a step runs on both halves of a "
             "doubled batch; here the halves are not the same latents: leave it out without guidance, and "
             "where the branches are called one by one"
         )
@@ -218,10 +225,10 @@ def _bounds(depths: tuple[float, float], blocks: int) -> tuple[str, int, int]:
     return f"range({inside[0]}..{inside[-1]})", inside[0], inside[-1]
 
 
-def measure(sampling: Sampling, sample: Any, number: int, task: Task, subject: Subject) -> Part:
+def measure(engine: ProbeEngine, sampling: Sampling, sample: Any, number: int, task: Task) -> Part:
     """One generation with its probes: what it tells depends on the sample and its number alone."""
     recording = Recording(task.steps, task.window, task.probes, task.seed, task.conditional)
-    engine = ProbeEngine(sampling.model, task.steps, recording, subject.ranges, task.timestep, sampling.pipe)
+    engine.observer = recording
     result = sampling.generate(wrapped(sampling.model, engine), sample, task.steps, gradients=True)
     if not result.requires_grad:
         raise GraphCacheError(

@@ -8,11 +8,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphcache.extras import require
 from graphcache.ir.errors import GraphCacheError
 from graphcache.sampling import Sampler, first_call
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a folder's weights go, and in which dtype; None leaves them on the CPU, in float32.
+
+    Raises:
+        GraphCacheError: PyTorch has no such device or dtype.
+    """
+
+    device: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise GraphCacheError(f"'{self.dtype}' is no dtype of torch, such as bfloat16")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise GraphCacheError(f"device '{self.device}' cannot be used: {error}") from error
+
+    def loaded(self, kind: Any, folder: Path) -> Any:
+        """What a diffusers class reads from a folder."""
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        made = kind.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, torch_dtype=dtype
+        )
+        return made if self.device is None else made.to(self.device)
+
+    def refuse_for(self, name: str) -> None:
+        """Raise GraphCacheError if this says anything of what is no folder."""
+        if self != Placement():
+            raise GraphCacheError(
+                f"--device and --dtype are for folders; {name} makes its model itself, where it wants it"
+            )
 
 
 def load_object(name: str) -> Any:
@@ -36,7 +72,10 @@ def load_object(name: str) -> Any:
 
 
 def load_model(
-    name: str, inputs: str | None = None, call: Mapping[str, Any] | None = None
+    name: str,
+    inputs: str | None = None,
+    call: Mapping[str, Any] | None = None,
+    placement: Placement | None = None,
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """A model and keyword arguments of one call of it.
 
@@ -45,16 +84,18 @@ def load_model(
             pipeline's model_index.json; or a folder with a transformer's config.json.
         inputs: `package.module:function` that takes the model and returns its arguments.
         call: arguments of the pipeline, whose first transformer call is then recorded.
+        placement: of a folder's weights.
 
     Raises:
         GraphCacheError: nothing says how to call the model, or the name leads nowhere.
     """
-    folder = Path(name)
+    folder, placement = Path(name), placement or Placement()
     if folder.is_dir():
         if (folder / "model_index.json").exists():
-            return _from_pipeline(folder, call or {})
-        model, found = _from_folder(folder), None
+            return _from_pipeline(folder, call or {}, placement)
+        model, found = _from_folder(folder, placement), None
     else:
+        placement.refuse_for(name)
         made = load_object(name)()
         model, found = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
@@ -73,7 +114,7 @@ def _diffusers() -> Any:
     return require("diffusers", "diffusers", "a diffusers folder")
 
 
-def _from_folder(folder: Path) -> nn.Module:
+def _from_folder(folder: Path, placement: Placement) -> nn.Module:
     config = folder / "config.json"
     if not config.exists():
         raise GraphCacheError(f"{folder} has neither model_index.json nor config.json")
@@ -82,14 +123,14 @@ def _from_folder(folder: Path) -> nn.Module:
     kind = getattr(diffusers, str(name), None)
     if kind is None:
         raise GraphCacheError(f"{config} names the class '{name}', which diffusers does not have")
-    model: nn.Module = kind.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+    model: nn.Module = placement.loaded(kind, folder)
     return model
 
 
-def _from_pipeline(folder: Path, call: Mapping[str, Any]) -> tuple[nn.Module, Mapping[str, Any]]:
-    pipe = _diffusers().DiffusionPipeline.from_pretrained(
-        str(folder), local_files_only=True, use_safetensors=True
-    )
+def _from_pipeline(
+    folder: Path, call: Mapping[str, Any], placement: Placement
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    pipe = placement.loaded(_diffusers().DiffusionPipeline, folder)
     if not isinstance(getattr(pipe, "transformer", None), nn.Module):
         raise GraphCacheError(f"{folder} holds a {type(pipe).__name__}, which has no transformer")
     return pipe.transformer, record_call(pipe, call)
@@ -122,7 +163,9 @@ class Sampled:
     samples: Sequence[Any]
 
 
-def load_sampled(name: str, call: Mapping[str, Any] | None, count: int) -> Sampled:
+def load_sampled(
+    name: str, call: Mapping[str, Any] | None, count: int, placement: Placement | None = None
+) -> Sampled:
     """What profiling, tuning and comparing take.
 
     Args:
@@ -130,16 +173,16 @@ def load_sampled(name: str, call: Mapping[str, Any] | None, count: int) -> Sampl
             local pipeline folder.
         call: arguments of the pipeline of a folder.
         count: samples of a folder's pipeline: the call with as many seeds.
+        placement: of a folder's weights.
 
     Raises:
         GraphCacheError: the name leads nowhere, or the factory returns something else.
     """
-    folder = Path(name)
+    folder, placement = Path(name), placement or Placement()
     if folder.is_dir():
-        pipe = _diffusers().DiffusionPipeline.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True
-        )
+        pipe = placement.loaded(_diffusers().DiffusionPipeline, folder)
         return Sampled(pipe, None, [{**(call or {}), "seed": seed} for seed in range(count)])
+    placement.refuse_for(name)
     made = load_object(name)()
     if isinstance(made, tuple) and len(made) == 3:
         return Sampled(*made)

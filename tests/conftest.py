@@ -1,10 +1,12 @@
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
-from reference import shared_captures
+from graphcache.program import Captured
+from sharing import Sharing
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -35,8 +37,9 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
     return check
 
 
-@pytest.fixture
-def captured_once() -> Iterator[None]:
-    """For tests that ask for the same model's capture again and again, and do not change the model."""
-    with shared_captures():
-        yield
+@pytest.fixture(autouse=True, scope="session")
+def _shared_captures() -> Iterator[Sharing]:
+    """A capture is made once for all models that are alike."""
+    sharing = Sharing(Captured.of)
+    with patch.object(Captured, "of", sharing):
+        yield sharing

@@ -5,10 +5,9 @@ answers can be compared with it bit for bit.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
@@ -413,27 +412,6 @@ def capture_call(model: nn.Module, kwargs: Mapping[str, Any], timestep: str) -> 
     binder = Binder(forward_parameters(model))
     bound = binder.bind((), dict(kwargs))
     return Captured.of(model, CallSpec.of(binder, bound, timestep), binder.signature(bound)[1])
-
-
-_CAPTURES: dict[Hashable, Captured] = {}
-_capture = Captured.of
-
-
-def shared_captures() -> Any:
-    """A context in which a capture is made once for a model and signature, whoever asks for it.
-
-    Captures know no plan and take nine tenths of the time of a generation.
-    """
-    return patch.object(Captured, "of", _captured_once)
-
-
-def _captured_once(
-    model: nn.Module, call: CallSpec, tensors: Sequence[Tensor], observers: Any = (), split: bool = False
-) -> Captured:
-    key = model, repr(call.template), tuple((tensor.shape, tensor.dtype) for tensor in tensors), split
-    if key not in _CAPTURES:
-        _CAPTURES[key] = _capture(model, call, tensors, split=split)
-    return _CAPTURES[key]
 
 
 def runner_tensors(model: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -20,7 +20,7 @@ from graphcache import Plan
 from graphcache.capture import forward_parameters
 from graphcache.ir.call import Binder
 from pipelines import TinyPipeline
-from reference import Reference, capture_call, shared_captures
+from reference import Reference, capture_call
 
 PlanFor = Callable[[int], Plan]
 """The plan for a schedule of this many steps."""
@@ -50,7 +50,7 @@ def reference(
     """A generation of `steps` steps in which every evaluation of a transformer follows the plan."""
     pipe = untouched(tiny)
     progress = Progress(pipe, tiny.start(steps))
-    with progress.counted(), shared_captures(), _replaced(pipe, plan_for, progress, stand_in or StandIn):
+    with progress.counted(), _replaced(pipe, plan_for, progress, stand_in or StandIn):
         result = tiny.generate(pipe, steps, **call)
     assert progress.step == progress.steps, "the entry's `start` is not where the pipeline begins"
     return result

@@ -11,8 +11,6 @@ from graphcache import Plan, PlanError, presets
 from graphcache.ir.state import Choice
 from reference import Reference, Subject, assert_same, runner_tensors, subject
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 TEXT = """
     plan steps=6 {conditional}preset=none
     t = taylorseer order=1

@@ -75,6 +75,19 @@ def test_a_folder_with_a_pipeline_is_called_to_learn_the_inputs(tmp_path: Path) 
     assert "--call" in message
 
 
+def test_a_folders_weights_go_where_the_options_say(tmp_path: Path) -> None:
+    PIPELINES["dit"].make().save_pretrained(tmp_path / "pipe")
+    call = '{"class_labels": [1], "guidance_scale": 1.0}'
+    output = run("inspect", str(tmp_path / "pipe"), "--call", call, "--dtype", "bfloat16").output
+    assert "bf16[1,16,32]" in output
+    profile, options = tmp_path / "profile.json", ("--steps", "3", "--samples", "1", "--backend", "none")
+    asked = ("--call", call, "--dtype", "float64", "--device", "cpu", "--output", str(profile))
+    result = run("profile", str(tmp_path / "pipe"), *options, *asked)
+    assert result.exception is None, result.exception
+    kept = {site.name: site.bytes_kept for site in graphcache.load_profile(profile).sites}
+    assert kept["transformer_blocks.0.self"] == 16 * 32 * 8
+
+
 def test_plan_prints_what_parse_reads(tmp_path: Path) -> None:
     assert Plan.parse(run("plan", "fora", "--steps", "7").output) == graphcache.presets.fora(7)
     target = tmp_path / "plan.json"
@@ -138,6 +151,10 @@ def test_bench_writes_every_contender_beside_the_plain_model(tmp_path: Path) -> 
         (("inspect", "cli_factory:missing"), "has no missing"),
         (("inspect", "cli_factory:nothing"), "gave a int, not a torch module"),
         (("inspect", "cli_factory:bare"), "does not say how to call the model"),
+        (("inspect", "cli_factory:made", "--dtype", "bfloat16"), "makes its model itself"),
+        (("profile", "cli_factory:made", "--steps", "3", "--device", "cpu"), "makes its model itself"),
+        (("inspect", ".", "--dtype", "half_size"), "'half_size' is no dtype of torch"),
+        (("inspect", ".", "--device", "abacus"), "device 'abacus' cannot be used"),
         (("inspect", "cli_factory:made", "--call", "{"), "--call is not JSON"),
         (("inspect", "cli_factory:made", "--call", "3"), "must be a JSON object"),
         (("plan", "fora", "--set", "interval"), "is no name=value"),

@@ -128,7 +128,7 @@ def test_repeated_blocks_of_a_pipeline_before_and_after() -> None:
     results, counts = [], []
     for order in ("backend", "before", "after"):
         torch._dynamo.reset()
-        pipe, counter = tiny_pipe.make(), CompileCounterWithBackend("aot_eager")
+        pipe, counter = tiny_pipe.make(), CompileCounterWithBackend("eager")
         if order == "before":
             pipe.transformer.compile_repeated_blocks(backend=counter, fullgraph=True)
         graphcache.transform(pipe, plan, backend=counter if order == "backend" else None)
@@ -180,7 +180,7 @@ def test_a_generation_under_cuda_graphs_is_marked_once(
     """Without the mark every call would overwrite what the calls before it have cached."""
     seen: list[int] = []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: seen.append(1))
-    twice(tiny(2), backend)
+    twice(tiny(), backend)
     assert len(seen) == marks
 
 

@@ -220,7 +220,6 @@ def test_cache_dit_breaks_the_graph(cache_dit: Any) -> None:
         generation(Compiled(dbcache(cache_dit, CASE.make()), fullgraph=True).call, steps=1)
 
 
-@pytest.mark.usefixtures("captured_once")
 def test_a_pipeline_compiles_in_its_first_generation_only() -> None:
     counter = CompileCounterWithBackend("eager")
     pipe = transformed(WAN, FORA, backend=counter)
@@ -343,7 +342,6 @@ def test_cache_dit_mixes_the_guidance_branches_of_flux(
     assert warnings_of("cache_dit", caplog) == []
 
 
-@pytest.mark.usefixtures("captured_once")
 @pytest.mark.parametrize("preset", ["fora interval=3", "none"])
 def test_one_plan_file_serves_several_models_and_numbers_of_steps(
     preset: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -382,7 +380,6 @@ def test_magcache_wants_ratios_of_the_model_and_the_number_of_steps() -> None:
     assert "".join(made) == "###..#.."
 
 
-@pytest.mark.usefixtures("captured_once")
 def test_an_interrupted_generation_leaves_nothing_in_the_next() -> None:
     """vllm-omni #2194 and #7335, sglang #17140, cache-dit #540: the state of one request is in another."""
     fresh = WAN.generate(transformed(WAN, FORA), STEPS)

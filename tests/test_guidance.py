@@ -20,8 +20,6 @@ from reference_guidance import GuidedReference, low_band
 from strategies import QUICK, plans
 from tiny import TinyDiT
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 SIZES = [(60, 90), (64, 64), (54, 96), (60, 106), (45, 80), (61, 91), (7, 5), (9, 4)]
 PUBLISHED = ("open-sora-1.2", "latte", "open-sora-plan-1.1", "cogvideox", "vchitect-2.0", "mochi")
 

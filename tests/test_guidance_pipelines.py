@@ -18,8 +18,6 @@ from reference import assert_same, capture_call
 from reference_guidance import GuidedReference
 from reference_pipeline import StandIn, laid, reference, transformed, untouched
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 STEPS = 10
 GRID = (3, 8, 8)
 """Frames, height and width of the tokens that LTX returns packed."""

@@ -29,8 +29,6 @@ from pipelines import PIPELINES
 from reference import Subject, subject
 from reference_pipeline import fresh, transformed, untouched
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 MASK = [1, 0, 0, 1, 0, 1, 1, 0]
 OTHER = [1, 1, 0, 1, 0, 0, 0, 1]
 THIRD = [1, 0, 1, 0, 0, 1, 0, 0]

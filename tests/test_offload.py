@@ -14,8 +14,6 @@ from graphcache.program import Program
 from reference import assert_same, subject
 from tiny import arguments, tiny
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 PLAN = Plan.parse("""
     plan steps=8 preset=none
     l = linear weight=0.5

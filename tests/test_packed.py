@@ -10,8 +10,6 @@ from graphcache import Plan, PlanError
 from graphcache.presets import fastercache
 from reference import assert_same, subject
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 ROWS = """
     l = linear8 weight=exact
     h = linear8 weight=0.5

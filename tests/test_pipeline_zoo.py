@@ -11,8 +11,6 @@ from pipelines import PIPELINES
 from reference import assert_same
 from reference_pipeline import reference, transformed, untouched
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 STEPS = 6
 compute = graphcache.presets.compute
 fora = functools.partial(graphcache.presets.fora, interval=3)
@@ -55,8 +53,7 @@ def test_a_second_generation_equals_the_first(name: str) -> None:
 
 
 CALLS: tuple[dict[str, Any], ...] = (
-    {"steps": STEPS, "batch": 2, "guided": False},
-    {"steps": STEPS, "large": True},
+    {"steps": STEPS, "batch": 2, "guided": False, "large": True},
     {"steps": 8},
     {"steps": STEPS},
 )

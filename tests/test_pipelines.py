@@ -23,8 +23,6 @@ from pipelines import PIPELINES
 from reference import assert_same
 from reference_pipeline import transformed, untouched
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 STEPS = 6
 FORA = graphcache.presets.fora(STEPS, interval=3)
 COMPUTED = "#..#.."

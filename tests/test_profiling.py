@@ -14,12 +14,13 @@ import graphcache
 from examples.digits.model import ddim_scheduler, load_model
 from examples.digits.sample import sample as sample_digits
 from graphcache import GraphCacheError, Plan, PlanError, Profile, load_profile
+from graphcache.engine import Engine, Options
 from graphcache.ir.graph import value_of
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Row
 from graphcache.ir.selector import Selector
 from graphcache.profiling import Subject as Described
-from graphcache.profiling import Task, describe
+from graphcache.profiling import describe
 from graphcache.program import Program
 from graphcache.sampling import Sampling
 from linear import LinearDiT, Replanned, Sampler, linear
@@ -204,7 +205,8 @@ def described(on: Subject) -> Described:
             x = x - on.case.prediction(model(**on.case.call(static, x, 1 - step / steps))) / steps
         return x
 
-    return describe(Sampling.of(on.model, sampler), 0, Task(1, 0, 1, 0, None, on.case.timestep))
+    engine = Engine(on.model, Options(Plan(1), timestep=on.case.timestep))
+    return describe(engine, Sampling.of(on.model, sampler).first_call(0, 1), None)
 
 
 @pytest.mark.parametrize("name", ["pixart", "sana"])

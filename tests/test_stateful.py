@@ -30,7 +30,7 @@ from graphcache.schedulers import Driver
 from reference import Reference, assert_same, capture_call, runner_tensors
 from tiny import arguments, tiny
 
-ACTIONS = int(os.environ.get("ACTIONS", "600"))
+ACTIONS = int(os.environ.get("ACTIONS", "400"))
 LENGTH = 50
 CONTEXTS = ("", "cond", "uncond")
 PLANS = (

@@ -15,8 +15,6 @@ from reference import assert_same, subject
 from reference_pipeline import reference, transformed, untouched
 from tiny import arguments, tiny
 
-pytestmark = pytest.mark.usefixtures("captured_once")
-
 MIXED = Plan.parse(
     "plan steps=6 preset=none\nt = taylorseer order=2\n@mlp ##t#tt\n@self #.##.#\n@cross #..#.."
 )

@@ -1,0 +1,166 @@
+"""Captures made once for all models that are alike: tracing is half of what these tests would cost.
+
+Captures know no plan, and weights only by name. Models are alike if everything that tracing could look at is
+equal: types, attributes, and what each tensor is but for the values of parameters and buffers.
+"""
+
+import enum
+import types
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
+
+from graphcache.capture import _attention_kernels
+from graphcache.engine import _ambient
+from graphcache.ir.call import CallSpec
+from graphcache.program import Captured
+
+_PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    PurePath,
+    enum.Enum,
+    type,
+    torch.dtype,
+    torch.device,
+)
+_CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, torch._ops.OpOverload)
+_WEIGHTS = ("_parameters", "_buffers")
+_Capture = Callable[..., Captured]
+
+
+class Sharing:
+    """Stands in for `Captured.of`."""
+
+    def __init__(self, capture: _Capture) -> None:
+        self.capture = capture
+        self.captures: dict[Hashable, Captured] = {}
+
+    def __call__(
+        self,
+        model: nn.Module,
+        call: CallSpec,
+        tensors: Sequence[Tensor],
+        observers: Sequence[Any] = (),
+        split: bool = False,
+    ) -> Captured:
+        make = partial(self.capture, model, call, tensors, observers, split)
+        if observers:
+            return make()
+        likeness = _Likeness()
+        try:
+            key = _surroundings(), split, repr(call), likeness.of(model), tuple(map(_laid, tensors))
+        except _Unknown:
+            return make()
+        known = self.captures.get(key)
+        if known is None:
+            known = self.captures[key] = make()
+            return known
+        return _with_weights_of(model, known)
+
+
+class _Unknown(Exception):
+    """Something whose likeness nobody can tell."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """Equal to itself alone, whatever the thing thinks."""
+
+    thing: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.thing is self.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+
+class _Likeness:
+    """What tells things apart. What may be changed is named by its place when met again: ties count."""
+
+    def __init__(self) -> None:
+        self.met: dict[int, int] = {}
+        self.kept: list[Any] = []
+
+    def of(self, thing: Any) -> Hashable:
+        if isinstance(thing, _PLAIN):
+            return type(thing), thing
+        if isinstance(thing, _CODE):
+            return _Same(thing)
+        if isinstance(thing, (set, frozenset)):
+            return type(thing), frozenset(map(self.of, thing))
+        if isinstance(thing, tuple):
+            return type(thing), tuple(map(self.of, thing))
+        if id(thing) in self.met:
+            return "met", self.met[id(thing)]
+        self.met[id(thing)] = len(self.met)
+        self.kept.append(thing)
+        return type(thing), self._parts(thing)
+
+    def _parts(self, thing: Any) -> Hashable:
+        if isinstance(thing, nn.Module):
+            return self._module(thing)
+        if isinstance(thing, Tensor):
+            return _laid(thing), _contents(thing)
+        if isinstance(thing, list):
+            return tuple(map(self.of, thing))
+        if isinstance(thing, dict):
+            return self._items(thing.items())
+        if isinstance(thing, types.MethodType):
+            return _Same(thing.__func__), self.of(thing.__self__)
+        if isinstance(thing, partial):
+            return self.of((thing.func, thing.args, tuple(thing.keywords.items())))
+        if type(thing).__dictoffset__:
+            return _Same(vars(type(thing)).get("__call__")), self._items(vars(thing).items())
+        raise _Unknown(type(thing))
+
+    def _module(self, module: nn.Module) -> Hashable:
+        weights = {**module._parameters, **module._buffers}.items()
+        kinds = tuple((name, None if item is None else self._weight(item)) for name, item in weights)
+        rest = ((name, value) for name, value in vars(module).items() if name not in _WEIGHTS)
+        return _Same(type(module).forward), kinds, self._items(rest)
+
+    def _weight(self, tensor: Tensor) -> Hashable:
+        self.kept.append(tensor)
+        return self.met.setdefault(id(tensor), len(self.met)), type(tensor), _laid(tensor)
+
+    def _items(self, items: Iterable[tuple[Any, Any]]) -> Hashable:
+        return tuple((self.of(name), self.of(value)) for name, value in items)
+
+
+def _surroundings() -> Hashable:
+    return _ambient(), _attention_kernels(), torch.get_default_dtype()
+
+
+def _laid(tensor: Tensor) -> Hashable:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _contents(tensor: Tensor) -> bytes:
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        raise _Unknown(tensor.device)
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _with_weights_of(model: nn.Module, known: Captured) -> Captured:
+    """The same capture naming this model's parameters and buffers."""
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    weights: dict[str, Any] = {f"model.{name}": tensor for name, tensor in named}
+    graph, root = known.step.graph, known.step.root
+    targets = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+    held = {name: weights.get(name, attrgetter(name)(root)) for name in targets}
+    with _use_lazy_graph_module(True):
+        return replace(known, step=replace(known.step, root=fx.GraphModule(held, graph)))
