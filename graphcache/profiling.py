@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from graphcache.analysis.branches import branch_flops
 from graphcache.analysis.cost import graph_flops
@@ -28,7 +29,7 @@ from graphcache.profile import Part, Profile, Provenance, Site, families
 from graphcache.profile_file import load_part, save_part, save_profile
 from graphcache.program import Program
 from graphcache.recording import GUIDANCE, Recording
-from graphcache.sampling import Sampler, Sampling, refuse_random
+from graphcache.sampling import Sampler, Sampling, global_seed, refuse_unlike
 from graphcache.transform import wrapped
 
 Progress = Callable[[int, int], None]
@@ -79,7 +80,6 @@ def profile(
     if not samples:
         raise GraphCacheError("samples is empty: profiling needs at least one")
     sampling = Sampling.of(model_or_pipe, sampler)
-    refuse_random(sampling, samples[0], steps)
     task = Task(steps, min(window, steps - 1), probes, seed, conditional, timestep)
     engine = ProbeEngine(sampling.model, Options(Plan(steps), timestep=timestep), sampling.pipe)
     subject = describe(engine, sampling.first_call(samples[0], steps), conditional)
@@ -92,7 +92,11 @@ def profile(
             parts[number] = known
     missing = [number for number in range(len(samples)) if number not in parts]
     progress(len(parts), len(samples))
-    measuring = _Measuring(sampling, samples, task, subject, engine)
+    uncached = None
+    if 0 in missing:
+        with global_seed(0):
+            uncached = sampling.generate(sampling.model, samples[0], steps)
+    measuring = _Measuring(sampling, samples, task, subject, uncached, engine)
     for number, part in zip(missing, run(measuring, missing), strict=True):
         place = places[number]
         if place is not None:
@@ -147,6 +151,7 @@ class _Measuring:
     samples: Sequence[Any]
     task: Task
     subject: Subject
+    uncached: Tensor | None
     engine: ProbeEngine | None = None
 
     def __call__(self, number: int) -> Part:
@@ -154,10 +159,11 @@ class _Measuring:
         options = Options(Plan(task.steps), timestep=task.timestep)
         engine = self.engine or ProbeEngine(sampling.model, options, sampling.pipe)
         engine.ranges = self.subject.ranges
-        return measure(engine, sampling, self.samples[number], number, task)
+        uncached = self.uncached if number == 0 else None
+        return measure(engine, sampling, self.samples[number], number, task, uncached)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Measuring, (self.sampling, self.samples, self.task, self.subject)
+        return _Measuring, (self.sampling, self.samples, self.task, self.subject, self.uncached)
 
 
 def describe(engine: Engine, inputs: Mapping[str, Any], conditional: str | None) -> Subject:
@@ -225,16 +231,29 @@ def _bounds(depths: tuple[float, float], blocks: int) -> tuple[str, int, int]:
     return f"range({inside[0]}..{inside[-1]})", inside[0], inside[-1]
 
 
-def measure(engine: ProbeEngine, sampling: Sampling, sample: Any, number: int, task: Task) -> Part:
-    """One generation with its probes: what it tells depends on the sample and its number alone."""
+def measure(
+    engine: ProbeEngine,
+    sampling: Sampling,
+    sample: Any,
+    number: int,
+    task: Task,
+    uncached: Tensor | None = None,
+) -> Part:
+    """One generation with its probes: what it tells depends on the sample and its number alone.
+
+    `uncached` is what the sample gave under another global seed.
+    """
     recording = Recording(task.steps, task.window, task.probes, task.seed, task.conditional)
     engine.observer = recording
-    result = sampling.generate(wrapped(sampling.model, engine), sample, task.steps, gradients=True)
+    with global_seed(1):
+        result = sampling.generate(wrapped(sampling.model, engine), sample, task.steps, gradients=True)
     if not result.requires_grad:
         raise GraphCacheError(
             "the result does not depend on the model's evaluations through differentiable operations; let "
             "the sampler return a tensor, such as latents, and no detached or rounded one"
         )
+    if uncached is not None:
+        refuse_unlike(uncached, result.detach())
     recording.turn(result)
     for probe in range(task.probes):
         generator = torch.Generator().manual_seed((task.seed * 1_000_003 + number) * 1_003 + probe)

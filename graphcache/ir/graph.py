@@ -192,8 +192,12 @@ class StepGraph:
     def copy(self) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
         """A copy of the graph to change, and the map from old nodes to new ones; names are kept."""
         graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
-        results = graph.graph_copy(self.graph, env)
-        graph.output(results)
+        for node in self.graph.nodes:
+            # arguments given at once are searched for symbolic sizes, a third of the time of a copy
+            made = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+            made.args, made.kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            made.meta = dict(node.meta)
+            env[node] = made
         return graph, env
 
 
