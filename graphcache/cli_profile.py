@@ -74,7 +74,7 @@ def profile(
 ) -> None:
     """Measure a model's sensitivity; an interrupted run goes on where it was."""
     found = _sampled(model, call, samples, threads, Placement(device, dtype))
-    with _mapping(ray) as run, Progress(console=console) as bar:
+    with _mapping(ray, device) as run, Progress(console=console) as bar:
         task = bar.add_task("profiling", total=len(found.samples))
         made = profile_model(
             found.model_or_pipe,
@@ -116,15 +116,16 @@ def search(
     """Solve for the best plan that a profile promises, and with --model of those that hold it."""
     made = load_profile(profile)
     check = None
-    if model is None and ray is not None:
+    if model is None and (ray or device or dtype):
         raise GraphCacheError(
-            "--ray shards the runs of --model, which is missing; name one or leave --ray out"
+            "--ray, --device and --dtype are for the runs of --model, which is missing; name one, or leave "
+            "them out"
         )
     if model is not None:
         found_samples = _sampled(model, call, samples, threads, Placement(device, dtype))
         sampling = Sampling.of(found_samples.model_or_pipe, found_samples.sampler)
         check = checker(sampling, found_samples.samples, made.steps, timestep)
-    with _mapping(ray) as run:
+    with _mapping(ray, device) as run:
         found = search_plan(
             made, speedup=speedup, max_error=max_error, max_bytes=max_bytes, check=check, run=run
         )
@@ -197,7 +198,7 @@ def compare(
 ) -> None:
     """Time plans and fewer steps against the plain compiled model, and measure how near they come to it."""
     found = _sampled(model, call, samples, threads, Placement(device, dtype))
-    with _mapping(ray) as run, console.status("starting") as status:
+    with _mapping(ray, device) as run, console.status("starting") as status:
         rows = compare_runs(
             found.model_or_pipe,
             {text: plan_argument(text, steps) for text in plan or []},
@@ -244,12 +245,14 @@ def _sampled(model: str, call: str | None, count: int, threads: int | None, plac
 
 
 @contextmanager
-def _mapping(ray: str | None) -> Iterator[Any]:
+def _mapping(ray: str | None, device: str | None) -> Iterator[Any]:
     """What maps functions over items: a cluster, or this process."""
     if ray is None:
         yield map
         return
-    with Cluster(ray) as cluster:
+    if device is not None and ":" in device:
+        raise GraphCacheError(f"--device {device}: workers have devices of their own; leave the number out")
+    with Cluster(ray, gpus_per_task=int(device not in (None, "cpu"))) as cluster:
         yield cluster.map
 
 

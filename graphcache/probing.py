@@ -46,6 +46,7 @@ class _Evaluation:
 
     step: int
     branch: Branch
+    observer: Observer
     probed: _Probed
     tensors: Sequence[Tensor]
     feed: list[Tensor]
@@ -117,14 +118,30 @@ class ProbeEngine(Engine):
     again on the way back.
     """
 
-    ranges: Sequence[tuple[str, int, int]] = ()
-    """Names with first and last block; to be set before the first evaluation."""
     observer: Observer
 
-    def __init__(self, model: nn.Module, options: Options, pipe: Any = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Options,
+        pipe: Any = None,
+        ranges: Sequence[tuple[str, int, int]] = (),
+    ) -> None:
         super().__init__(model, options, pipe)
+        self.ranges = ranges
         self.latest: _Evaluation | None = None
         self._probes: dict[int, _Probed] = {}
+
+    def observed_by(self, observer: Observer) -> "ProbeEngine":
+        """One with sessions of its own that shares what was captured."""
+        made = ProbeEngine(self.model, self.options, self.driver.pipe, self.ranges)
+        made.programs, made._probes, made._watch = self.programs, self._probes, self._watch
+        made._lock, made.observer = self._lock, observer
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process captures by itself."""
+        return ProbeEngine, (self.model, self.options, self.driver.pipe, self.ranges)
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
@@ -146,7 +163,7 @@ class ProbeEngine(Engine):
         probed = self._probe(state.program)
         fed = feed(state.cache, probed.runnable, inputs, state.now)
         output = state.program.captured.output
-        self.latest = _Evaluation(state.step, branch, probed, tensors, fed, output.count)
+        self.latest = _Evaluation(state.step, branch, self.observer, probed, tensors, fed, output.count)
         results, values, _ = self.latest.run()
         if probed.folded is None:
             probed.folded = self.latest.folding(values)
@@ -159,7 +176,10 @@ class ProbeEngine(Engine):
         known = self._probes.get(id(program))
         if known is None:
             branches = tuple(branch.name for branch in program.captured.step.branches)
-            step = run((Probe(branches, self.ranges),), program.step)
+            step = run((Probe(branches, tuple(self.ranges)),), program.step)
+            live = set(map(id, self.programs.values()))
+            for place in self._probes.keys() - live:
+                self._probes.pop(place, None)
             known = self._probes[id(program)] = _Probed(program, Runnable(step, build(step, None)))
         return known
 
@@ -180,7 +200,7 @@ class _Recomputed(torch.autograd.Function):
             for number, leaf in enumerate(leaves)
             if number and isinstance(leaf, Tensor) and leaf.requires_grad
         }
-        ctx.engine, ctx.evaluation, ctx.amount = engine, evaluation, len(leaves)
+        ctx.evaluation, ctx.amount = evaluation, len(leaves)
         ctx.places = {number: place for number, place in fed.items() if place is not None}
         return tuple(results)
 
@@ -199,7 +219,7 @@ class _Recomputed(torch.autograd.Function):
         }
         plain = {name: tuple(tensor.detach() for tensor in tensors) for name, tensors in values.items()}
         by_sample = evaluation.by_sample
-        ctx.engine.observer.pulled(
+        evaluation.observer.pulled(
             evaluation.step, evaluation.branch, by_sample(plain), by_sample(pulled_sites)
         )
         given: list[Any] = [None] * ctx.amount

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +30,7 @@ from graphcache.profile import Part, Profile, Provenance, Site, families
 from graphcache.profile_file import load_part, save_part, save_profile
 from graphcache.program import Program
 from graphcache.recording import GUIDANCE, Recording
-from graphcache.sampling import Sampler, Sampling, global_seed, refuse_unlike
+from graphcache.sampling import Sampler, Sampling, global_seed, refuse_infinite, refuse_random
 from graphcache.transform import wrapped
 
 Progress = Callable[[int, int], None]
@@ -83,7 +84,9 @@ def profile(
     task = Task(steps, min(window, steps - 1), probes, seed, conditional, timestep)
     engine = ProbeEngine(sampling.model, Options(Plan(steps), timestep=timestep), sampling.pipe)
     subject = describe(engine, sampling.first_call(samples[0], steps), conditional)
-    key = hashlib.sha256(repr((task, subject.graph, versions())).encode()).hexdigest()
+    engine.ranges = subject.ranges
+    kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in engine.flat(subject.inputs)]
+    key = hashlib.sha256(repr((task, subject.graph, kinds, versions())).encode()).hexdigest()
     parts: dict[int, Part] = {}
     places = {number: _part_path(path, number) for number in range(len(samples))}
     for number, place in places.items():
@@ -93,10 +96,10 @@ def profile(
     missing = [number for number in range(len(samples)) if number not in parts]
     progress(len(parts), len(samples))
     uncached = None
-    if 0 in missing:
+    if missing:
         with global_seed(0):
-            uncached = sampling.generate(sampling.model, samples[0], steps)
-    measuring = _Measuring(sampling, samples, task, subject, uncached, engine)
+            uncached = missing[0], sampling.generate(sampling.model, samples[missing[0]], steps)
+    measuring = _Measuring(engine, sampling, samples, task, uncached)
     for number, part in zip(missing, run(measuring, missing), strict=True):
         place = places[number]
         if place is not None:
@@ -145,25 +148,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class _Measuring:
-    """Measures the sample of a number; another process captures the model by itself."""
+    """Measures the sample of a number; `uncached`: of one of them its result under another seed."""
 
+    engine: ProbeEngine
     sampling: Sampling
     samples: Sequence[Any]
     task: Task
-    subject: Subject
-    uncached: Tensor | None
-    engine: ProbeEngine | None = None
+    uncached: tuple[int, Tensor] | None
 
     def __call__(self, number: int) -> Part:
-        sampling, task = self.sampling, self.task
-        options = Options(Plan(task.steps), timestep=task.timestep)
-        engine = self.engine or ProbeEngine(sampling.model, options, sampling.pipe)
-        engine.ranges = self.subject.ranges
-        uncached = self.uncached if number == 0 else None
-        return measure(engine, sampling, self.samples[number], number, task, uncached)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Measuring, (self.sampling, self.samples, self.task, self.subject, self.uncached)
+        known = self.uncached[1] if self.uncached and self.uncached[0] == number else None
+        return measure(self.engine, self.sampling, self.samples[number], number, self.task, known)
 
 
 def describe(engine: Engine, inputs: Mapping[str, Any], conditional: str | None) -> Subject:
@@ -244,23 +239,26 @@ def measure(
     `uncached` is what the sample gave under another global seed.
     """
     recording = Recording(task.steps, task.window, task.probes, task.seed, task.conditional)
-    engine.observer = recording
-    with global_seed(1):
+    engine = engine.observed_by(recording)
+    with nullcontext() if uncached is None else global_seed(1):
         result = sampling.generate(wrapped(sampling.model, engine), sample, task.steps, gradients=True)
     if not result.requires_grad:
         raise GraphCacheError(
             "the result does not depend on the model's evaluations through differentiable operations; let "
             "the sampler return a tensor, such as latents, and no detached or rounded one"
         )
-    if uncached is not None:
-        refuse_unlike(uncached, result.detach())
+    if uncached is not None and not torch.equal(result, uncached):
+        # a graph's kernels may round otherwise than the model's: what counts is two runs of the model
+        refuse_random(sampling, sample, task.steps)
     recording.turn(result)
     for probe in range(task.probes):
         generator = torch.Generator().manual_seed((task.seed * 1_000_003 + number) * 1_003 + probe)
         direction = torch.randn(result.shape, generator=generator).to(result)
         torch.autograd.backward(result, direction, retain_graph=probe + 1 < task.probes)
         recording.next_probe()
-    return recording.part()
+    part = recording.part()
+    refuse_infinite(result, *map(torch.from_numpy, (*part.gram.values(), *part.effects.values())))
+    return part
 
 
 def merge(parts: Sequence[Part], subject: Subject, task: Task, sampling: Sampling) -> Profile:

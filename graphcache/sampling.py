@@ -125,10 +125,13 @@ class _PipelineSampler:
         if isinstance(result, Tensor):
             return result
         if not all(isinstance(item, Tensor) for item in result):
-            raise GraphCacheError(
-                f"{type(self.pipe).__name__} returns no tensors, whatever output_type is asked for; give "
-                "sampler=, a function of (model, sample, steps) that returns the latents"
+            asked = sample.get("output_type")
+            advice = (
+                "give sampler=, a function of (model, sample, steps) that returns the latents"
+                if asked is None
+                else f"output_type={asked!r} asks for that: leave it out, or take 'pt'"
             )
+            raise GraphCacheError(f"{type(self.pipe).__name__} returns no tensors; {advice}")
         return torch.stack(list(result))
 
 
@@ -214,23 +217,21 @@ def refuse_random(sampling: Sampling, sample: Any, steps: int) -> None:
     for seed in (0, 1):
         with global_seed(seed):
             results.append(sampling.generate(sampling.model, sample, steps))
-    refuse_unlike(*results)
-
-
-ALIKE = 1e-3
-"""Relative distance of two runs that rounding explains, of a graph beside its model on a GPU."""
-
-
-def refuse_unlike(one: Tensor, other: Tensor) -> None:
-    """Raise GraphCacheError if results of one sample differ under different global seeds."""
-    for result in (one, other):
-        if not torch.isfinite(result).all():
-            raise GraphCacheError("the result of the uncached run is not finite")
-    if (one - other).norm() > ALIKE * one.norm():
+    refuse_infinite(*results)
+    if not torch.equal(*results):
         raise GraphCacheError(
             "two runs of one sample differ, because the sampler draws random numbers; profiling and "
             "tuning follow one deterministic run: take a scheduler without noise (eta=0), and give the "
             "sample a seed or its latents"
+        )
+
+
+def refuse_infinite(*results: Tensor) -> None:
+    """Raise GraphCacheError if a result is not finite."""
+    if not all(bool(torch.isfinite(result).all()) for result in results):
+        raise GraphCacheError(
+            "a sample's result, or its gradient, is not finite; float16 may be too narrow: take bfloat16 or "
+            "float32"
         )
 
 

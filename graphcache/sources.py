@@ -28,18 +28,21 @@ class Placement:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise GraphCacheError(f"'{self.dtype}' is no dtype of torch, such as bfloat16")
+        if not getattr(self._dtype, "is_floating_point", False):
+            raise GraphCacheError(f"'{self.dtype}' is no floating-point dtype of torch, such as bfloat16")
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise GraphCacheError(f"device '{self.device}' cannot be used: {error}") from error
 
+    @property
+    def _dtype(self) -> Any:
+        return getattr(torch, self.dtype or "float32", None)
+
     def loaded(self, kind: Any, folder: Path) -> Any:
         """What a diffusers class reads from a folder."""
-        dtype = None if self.dtype is None else getattr(torch, self.dtype)
         made = kind.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, torch_dtype=dtype
+            str(folder), local_files_only=True, use_safetensors=True, torch_dtype=self._dtype
         )
         return made if self.device is None else made.to(self.device)
 

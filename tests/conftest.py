@@ -37,6 +37,12 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
     return check
 
 
+@pytest.fixture
+def captured_anew(_shared_captures: Sharing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of capturing itself."""
+    monkeypatch.setattr(Captured, "of", _shared_captures.capture)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _shared_captures() -> Iterator[Sharing]:
     """A capture is made once for all models that are alike."""

@@ -59,7 +59,7 @@ class Sharing:
         make = partial(self.capture, model, call, tensors, observers, split)
         if observers:
             return make()
-        likeness = _Likeness()
+        likeness = _Likeness(model)
         try:
             key = _surroundings(), split, repr(call), likeness.of(model), tuple(map(_laid, tensors))
         except _Unknown:
@@ -91,7 +91,8 @@ class _Same:
 class _Likeness:
     """What tells things apart. What may be changed is named by its place when met again: ties count."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self.met: dict[int, int] = {}
         self.kept: list[Any] = []
 
@@ -135,7 +136,8 @@ class _Likeness:
 
     def _weight(self, tensor: Tensor) -> Hashable:
         self.kept.append(tensor)
-        return self.met.setdefault(id(tensor), len(self.met)), type(tensor), _laid(tensor)
+        contents = b"" if id(tensor) in self.weights else _contents(tensor)
+        return self.met.setdefault(id(tensor), len(self.met)), type(tensor), _laid(tensor), contents
 
     def _items(self, items: Iterable[tuple[Any, Any]]) -> Hashable:
         return tuple((self.of(name), self.of(value)) for name, value in items)

@@ -90,6 +90,7 @@ def test_five_hundred_generations_in_eight_threads(cached: Any) -> None:
     assert {key: program.graphs for key, program in cached._graphcache.programs.items()} == graphs
 
 
+@pytest.mark.usefixtures("captured_anew")
 def test_sessions_that_capture_and_compile_at_once(cached: Any) -> None:
     expected = {seed: generation(graphcache.transform(tiny(2), PLAN), seed) for seed in range(4)}
 

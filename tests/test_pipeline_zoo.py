@@ -60,8 +60,8 @@ def test_a_second_generation_equals_the_first(name: str) -> None:
 
 
 CALLS: tuple[dict[str, Any], ...] = (
-    {"steps": STEPS, "batch": 2, "guided": False, "large": True},
-    {"steps": 8},
+    {"steps": STEPS, "batch": 2, "guided": False},
+    {"steps": 8, "large": True},
     {"steps": STEPS},
 )
 

@@ -1,6 +1,7 @@
 """Profiles against real runs: what an estimate says of a site is what happens when it is replaced."""
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -403,6 +404,24 @@ def test_a_sampler_without_gradients_is_looked_through() -> None:
     plain = profiled(samples=(5,), mode=None)
     decorated = torch.no_grad()(lambda model, sample, steps: Sampler()(model, sample, steps))
     assert_same_profile(profiled(samples=(5,), mode=None, sampler=decorated), plain)
+
+
+def overflowing(model: nn.Module, sample: int, steps: int) -> Tensor:
+    return Sampler()(model, sample, steps) * (float("inf") if sample == 8 else 1.0)
+
+
+def test_a_later_sample_that_is_not_finite_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    with pytest.raises(GraphCacheError, match="not finite"):
+        profiled(None, path=path, sampler=overflowing)
+    assert not path.exists()
+    found = profiled(None, path=path)
+    assert_same_profile(load_profile(path), found)
+
+
+def test_samples_that_threads_measure_at_once_are_not_mixed_up() -> None:
+    with ThreadPoolExecutor(3) as pool:
+        assert_same_profile(profiled(run=pool.map), profiled())
 
 
 def noisy(model: nn.Module, sample: int, steps: int) -> Tensor:

@@ -204,6 +204,7 @@ def test_parameters_are_shared_not_copied() -> None:
         assert all(value is originals[name.removeprefix("model.")] for name, value in found.items())
 
 
+@pytest.mark.usefixtures("captured_anew")
 @pytest.mark.parametrize("name", ["chunked_dit", "pixart"])
 def test_two_captures_print_identically(name: str) -> None:
     on = subject(name)

@@ -160,6 +160,7 @@ def test_weights_changed_in_place_are_right_from_the_next_generation_on() -> Non
     assert list(cached._graphcache.programs.values()) == programs
 
 
+@pytest.mark.usefixtures("captured_anew")
 def test_another_capture_of_the_same_model_is_no_change() -> None:
     """torch.export replaces tuples, lists and dicts among the modules' attributes by equal ones."""
     model, kwargs = CASES["dit"].make(), CASES["dit"].kwargs(t=1.0)
