@@ -252,7 +252,7 @@ def _mapping(ray: str | None, device: str | None) -> Iterator[Any]:
         return
     if device is not None and ":" in device:
         raise GraphCacheError(f"--device {device}: workers have devices of their own; leave the number out")
-    with Cluster(ray, gpus_per_task=int(device not in (None, "cpu"))) as cluster:
+    with Cluster(ray, gpus_per_task=int(device == "cuda")) as cluster:
         yield cluster.map
 
 

@@ -125,7 +125,7 @@ class ProbeEngine(Engine):
         model: nn.Module,
         options: Options,
         pipe: Any = None,
-        ranges: Sequence[tuple[str, int, int]] = (),
+        ranges: tuple[tuple[str, int, int], ...] = (),
     ) -> None:
         super().__init__(model, options, pipe)
         self.ranges = ranges
@@ -176,7 +176,7 @@ class ProbeEngine(Engine):
         known = self._probes.get(id(program))
         if known is None:
             branches = tuple(branch.name for branch in program.captured.step.branches)
-            step = run((Probe(branches, tuple(self.ranges)),), program.step)
+            step = run((Probe(branches, self.ranges),), program.step)
             live = set(map(id, self.programs.values()))
             for place in self._probes.keys() - live:
                 self._probes.pop(place, None)

@@ -95,10 +95,10 @@ def profile(
             parts[number] = known
     missing = [number for number in range(len(samples)) if number not in parts]
     progress(len(parts), len(samples))
-    uncached = None
-    if missing:
+    uncached = {}
+    for number in missing[:1]:
         with global_seed(0):
-            uncached = missing[0], sampling.generate(sampling.model, samples[missing[0]], steps)
+            uncached[number] = sampling.generate(sampling.model, samples[number], steps)
     measuring = _Measuring(engine, sampling, samples, task, uncached)
     for number, part in zip(missing, run(measuring, missing), strict=True):
         place = places[number]
@@ -148,17 +148,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class _Measuring:
-    """Measures the sample of a number; `uncached`: of one of them its result under another seed."""
+    """Measures the sample of a number; `uncached`: results under another global seed, by number."""
 
     engine: ProbeEngine
     sampling: Sampling
     samples: Sequence[Any]
     task: Task
-    uncached: tuple[int, Tensor] | None
+    uncached: Mapping[int, Tensor]
 
     def __call__(self, number: int) -> Part:
-        known = self.uncached[1] if self.uncached and self.uncached[0] == number else None
-        return measure(self.engine, self.sampling, self.samples[number], number, self.task, known)
+        sample, uncached = self.samples[number], self.uncached.get(number)
+        return measure(self.engine, self.sampling, sample, number, self.task, uncached)
 
 
 def describe(engine: Engine, inputs: Mapping[str, Any], conditional: str | None) -> Subject:
@@ -247,6 +247,7 @@ def measure(
             "the result does not depend on the model's evaluations through differentiable operations; let "
             "the sampler return a tensor, such as latents, and no detached or rounded one"
         )
+    refuse_infinite(result)
     if uncached is not None and not torch.equal(result, uncached):
         # a graph's kernels may round otherwise than the model's: what counts is two runs of the model
         refuse_random(sampling, sample, task.steps)
@@ -257,7 +258,7 @@ def measure(
         torch.autograd.backward(result, direction, retain_graph=probe + 1 < task.probes)
         recording.next_probe()
     part = recording.part()
-    refuse_infinite(result, *map(torch.from_numpy, (*part.gram.values(), *part.effects.values())))
+    refuse_infinite(*map(torch.from_numpy, (*part.gram.values(), *part.effects.values())))
     return part
 
 

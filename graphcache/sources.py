@@ -48,10 +48,14 @@ class Placement:
 
     def refuse_for(self, name: str) -> None:
         """Raise GraphCacheError if this says anything of what is no folder."""
-        if self != Placement():
+        if self != CPU:
             raise GraphCacheError(
                 f"--device and --dtype are for folders; {name} makes its model itself, where it wants it"
             )
+
+
+CPU = Placement()
+"""In float32."""
 
 
 def load_object(name: str) -> Any:
@@ -78,7 +82,7 @@ def load_model(
     name: str,
     inputs: str | None = None,
     call: Mapping[str, Any] | None = None,
-    placement: Placement | None = None,
+    placement: Placement = CPU,
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """A model and keyword arguments of one call of it.
 
@@ -92,7 +96,7 @@ def load_model(
     Raises:
         GraphCacheError: nothing says how to call the model, or the name leads nowhere.
     """
-    folder, placement = Path(name), placement or Placement()
+    folder = Path(name)
     if folder.is_dir():
         if (folder / "model_index.json").exists():
             return _from_pipeline(folder, call or {}, placement)
@@ -167,7 +171,7 @@ class Sampled:
 
 
 def load_sampled(
-    name: str, call: Mapping[str, Any] | None, count: int, placement: Placement | None = None
+    name: str, call: Mapping[str, Any] | None, count: int, placement: Placement = CPU
 ) -> Sampled:
     """What profiling, tuning and comparing take.
 
@@ -181,7 +185,7 @@ def load_sampled(
     Raises:
         GraphCacheError: the name leads nowhere, or the factory returns something else.
     """
-    folder, placement = Path(name), placement or Placement()
+    folder = Path(name)
     if folder.is_dir():
         pipe = placement.loaded(_diffusers().DiffusionPipeline, folder)
         return Sampled(pipe, None, [{**(call or {}), "seed": seed} for seed in range(count)])

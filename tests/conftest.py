@@ -38,13 +38,13 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 
 @pytest.fixture
-def captured_anew(_shared_captures: Sharing, monkeypatch: pytest.MonkeyPatch) -> None:
+def captured_anew(shared_captures: Sharing, monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of capturing itself."""
-    monkeypatch.setattr(Captured, "of", _shared_captures.capture)
+    monkeypatch.setattr(Captured, "of", shared_captures.capture)
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _shared_captures() -> Iterator[Sharing]:
+def shared_captures() -> Iterator[Sharing]:
     """A capture is made once for all models that are alike."""
     sharing = Sharing(Captured.of)
     with patch.object(Captured, "of", sharing):

@@ -38,13 +38,12 @@ _PLAIN = (
 )
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, torch._ops.OpOverload)
 _WEIGHTS = ("_parameters", "_buffers")
-_Capture = Callable[..., Captured]
 
 
 class Sharing:
     """Stands in for `Captured.of`."""
 
-    def __init__(self, capture: _Capture) -> None:
+    def __init__(self, capture: Callable[..., Captured]) -> None:
         self.capture = capture
         self.captures: dict[Hashable, Captured] = {}
 

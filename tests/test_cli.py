@@ -83,7 +83,9 @@ def test_a_folders_weights_go_where_the_options_say(tmp_path: Path) -> None:
     found = load_sampled(str(tmp_path / "pipe"), {}, 1, Placement("meta", "float64"))
     weights = next(found.model_or_pipe.transformer.parameters())
     assert (weights.device.type, weights.dtype) == ("meta", torch.float64)
-    assert "returns no tensors" in refusal("profile", str(tmp_path / "pipe"), "--steps", "3", "--call", call)
+    asked = ("profile", str(tmp_path / "pipe"), "--steps", "3", "--call", call)
+    assert "returns no tensors" in refusal(*asked)
+    assert "leave the number out" in refusal(*asked, "--device", "cpu:0", "--ray", "local")
 
 
 def test_plan_prints_what_parse_reads(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from examples.moving_digits.evaluate import clip_quality, digits_of
 
 
 def test_held_out_clips_are_read_right() -> None:
-    clips, labels = Clips(load_split("held_out")).batch(16, torch.Generator().manual_seed(7))
+    clips, labels = Clips(load_split("held_out")).batch(32, torch.Generator().manual_seed(7))
     classifier = load_classifier()
     right, wrong = (clip_quality(classifier, clips, asked) for asked in (labels, (labels + 1) % 10))
     assert right.accuracy > 0.98

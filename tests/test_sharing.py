@@ -1,0 +1,47 @@
+"""Captures that tests share: one for alike models, each with its weights; another for what differs."""
+
+import torch
+
+import graphcache
+from reference import assert_same
+from sharing import Sharing
+from tiny import TinyDiT, arguments, tiny
+
+
+class Louder(TinyDiT):
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        self.gain = 1.0
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, timestep, text) * self.gain
+
+
+def results(model: torch.nn.Module) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [
+            graphcache.transform(model, graphcache.presets.compute(1))(**arguments()),
+            model(**arguments()),
+        ]
+
+
+def test_alike_models_share_a_capture_and_keep_their_weights(shared_captures: Sharing) -> None:
+    one, other = tiny(1, Louder), tiny(1, Louder)
+    with torch.no_grad():
+        other.blocks[0].up.weight.mul_(3)
+    first = results(one)
+    known = len(shared_captures.captures)
+    second = results(other)
+    assert len(shared_captures.captures) == known
+    assert_same(first[0], first[1])
+    assert_same(second[0], second[1])
+    assert not torch.equal(first[0], second[0])
+
+
+def test_what_tracing_would_see_is_told_apart(shared_captures: Sharing) -> None:
+    one, other = tiny(1, Louder), tiny(1, Louder)
+    other.gain = 3.0
+    assert_same(*results(one))
+    known = len(shared_captures.captures)
+    assert_same(*results(other))
+    assert len(shared_captures.captures) == known + 1
