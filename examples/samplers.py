@@ -56,12 +56,14 @@ class Example:
 
     def sampler(self, solver: str | None = None) -> Callable[[nn.Module, Item, int], Tensor]:
         """Runs a model with one of the solvers, by default its own."""
-        make = self.solvers[solver or next(iter(self.solvers))]
+        name = solver or next(iter(self.solvers))
+        make = self.solvers[name]
 
         def run(model: nn.Module, item: Item, steps: int) -> Tensor:
             result: Tensor = inspect.unwrap(self.sample)(model, make(), item[0], steps=steps, seed=item[1])
             return result
 
+        run.__qualname__ = name  # a profile's provenance is to name the solver
         return run
 
     def items(self, count: int, size: int, seed: int) -> list[Item]:
