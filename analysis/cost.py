@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from graphcache.analysis import ops
-from graphcache.ir.graph import StepGraph, has_static_shape, is_tensor, value_of
+from graphcache.ir.graph import StepGraph, has_static_shape, is_tensor, storage_bytes, value_of
 
 aten = ops.aten
 
@@ -45,6 +45,14 @@ def total_flops(nodes: Iterable[fx.Node]) -> int:
 def graph_flops(step: StepGraph) -> int:
     """FLOPs of one run of a graph."""
     return total_flops(step.graph.nodes)
+
+
+def computed_bytes(step: StepGraph) -> int:
+    """Bytes of all that a run of a graph computes: what is held for its gradients, within a few percent."""
+    made = [node for node in step.calls() if is_tensor(node)]
+    return sum(
+        storage_bytes(value_of(node)) for node in made if not ops.is_view(node) and not ops.is_slice(node)
+    )
 
 
 def _contracted(node: fx.Node) -> int:

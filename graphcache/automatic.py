@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from graphcache.compile import Backend
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
+from graphcache.probing import MEMORY
 from graphcache.profile import Profile
 from graphcache.profiling import profile
 from graphcache.sampling import Sampler, Sampling
@@ -49,6 +50,7 @@ def auto(
     timestep: str = "timestep",
     data_range: float = 2.0,
     seed: int = 0,
+    memory: int = MEMORY,
     folder: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Automatic:
@@ -71,6 +73,7 @@ def auto(
         timestep: the name of the timestep argument.
         data_range: largest minus smallest value of a result.
         seed: of the profile.
+        memory: bytes that profiling and tuning may take for intermediate results.
         folder: where `profile.json` and `plan.txt` are written.
         progress: told what is done now.
 
@@ -91,6 +94,7 @@ def auto(
         conditional=conditional,
         timestep=timestep,
         seed=seed,
+        memory=memory,
         backend=backend,
         path=place,
         progress=lambda done, total: progress(f"profiling, sample {done} of {total}"),
@@ -111,6 +115,7 @@ def auto(
             iterations=iterations,
             data_range=data_range,
             timestep=timestep,
+            memory=memory,
             progress=lambda now: progress(f"tuning, iteration {now.number + 1} of at most {iterations}"),
         )
         plan = tuned.plan

@@ -22,6 +22,7 @@ from graphcache.comparison import compare as compare_runs
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import write_bytes
+from graphcache.probing import MEMORY
 from graphcache.profile_file import load_profile
 from graphcache.profiling import profile as profile_model
 from graphcache.sampling import Sampler, Sampling, solved_by
@@ -45,6 +46,9 @@ Count = Annotated[int, typer.Option("--samples", help="a pipeline's samples: the
 Steps = Annotated[int, typer.Option(help="model evaluations of one generation")]
 Timestep = Annotated[str, typer.Option(help="forward's timestep argument")]
 Threads = Annotated[int | None, typer.Option(help="torch threads")]
+Memory = Annotated[
+    int, typer.Option(help="bytes for intermediate results; what does not fit is computed again")
+]
 Output = Annotated[Path, typer.Option(help="write here")]
 Ray = Annotated[
     str | None,
@@ -63,6 +67,7 @@ def profile(
     probes: Annotated[int, typer.Option(help="random vectors carried back")] = 2,
     window: Annotated[int, typer.Option(help="steps back to which effects are followed")] = 12,
     seed: Annotated[int, typer.Option(help="of the probes")] = 0,
+    memory: Memory = MEMORY,
     backend: Backend = "inductor",
     call: Call = None,
     samples: Count = 2,
@@ -86,6 +91,7 @@ def profile(
             conditional=conditional,
             timestep=timestep,
             seed=seed,
+            memory=memory,
             backend=None if backend == "none" else backend,
             path=output,
             progress=lambda done, total: bar.update(task, completed=done),
@@ -142,6 +148,7 @@ def tune(
     iterations: Annotated[int, typer.Option(help="at most")] = 80,
     held_out: Annotated[int, typer.Option(help="samples that judge the plan, the last ones")] = 1,
     corrections: Annotated[bool, typer.Option(help="correct computed steps too")] = True,
+    memory: Memory = MEMORY,
     call: Call = None,
     samples: Count = 4,
     timestep: Timestep = "timestep",
@@ -169,6 +176,7 @@ def tune(
             reference="converged" if reference == "converged" else "uncached",
             iterations=iterations,
             timestep=timestep,
+            memory=memory,
             progress=lambda now: bar.update(task, completed=now.number + 1),
         )
     result.plan.save(output)

@@ -29,7 +29,27 @@ Compiled = Callable[..., Sequence[torch.Tensor]]
 def build(step: StepGraph, backend: Backend) -> Compiled:
     """Make a graph callable with its input ports' tensors, in order.
 
-    Guards are left out where every shape is static: the runner has compared the whole signature before
+    Code is generated and compiled in the first call, which waits until no other thread does so: plans are
+    also made to be checked or priced alone.
+    """
+    made: Compiled | None = None
+
+    def call(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        nonlocal made
+        if made is None:
+            with COMPILING:
+                if made is None:
+                    code = _code(step, backend)
+                    results = _compiling(code, tensors)
+                    made = code
+                    return results
+        return made(*tensors)
+
+    return call
+
+
+def _code(step: StepGraph, backend: Backend) -> Compiled:
+    """Guards are left out where every shape is static: the runner has compared the whole signature before
     it calls. What it cannot compare, a shape that depends on data, keeps its guards.
     """
     module = _flattened(step)
@@ -41,27 +61,18 @@ def build(step: StepGraph, backend: Backend) -> Compiled:
     if not _has_symbolic_shapes(step):
         options.setdefault("guard_filter_fn", torch.compiler.skip_all_guards_unsafe)
     given |= {"fullgraph": False, "dynamic": False}
-    return _first_call_alone(torch.compile(module, options=options, **given))
+    compiled: Compiled = torch.compile(module, options=options, **given)
+    return compiled
 
 
-def _first_call_alone(compiled: Compiled) -> Compiled:
-    """The first call compiles, as one graph or not at all, and waits until no other thread does.
+def _compiling(code: Compiled, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """A first call, which compiles one graph or none.
 
     torch.compile's own fullgraph counts frames in a variable that all threads share, and then takes a call
     for one that was not compiled.
     """
-    warm = False
-
-    def call(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-        nonlocal warm
-        if warm:
-            return compiled(*tensors)
-        with COMPILING, torch._dynamo.error_on_graph_break(True), torch._dynamo.config.patch(_AS_FULLGRAPH):
-            results = compiled(*tensors)
-            warm = True
-            return results
-
-    return call
+    with torch._dynamo.error_on_graph_break(True), torch._dynamo.config.patch(_AS_FULLGRAPH):
+        return code(*tensors)
 
 
 def compile_plainly(model: nn.Module, backend: Backend) -> Callable[..., Any]:

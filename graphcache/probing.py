@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from graphcache.runner import BranchState, end, feed, run_prologue
 from graphcache.session import Branch
 
 OUTPUT = "output"
+MEMORY = 4 << 30
+"""Bytes that a generation may hold for its gradients, unless told otherwise."""
 
 Values = Mapping[str, tuple[Tensor, ...]]
 """What the sites of one evaluation computed, or its gradients: a tuple of a site's tensors."""
@@ -40,9 +43,20 @@ class _Probed:
     folded: frozenset[tuple[str, int]] | None = None
 
 
+class _Run(NamedTuple):
+    """An evaluation's results, its sites' values, and what their gradients are taken of."""
+
+    results: Sequence[Tensor]
+    values: Values
+    sources: Values
+
+
 @dataclass
 class _Evaluation:
-    """One evaluation as a function of its inputs, run again on the way back."""
+    """One evaluation as a function of its inputs; run again on the way back unless it is held.
+
+    `tensors` are the call's; `asked` those of them with a gradient, by their numbers among its leaves.
+    """
 
     step: int
     branch: Branch
@@ -51,20 +65,26 @@ class _Evaluation:
     tensors: Sequence[Tensor]
     feed: list[Tensor]
     count: int
+    asked: Mapping[int, Tensor]
+    held: _Run | None = None
 
-    def place(self, leaf: Tensor) -> int | None:
-        """Where the graph is fed one of the call's tensors; None if it does not read it."""
-        index = next(i for i, tensor in enumerate(self.tensors) if tensor is leaf)
-        ports = enumerate(self.probed.runnable.step.inputs)
-        return next((i for i, port in ports if isinstance(port, Input) and port.index == index), None)
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """Where the graph is fed the tensors with a gradient that it reads, by their numbers."""
+        found: dict[int, int] = {}
+        for place, port in enumerate(self.probed.runnable.step.inputs):
+            if isinstance(port, Input):
+                fed = self.tensors[port.index]
+                found |= {number: place for number, leaf in self.asked.items() if leaf is fed}
+        return found
 
-    def again(self, places: Sequence[int]) -> "_Evaluation":
-        """The same with gradients of what it is fed at these places, and of the latents."""
-        fed = list(self.feed)
+    def run_with_gradients(self) -> _Run:
+        """Run with gradients of what has one, and of the latents."""
         # with frozen weights a first step's sites depend on nothing else that has a gradient
-        for place in {*places, self.latents}:
-            fed[place] = fed[place].detach().requires_grad_()
-        return replace(self, feed=fed)
+        for place in {*self.places.values(), self.latents}:
+            self.feed[place] = self.feed[place].detach().requires_grad_()
+        with torch.enable_grad():
+            return self.run()
 
     @property
     def latents(self) -> int:
@@ -80,7 +100,7 @@ class _Evaluation:
         latents = fed[self.latents] = fed[self.latents].clone()
         latents[0] += 1
         samples, found = len(latents), set()
-        for name, changed in replace(self, feed=fed).run()[1].items():
+        for name, changed in replace(self, feed=fed).run().values.items():
             for part, (before, after) in enumerate(zip(values[name], changed, strict=True)):
                 if before.dim() and len(before) > samples and len(before) % samples == 0:
                     moved = (before != after).reshape(samples, -1).any(dim=1)
@@ -99,8 +119,7 @@ class _Evaluation:
             for name, tensors in values.items()
         }
 
-    def run(self) -> tuple[Sequence[Tensor], Values, Values]:
-        """The results, the sites' values, and what their gradients are taken of."""
+    def run(self) -> _Run:
         results = self.probed.runnable.call(*self.feed)
         parts: dict[str, list[Tensor]] = {OUTPUT: list(results[: self.count])}
         for port, value in zip(self.probed.runnable.step.outputs, results, strict=True):
@@ -108,14 +127,14 @@ class _Evaluation:
                 parts.setdefault(port.site, []).append(value)
         values = {name: tuple(tensors) for name, tensors in parts.items() if "|" not in name}
         sources = {name: tuple(parts.get(handle(name), tensors)) for name, tensors in values.items()}
-        return results[: self.count], values, sources
+        return _Run(results[: self.count], values, sources)
 
 
 class ProbeEngine(Engine):
     """Runs a model as it is and shows an observer what its sites compute.
 
-    Gradients flow from the results through the evaluations to the latents. None is kept: each is computed
-    again on the way back.
+    Gradients flow from the results through the evaluations to the latents. What they need is held for the
+    first evaluations, up to `memory` bytes; the others are computed again on the way back.
     """
 
     observer: Observer
@@ -125,26 +144,30 @@ class ProbeEngine(Engine):
         model: nn.Module,
         options: Options,
         pipe: Any = None,
+        memory: int = 0,
         ranges: tuple[tuple[str, int, int], ...] = (),
     ) -> None:
         super().__init__(model, options, pipe)
+        self.memory = memory
         self.ranges = ranges
+        self.asked: Mapping[int, Tensor] | None = None
         self.latest: _Evaluation | None = None
         self._probes: dict[int, _Probed] = {}
 
     def observed_by(self, observer: Observer) -> "ProbeEngine":
         """One with sessions of its own that shares what was captured."""
-        made = ProbeEngine(self.model, self.options, self.driver.pipe, self.ranges)
+        made = ProbeEngine(self.model, self.options, self.driver.pipe, self.memory, self.ranges)
         made.programs, made._probes, made._watch = self.programs, self._probes, self._watch
         made._lock, made.observer = self._lock, observer
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process captures by itself."""
-        return ProbeEngine, (self.model, self.options, self.driver.pipe, self.ranges)
+        return ProbeEngine, (self.model, self.options, self.driver.pipe, self.memory, self.ranges)
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
+            self.asked = None
             return super().__call__(args, kwargs)
         leaves, structure = pytree.tree_flatten((list(args), kwargs))
         anchor = torch.empty(0, requires_grad=True)
@@ -163,14 +186,28 @@ class ProbeEngine(Engine):
         probed = self._probe(state.program)
         fed = feed(state.cache, probed.runnable, inputs, state.now)
         output = state.program.captured.output
-        self.latest = _Evaluation(state.step, branch, self.observer, probed, tensors, fed, output.count)
-        results, values, _ = self.latest.run()
+        self.latest = _Evaluation(
+            state.step, branch, self.observer, probed, tensors, fed, output.count, self.asked or {}
+        )
+        results, values, _ = self._run(self.latest)
+        values = _detached(values)
         if probed.folded is None:
             probed.folded = self.latest.folding(values)
         self.observer.saw(state.step, branch, values)
         if state.finished:
             end(state)
         return output.build(results)
+
+    def _run(self, evaluation: _Evaluation) -> _Run:
+        needed = evaluation.probed.runnable.computed_bytes
+        if self.asked is None or needed > self.memory:
+            return evaluation.run()
+        self.memory -= needed
+        evaluation.held = evaluation.run_with_gradients()
+        # samplers may change these in place
+        return evaluation.held._replace(
+            results=[tensor.detach().clone() for tensor in evaluation.held.results]
+        )
 
     def _probe(self, program: Program) -> _Probed:
         known = self._probes.get(id(program))
@@ -185,47 +222,50 @@ class ProbeEngine(Engine):
 
 
 class _Recomputed(torch.autograd.Function):
-    """An evaluation that keeps its inputs alone."""
+    """An evaluation without its graph, which is held, or made again on the way back."""
 
     @staticmethod
     def forward(ctx: Any, engine: ProbeEngine, structure: Any, made: list[Any], *leaves: Any) -> Any:
-        detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        # what holds for the generation is told by its identity
+        detached = [leaf.detach() if _needs_gradient(leaf) else leaf for leaf in leaves]
+        # the first leaf is the anchor
+        engine.asked = {n: detached[n] for n, leaf in enumerate(leaves) if n and _needs_gradient(leaf)}
         args, kwargs = pytree.tree_unflatten(detached[1:], structure)
         results, shape = pytree.tree_flatten(Engine.__call__(engine, args, kwargs))
         made.append(lambda values: pytree.tree_unflatten(list(values), shape))
-        assert engine.latest is not None
-        evaluation = engine.latest
-        fed = {
-            number: evaluation.place(detached[number])
-            for number, leaf in enumerate(leaves)
-            if number and isinstance(leaf, Tensor) and leaf.requires_grad
-        }
-        ctx.evaluation, ctx.amount = evaluation, len(leaves)
-        ctx.places = {number: place for number, place in fed.items() if place is not None}
+        ctx.evaluation, ctx.amount = engine.latest, len(leaves)
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        places = list(ctx.places.values())
-        evaluation = ctx.evaluation.again(places)
-        with torch.enable_grad():
-            results, values, sources = evaluation.run()
-        wanted = [evaluation.feed[place] for place in places]
+        evaluation: _Evaluation = ctx.evaluation
+        results, values, sources = evaluation.held or evaluation.run_with_gradients()
+        places = evaluation.places
+        wanted = [evaluation.feed[place] for place in places.values()]
         sites = [tensor for name in values for tensor in sources[name]]
-        pulled = torch.autograd.grad(results, wanted + sites, gradients, allow_unused=True)
+        pulled = torch.autograd.grad(
+            results, wanted + sites, gradients, retain_graph=evaluation.held is not None, allow_unused=True
+        )
         found = iter(pulled[len(places) :])
         pulled_sites = {
             name: tuple(_or_zero(next(found), source) for source in sources[name]) for name in values
         }
-        plain = {name: tuple(tensor.detach() for tensor in tensors) for name, tensors in values.items()}
         by_sample = evaluation.by_sample
         evaluation.observer.pulled(
-            evaluation.step, evaluation.branch, by_sample(plain), by_sample(pulled_sites)
+            evaluation.step, evaluation.branch, by_sample(_detached(values)), by_sample(pulled_sites)
         )
         given: list[Any] = [None] * ctx.amount
-        for number, gradient in zip(ctx.places, pulled, strict=False):
+        for number, gradient in zip(places, pulled, strict=False):
             given[number] = gradient
         return None, None, None, *given
+
+
+def _needs_gradient(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _detached(values: Values) -> Values:
+    return {name: tuple(tensor.detach() for tensor in tensors) for name, tensors in values.items()}
 
 
 def _or_zero(gradient: Tensor | None, source: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.graph import Branch, storage_bytes, value_of
 from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
 from graphcache.ir.selector import Selector
-from graphcache.probing import OUTPUT, ProbeEngine
+from graphcache.probing import MEMORY, OUTPUT, ProbeEngine
 from graphcache.profile import Part, Profile, Provenance, Site, families
 from graphcache.profile_file import load_part, save_part, save_profile
 from graphcache.program import Program
@@ -49,6 +49,7 @@ def profile(
     conditional: str | None = None,
     timestep: str = "timestep",
     seed: int = 0,
+    memory: int = MEMORY,
     backend: Backend = None,
     path: str | os.PathLike[str] | None = None,
     progress: Progress = lambda done, total: None,
@@ -56,8 +57,9 @@ def profile(
 ) -> Profile:
     """Measure a model's sensitivity along its own sampling.
 
-    Each sample costs one generation, and about three more for each probe. Nothing is kept of an evaluation
-    but its inputs; gradients are held for `window` steps.
+    Each sample costs one generation, and two to three more for each probe. Of evaluations that do not fit
+    into `memory` the inputs are kept alone, and they are computed again for each probe; gradients are held
+    for `window` steps.
 
     Args:
         model_or_pipe: a module in eval mode, or a pipeline with one transformer.
@@ -69,6 +71,8 @@ def profile(
         conditional: "first" or "last", the conditional half of a doubled batch; two calls tell by context.
         timestep: the name of the timestep argument.
         seed: of the probes and the sketch.
+        memory: bytes that evaluations' intermediate results may take, in each worker of a cluster; changes no
+            result.
         backend: compiles and times a step of every family of sites; None leaves times out, and plans are
             priced by their FLOPs.
         path: where to write; until then every sample's part lies beside it, and the next call takes those up.
@@ -82,7 +86,7 @@ def profile(
         raise GraphCacheError("samples is empty: profiling needs at least one")
     sampling = Sampling.of(model_or_pipe, sampler)
     task = Task(steps, min(window, steps - 1), probes, seed, conditional, timestep)
-    engine = ProbeEngine(sampling.model, Options(Plan(steps), timestep=timestep), sampling.pipe)
+    engine = ProbeEngine(sampling.model, Options(Plan(steps), timestep=timestep), sampling.pipe, memory)
     subject = describe(engine, sampling.first_call(samples[0], steps), conditional)
     engine.ranges = subject.ranges
     kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in engine.flat(subject.inputs)]

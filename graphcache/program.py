@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from graphcache.analysis.cost import graph_flops
+from graphcache.analysis.cost import computed_bytes, graph_flops
 from graphcache.analysis.dataflow import Dataflow
 from graphcache.analysis.fingerprint import fingerprint
 from graphcache.analysis.frequency import basis, disc
@@ -137,6 +137,11 @@ class Runnable:
     def _described(self) -> dict[InPort, torch.Tensor]:
         """Fake tensors of what each port is fed."""
         return {port: value_of(node) for port, node in self.step.ports()}
+
+    @cached_property
+    def computed_bytes(self) -> int:
+        """What the gradients of a run take, at most."""
+        return computed_bytes(self.step)
 
     @cached_property
     def stored(self) -> tuple[tuple[str, int], ...]:

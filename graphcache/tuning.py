@@ -17,6 +17,7 @@ from graphcache.ir.graph import Coefficients
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, Plan
 from graphcache.ir.resolve import resolve
+from graphcache.probing import MEMORY
 from graphcache.program import Runnable
 from graphcache.runner import BranchState, run_step
 from graphcache.sampling import Sampler, Sampling, converged, refuse_random
@@ -62,6 +63,7 @@ def tune(
     patience: int = 4,
     data_range: float = 2.0,
     timestep: str = "timestep",
+    memory: int = MEMORY,
     progress: Callable[[Iteration], None] = lambda iteration: None,
 ) -> Tuned:
     """Train the coefficients that a plan's rows list, with Adam, on the distance to reference results.
@@ -81,6 +83,7 @@ def tune(
         every: updates between two looks at the held-out samples.
         patience: looks without a gain that are borne; one more stops it.
         data_range: largest minus smallest value of a result, for the decibels.
+        memory: bytes that evaluations' intermediate results may take; what does not fit is computed again.
 
     Raises:
         GraphCacheError: the plan lists no coefficients, or the sampler is random or does not converge.
@@ -106,6 +109,7 @@ def tune(
     best, stale, curve = before, 0, list[Iteration]()
     for number in range(iterations):
         turn = number % len(samples)
+        engine.memory = memory
         result = sampling.generate(model, samples[turn], plan.steps, gradients=True)
         error = _decibels(result, targets[turn], data_range).mean()
         reached = float(error.detach())
@@ -214,11 +218,15 @@ def _name(key: Key) -> str:
 
 
 class TuningEngine(Engine):
-    """Runs a model under a plan whose coefficients are parameters; of its evaluations the inputs are kept."""
+    """Runs a model under a plan whose coefficients are parameters.
+
+    What gradients need is held for the first evaluations, up to `memory` bytes; of others the inputs alone.
+    """
 
     def __init__(self, model: nn.Module, weights: Weights, timestep: str, pipe: Any = None) -> None:
         super().__init__(model, Options(weights.given, timestep=timestep), pipe)
         self.weights = weights
+        self.memory = 0
         self._keys: dict[tuple[int, int], dict[int, Key]] = {}
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -237,7 +245,7 @@ class TuningEngine(Engine):
         return super().__call__((), bound)
 
     def evaluate(self, branch: Branch, state: BranchState, tensors: Sequence[Tensor]) -> Any:
-        keys = self._groups(state)
+        keys, count = self._groups(state), state.program.captured.output.count
 
         def evaluated(runnable: Runnable, fed: list[Tensor]) -> Sequence[Tensor]:
             for place, port in enumerate(runnable.step.inputs):
@@ -247,6 +255,11 @@ class TuningEngine(Engine):
                     fed[place] = torch.cat([weights, padding]).to(fed[place])
             if not torch.is_grad_enabled():
                 return runnable.call(*fed)
+            if runnable.computed_bytes <= self.memory:
+                self.memory -= runnable.computed_bytes
+                results = runnable.call(*fed)
+                # samplers may change these in place
+                return [*(result.clone() for result in results[:count]), *results[count:]]
             again: Sequence[Tensor] = checkpoint(
                 runnable.call, *fed, use_reentrant=False, preserve_rng_state=False
             )

@@ -103,6 +103,7 @@ class Sampler:
                     given = model(x, timestep=time, text=text)
                 with model.cache_context("uncond"):
                     free = model(x, timestep=time, text=empty)
+                given = given.sub_(free).add_(free) if self.in_place else given - free + free
             else:
                 given = free = model(x, timestep=time, text=text)
             change = (free + 1.5 * (given - free)) / steps

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import graphcache
 from examples.digits.model import ddim_scheduler, load_model
@@ -295,10 +296,25 @@ def test_products_of_large_values_are_kept_by_the_sketch() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_sampler_may_update_latents_and_time_in_place(mode: str | None) -> None:
+@pytest.mark.parametrize("memory", [0, 1 << 20])
+def test_a_sampler_may_update_latents_time_and_results_in_place(mode: str | None, memory: int) -> None:
     samplers = Sampler(mode, in_place=True), Sampler(mode)
-    within, apart = (profiled(mode, samples=(5,), sampler=sampler) for sampler in samplers)
+    within, apart = (profiled(mode, samples=(5,), sampler=sampler, memory=memory) for sampler in samplers)
     assert_same_profile(within, apart)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_fits_into_memory_is_not_computed_again(mode: str | None) -> None:
+    profiles, spent = [], []
+    fits_one = 3000 if mode in ("first", "last") else 1500
+    for memory in (0, fits_one, 1 << 20):
+        with FlopCounterMode(display=False) as counter:
+            profiles.append(profiled(mode, samples=(5,), probes=2, memory=memory))
+        spent.append(counter.get_total_flops())
+    for found in profiles[1:]:
+        assert_same_profile(found, profiles[0])
+    evaluations, twice = 6 if mode == "calls" else 3, 2 * profiles[0].flops
+    assert [spent[0] - other for other in spent[1:]] == [twice, evaluations * twice]
 
 
 def assert_same_profile(one: Profile, other: Profile) -> None:

@@ -92,6 +92,7 @@ def test_a_plan_without_coefficients_is_refused(plan: Plan) -> None:
         tune(linear(), plan, [1], [2], sampler=Sampler())
 
 
+@pytest.mark.parametrize("held", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(
     ("plan", "mode", "in_place"),
     [
@@ -103,12 +104,14 @@ def test_a_plan_without_coefficients_is_refused(plan: Plan) -> None:
     ],
 )
 def test_gradients_of_coefficients_are_finite_differences(
-    plan: Plan, mode: str | None, in_place: bool
+    plan: Plan, mode: str | None, in_place: bool, held: float
 ) -> None:
     model = (linear() if plan is MIXED else tiny(3)).double()
     sampling = Sampling.of(model, Sampler(mode, dtype=torch.float64, in_place=in_place))
     weights = Weights(plan).double()
-    tuned = wrapped(model, TuningEngine(model, weights, "timestep"))
+    engine = TuningEngine(model, weights, "timestep")
+    engine.memory = int(held * 60_000)
+    tuned = wrapped(model, engine)
     target = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
 
     def loss(gradients: bool = False) -> Tensor:
