@@ -48,11 +48,12 @@ def graph_flops(step: StepGraph) -> int:
 
 
 def computed_bytes(step: StepGraph) -> int:
-    """Bytes of all that a run of a graph computes: what is held for its gradients, within a few percent."""
-    made = [node for node in step.calls() if is_tensor(node)]
-    return sum(
-        storage_bytes(value_of(node)) for node in made if not ops.is_view(node) and not ops.is_slice(node)
-    )
+    """Bytes of all that a run of a graph computes, and so about what can be held for its gradients.
+
+    What kernels keep aside, as attention by its plain formula does, is not counted.
+    """
+    made = (node for node in step.calls() if is_tensor(node) and has_static_shape(node))
+    return sum(storage_bytes(value_of(n)) for n in made if not ops.is_view(n) and not ops.is_slice(n))
 
 
 def _contracted(node: fx.Node) -> int:

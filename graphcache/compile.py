@@ -11,7 +11,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import OptimizedModule
 from torch._dynamo.eval_frame import innermost_backend
 
-from graphcache.ir.errors import CaptureError
+from graphcache.ir.errors import CaptureError, GraphCacheError
 from graphcache.ir.graph import StepGraph, has_static_shape, is_tensor
 
 COMPILING = threading.RLock()
@@ -40,25 +40,40 @@ def build(step: StepGraph, backend: Backend) -> Compiled:
             with COMPILING:
                 if made is None:
                     code = _code(step, backend)
-                    results = _compiling(code, tensors)
+                    results = None if backend is None else _compiling(code, tensors)
                     made = code
-                    return results
+                    if results is not None:
+                        return results
         return made(*tensors)
 
     return call
 
 
+def refuse_unknown(backend: Backend) -> None:
+    """Raise GraphCacheError if torch.compile takes no such backend or options."""
+    if backend is None:
+        return
+    try:
+        _compiled(nn.Identity(), backend, guarded=True)
+    except (RuntimeError, TypeError, ValueError, KeyError) as error:
+        raise GraphCacheError(f"backend={backend!r} is nothing that torch.compile takes: {error}") from error
+
+
 def _code(step: StepGraph, backend: Backend) -> Compiled:
-    """Guards are left out where every shape is static: the runner has compared the whole signature before
-    it calls. What it cannot compare, a shape that depends on data, keeps its guards.
-    """
     module = _flattened(step)
     if backend is None:
         eager: Compiled = module.forward
         return eager
+    return _compiled(module, backend, _has_symbolic_shapes(step))
+
+
+def _compiled(module: nn.Module, backend: Backend, guarded: bool) -> Compiled:
+    """Guards are left out where every shape is static: the runner has compared the whole signature before
+    it calls. What it cannot compare, a shape that depends on data, keeps its guards.
+    """
     given = _arguments(backend)
     options: dict[str, Any] = {**_mode_options(given), **(given.pop("options", None) or {})}
-    if not _has_symbolic_shapes(step):
+    if not guarded:
         options.setdefault("guard_filter_fn", torch.compiler.skip_all_guards_unsafe)
     given |= {"fullgraph": False, "dynamic": False}
     compiled: Compiled = torch.compile(module, options=options, **given)

@@ -1,6 +1,7 @@
 """A model that hands out what every site computes, and its gradients, while a sampler runs it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphcache.compile import build
+from graphcache.compile import COMPILING, build
 from graphcache.engine import Engine, Options
 from graphcache.ir.graph import CacheWrite, Input
 from graphcache.passes.base import run
@@ -55,7 +56,8 @@ class _Run(NamedTuple):
 class _Evaluation:
     """One evaluation as a function of its inputs; run again on the way back unless it is held.
 
-    `tensors` are the call's; `asked` those of them with a gradient, by their numbers among its leaves.
+    `tensors` are the call's; `asked` those of them with a gradient, by their numbers among its leaves;
+    `autocast` is the state that it runs under.
     """
 
     step: int
@@ -66,6 +68,7 @@ class _Evaluation:
     feed: list[Tensor]
     count: int
     asked: Mapping[int, Tensor]
+    autocast: torch.autocast
     held: _Run | None = None
 
     @cached_property
@@ -83,7 +86,7 @@ class _Evaluation:
         # with frozen weights a first step's sites depend on nothing else that has a gradient
         for place in {*self.places.values(), self.latents}:
             self.feed[place] = self.feed[place].detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), self.autocast:
             return self.run()
 
     @property
@@ -138,6 +141,8 @@ class ProbeEngine(Engine):
     """
 
     observer: Observer
+    asked: Mapping[int, Tensor] | None = None
+    """The present call's tensors with a gradient, by their numbers; None without gradients."""
 
     def __init__(
         self,
@@ -150,16 +155,22 @@ class ProbeEngine(Engine):
         super().__init__(model, options, pipe)
         self.memory = memory
         self.ranges = ranges
-        self.asked: Mapping[int, Tensor] | None = None
         self.latest: _Evaluation | None = None
+        self._held: list[_Evaluation] = []
         self._probes: dict[int, _Probed] = {}
 
-    def observed_by(self, observer: Observer) -> "ProbeEngine":
-        """One with sessions of its own that shares what was captured."""
+    @contextmanager
+    def observed_by(self, observer: Observer) -> Iterator["ProbeEngine"]:
+        """One with sessions of its own that shares what was captured; in the end it holds nothing."""
         made = ProbeEngine(self.model, self.options, self.driver.pipe, self.memory, self.ranges)
         made.programs, made._probes, made._watch = self.programs, self._probes, self._watch
         made._lock, made.observer = self._lock, observer
-        return made
+        try:
+            yield made
+        finally:
+            # a scheduler may keep results, and with them the evaluations behind them
+            for evaluation in made._held:
+                evaluation.held = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process captures by itself."""
@@ -172,22 +183,30 @@ class ProbeEngine(Engine):
         leaves, structure = pytree.tree_flatten((list(args), kwargs))
         anchor = torch.empty(0, requires_grad=True)
         made: list[Any] = []
-        results = _Recomputed.apply(self, structure, made, anchor, *leaves)  # type: ignore[no-untyped-call]
+        results = _Evaluated.apply(self, structure, made, anchor, *leaves)  # type: ignore[no-untyped-call]
         return made[0](results)
 
     def evaluate(self, branch: Branch, state: BranchState, tensors: Sequence[Tensor]) -> Any:
-        call = state.program.captured.call
-        inputs = list(laid(state.program.captured.strides, tensors))
+        captured = state.program.captured
+        inputs = laid(captured.strides, tensors)
         if state.watched is None:
             run_prologue(state, tensors, inputs)
-        for index in (call.latent, call.timestep):
-            # samplers may change these in place before they are needed again
-            inputs[index] = inputs[index].clone()
         probed = self._probe(state.program)
         fed = feed(state.cache, probed.runnable, inputs, state.now)
-        output = state.program.captured.output
+        for place, port in enumerate(probed.runnable.step.inputs):
+            if isinstance(port, Input):
+                # samplers may change these in place before they are needed again
+                fed[place] = fed[place].clone()
         self.latest = _Evaluation(
-            state.step, branch, self.observer, probed, tensors, fed, output.count, self.asked or {}
+            state.step,
+            branch,
+            self.observer,
+            probed,
+            tensors,
+            fed,
+            captured.output.count,
+            self.asked or {},
+            _autocast(tensors[captured.call.latent]),
         )
         results, values, _ = self._run(self.latest)
         values = _detached(values)
@@ -196,7 +215,7 @@ class ProbeEngine(Engine):
         self.observer.saw(state.step, branch, values)
         if state.finished:
             end(state)
-        return output.build(results)
+        return captured.output.build(results)
 
     def _run(self, evaluation: _Evaluation) -> _Run:
         needed = evaluation.probed.runnable.computed_bytes
@@ -204,24 +223,26 @@ class ProbeEngine(Engine):
             return evaluation.run()
         self.memory -= needed
         evaluation.held = evaluation.run_with_gradients()
+        self._held.append(evaluation)
         # samplers may change these in place
         return evaluation.held._replace(
             results=[tensor.detach().clone() for tensor in evaluation.held.results]
         )
 
     def _probe(self, program: Program) -> _Probed:
-        known = self._probes.get(id(program))
-        if known is None:
-            branches = tuple(branch.name for branch in program.captured.step.branches)
-            step = run((Probe(branches, self.ranges),), program.step)
-            live = set(map(id, self.programs.values()))
-            for place in self._probes.keys() - live:
-                self._probes.pop(place, None)
-            known = self._probes[id(program)] = _Probed(program, Runnable(step, build(step, None)))
-        return known
+        with COMPILING:
+            known = self._probes.get(id(program))
+            if known is None:
+                branches = tuple(branch.name for branch in program.captured.step.branches)
+                step = run((Probe(branches, self.ranges),), program.step)
+                live = set(map(id, self.programs.values()))
+                for place in self._probes.keys() - live:
+                    self._probes.pop(place, None)
+                known = self._probes[id(program)] = _Probed(program, Runnable(step, build(step, None)))
+            return known
 
 
-class _Recomputed(torch.autograd.Function):
+class _Evaluated(torch.autograd.Function):
     """An evaluation without its graph, which is held, or made again on the way back."""
 
     @staticmethod
@@ -233,6 +254,7 @@ class _Recomputed(torch.autograd.Function):
         args, kwargs = pytree.tree_unflatten(detached[1:], structure)
         results, shape = pytree.tree_flatten(Engine.__call__(engine, args, kwargs))
         made.append(lambda values: pytree.tree_unflatten(list(values), shape))
+        assert engine.latest is not None
         ctx.evaluation, ctx.amount = engine.latest, len(leaves)
         return tuple(results)
 
@@ -258,6 +280,13 @@ class _Recomputed(torch.autograd.Function):
         for number, gradient in zip(places, pulled, strict=False):
             given[number] = gradient
         return None, None, None, *given
+
+
+def _autocast(like: Tensor) -> torch.autocast:
+    """The present state for a tensor's device, to be entered again."""
+    kind = like.device.type
+    enabled = torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, torch.get_autocast_dtype(kind) if enabled else None, enabled)
 
 
 def _needs_gradient(leaf: Any) -> bool:

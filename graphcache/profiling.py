@@ -30,7 +30,14 @@ from graphcache.profile import Part, Profile, Provenance, Site, families
 from graphcache.profile_file import load_part, save_part, save_profile
 from graphcache.program import Program
 from graphcache.recording import GUIDANCE, Recording
-from graphcache.sampling import Sampler, Sampling, global_seed, refuse_infinite, refuse_random
+from graphcache.sampling import (
+    Sampler,
+    Sampling,
+    global_seed,
+    refuse_infinite,
+    refuse_random,
+    with_frozen_weights,
+)
 from graphcache.transform import wrapped
 
 Progress = Callable[[int, int], None]
@@ -38,6 +45,7 @@ Run = Callable[[Callable[[int], Part], Sequence[int]], Iterable[Part]]
 RANGES = ((0.0, 1.0), (0.0, 0.5))
 
 
+@with_frozen_weights
 def profile(
     model_or_pipe: Any,
     samples: Sequence[Any],
@@ -243,24 +251,25 @@ def measure(
     `uncached` is what the sample gave under another global seed.
     """
     recording = Recording(task.steps, task.window, task.probes, task.seed, task.conditional)
-    engine = engine.observed_by(recording)
-    with nullcontext() if uncached is None else global_seed(1):
-        result = sampling.generate(wrapped(sampling.model, engine), sample, task.steps, gradients=True)
-    if not result.requires_grad:
-        raise GraphCacheError(
-            "the result does not depend on the model's evaluations through differentiable operations; let "
-            "the sampler return a tensor, such as latents, and no detached or rounded one"
-        )
-    refuse_infinite(result)
-    if uncached is not None and not torch.equal(result, uncached):
-        # a graph's kernels may round otherwise than the model's: what counts is two runs of the model
-        refuse_random(sampling, sample, task.steps)
-    recording.turn(result)
-    for probe in range(task.probes):
-        generator = torch.Generator().manual_seed((task.seed * 1_000_003 + number) * 1_003 + probe)
-        direction = torch.randn(result.shape, generator=generator).to(result)
-        torch.autograd.backward(result, direction, retain_graph=probe + 1 < task.probes)
-        recording.next_probe()
+    with engine.observed_by(recording) as observed:
+        with nullcontext() if uncached is None else global_seed(1):
+            model = wrapped(sampling.model, observed)
+            result = sampling.generate(model, sample, task.steps, gradients=True)
+        if not result.requires_grad:
+            raise GraphCacheError(
+                "the result does not depend on the model's evaluations through differentiable operations; "
+                "let the sampler return a tensor, such as latents, and no detached or rounded one"
+            )
+        refuse_infinite(result)
+        if uncached is not None and not torch.equal(result, uncached):
+            # a graph's kernels may round otherwise than the model's: what counts is two runs of the model
+            refuse_random(sampling, sample, task.steps)
+        recording.turn(result)
+        for probe in range(task.probes):
+            generator = torch.Generator().manual_seed((task.seed * 1_000_003 + number) * 1_003 + probe)
+            direction = torch.randn(result.shape, generator=generator).to(result)
+            torch.autograd.backward(result, direction, retain_graph=probe + 1 < task.probes)
+            recording.next_probe()
     part = recording.part()
     refuse_infinite(*map(torch.from_numpy, (*part.gram.values(), *part.effects.values())))
     return part

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -108,6 +109,14 @@ def _lay(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
 PhaseKey = tuple[Phase, tuple[tuple[str, int, int], ...], Guided | None, tuple[Memory, ...], frozenset[str]]
 
 
+class _Kind(NamedTuple):
+    """Of tensors that a port is fed."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
 @dataclass(frozen=True)
 class Runnable:
     """A callable graph and where its inputs come from."""
@@ -116,31 +125,32 @@ class Runnable:
     call: Compiled
     half: Half | None = None
     _coefficients: dict[tuple[int, tuple[float, ...]], torch.Tensor] = field(default_factory=dict)
+    _kinds: dict[InPort, _Kind] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # a fake tensor tells another device while some other thread computes with one of its kind
+        for port, node in self.step.ports():
+            value = value_of(node)
+            self._kinds[port] = _Kind(value.shape, value.dtype, value.device)
 
     @cached_property
     def tables(self) -> dict[Table, torch.Tensor]:
         """The constants that the graph reads."""
         made = {}
-        for port, node in self.step.ports():
+        for port, kind in self._kinds.items():
             if isinstance(port, Table):
-                value = value_of(node)
                 table = basis(port.size, port.radius) if port.kind == "basis" else disc(port.radius)
-                made[port] = table.to(value.device, value.dtype)
+                made[port] = table.to(kind.device, kind.dtype)
         return made
 
     def blank(self, port: CacheRead) -> torch.Tensor:
         """What is read where nothing was stored yet."""
-        like = self._described[port]
-        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-
-    @cached_property
-    def _described(self) -> dict[InPort, torch.Tensor]:
-        """Fake tensors of what each port is fed."""
-        return {port: value_of(node) for port, node in self.step.ports()}
+        kind = self._kinds[port]
+        return torch.zeros(kind.shape, dtype=kind.dtype, device=kind.device)
 
     @cached_property
     def computed_bytes(self) -> int:
-        """What the gradients of a run take, at most."""
+        """About what holding a run for its gradients takes."""
         return computed_bytes(self.step)
 
     @cached_property
@@ -152,18 +162,12 @@ class Runnable:
                 parts[port.site] = parts.get(port.site, 0) + 1
         return tuple(parts.items())
 
-    @cached_property
-    def _weights(self) -> dict[int, torch.Tensor]:
-        """Fake tensors with dtype and device of each group's coefficients."""
-        found = self._described.items()
-        return {port.group: value for port, value in found if isinstance(port, Coefficients)}
-
     def coefficients(self, group: int, values: tuple[float, ...]) -> torch.Tensor:
         """The coefficients as a tensor; made once, so that later generations copy nothing to the device."""
         made = self._coefficients.get((group, values))
         if made is None:
-            like = self._weights[group]
-            made = torch.tensor(values, dtype=like.dtype, device=like.device)
+            kind = self._kinds[Coefficients(group)]
+            made = torch.tensor(values, dtype=kind.dtype, device=kind.device)
             self._coefficients[group, values] = made
         return made
 
@@ -262,15 +266,16 @@ class Program:
         `shared`: both halves of the batch are the same latents.
         """
         key = (plan, start, role, shared)
-        if key not in self._schedules:
-            self._refuse_other_model(plan)
-            step, cuts = self.captured.step, self.cuts(plan)
-            schedule = lower(plan, step.branches, start, role, memories(step, cuts), shared)
-            self.tokens |= {name: (cut.rows, cut.tokens) for name, cut in cuts.items()}
-            if role == "doubled":
-                self._refuse_mixed(schedule)
-            self._schedules[key] = schedule
-        return self._schedules[key]
+        with COMPILING:
+            if key not in self._schedules:
+                self._refuse_other_model(plan)
+                step, cuts = self.captured.step, self.cuts(plan)
+                schedule = lower(plan, step.branches, start, role, memories(step, cuts), shared)
+                self.tokens |= {name: (cut.rows, cut.tokens) for name, cut in cuts.items()}
+                if role == "doubled":
+                    self._refuse_mixed(schedule)
+                self._schedules[key] = schedule
+            return self._schedules[key]
 
     def _refuse_other_model(self, plan: Plan) -> None:
         if plan.graph is not None and plan.graph != self.fingerprint:

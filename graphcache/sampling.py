@@ -1,10 +1,11 @@
 """How a model is sampled: a pipeline by its own call, a bare module by a function that is given."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -209,6 +210,28 @@ def global_seed(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def with_frozen_weights(function: Function) -> Function:
+    """Within a function of a model or pipeline no weight has a gradient, nor what a text encoder computes."""
+
+    @functools.wraps(function)
+    def frozen(model_or_pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        parts = [model_or_pipe] if isinstance(model_or_pipe, nn.Module) else vars(model_or_pipe).values()
+        modules = [part for part in parts if isinstance(part, nn.Module)]
+        trainable = [p for module in modules for p in module.parameters() if p.requires_grad]
+        try:
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            return function(model_or_pipe, *args, **kwargs)
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+    return frozen  # type: ignore[return-value]
 
 
 def refuse_random(sampling: Sampling, sample: Any, steps: int) -> None:

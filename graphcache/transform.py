@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._dynamo.decorators import skip
 
-from graphcache.compile import Backend, active_compilation, unwrapped
+from graphcache.compile import Backend, active_compilation, refuse_unknown, unwrapped
 from graphcache.engine import Engine, Options, original
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan
@@ -73,6 +73,7 @@ class Transformed:
 
     def compile(self, **arguments: Any) -> None:
         """Compile every phase with torch.compile's arguments; each becomes one graph of static shapes."""
+        refuse_unknown(arguments)
         self._graphcache.compile(arguments)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -134,6 +135,7 @@ def transform(
             f"plan is a {type(plan).__name__}, not a Plan; use graphcache.presets, Plan.parse or Plan.load"
         )
     _check_options(branches, wait)
+    refuse_unknown(backend)
     options = Options(plan, backend, timestep, branches, wait == "step", offload)
     if isinstance(model_or_pipe, nn.Module):
         made: Any = _transformed(model_or_pipe, options)

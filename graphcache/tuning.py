@@ -13,14 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 from graphcache.engine import Engine, Options
 from graphcache.ir.errors import GraphCacheError, PlanError
-from graphcache.ir.graph import Coefficients
+from graphcache.ir.graph import Coefficients, Input
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, Plan
 from graphcache.ir.resolve import resolve
 from graphcache.probing import MEMORY
 from graphcache.program import Runnable
 from graphcache.runner import BranchState, run_step
-from graphcache.sampling import Sampler, Sampling, converged, refuse_random
+from graphcache.sampling import Sampler, Sampling, converged, refuse_random, with_frozen_weights
 from graphcache.session import Branch
 from graphcache.transform import wrapped
 
@@ -49,6 +49,7 @@ class Tuned:
     after: float
 
 
+@with_frozen_weights
 def tune(
     model_or_pipe: Any,
     plan: Plan,
@@ -117,6 +118,7 @@ def tune(
             raise GraphCacheError(f"iteration {number}: PSNR is {reached}; lower rate=")
         weights.zero_grad()
         (-error).backward(inputs=trained)  # type: ignore[no-untyped-call]
+        del result, error  # and what they hold
         if number == 0:
             rate = decibel_rate(trained) if rate is None else rate
             optimiser = Adam(trained, lr=rate, betas=(0.9, 0.95))
@@ -236,25 +238,29 @@ class TuningEngine(Engine):
         key, _ = self.binder.signature(bound)
         spec = self._spec(key, bound)
         latent = spec.leaf_names[spec.latent]
-        for name in (latent, self.options.timestep):
-            # samplers may change these in place before they are needed again
-            bound[name] = bound[name].clone()
         if not bound[latent].requires_grad:
             # whether a gradient is needed is part of a signature, and at later steps it is
-            bound[latent].requires_grad_()
+            bound[latent] = bound[latent].clone().requires_grad_()
         return super().__call__((), bound)
 
     def evaluate(self, branch: Branch, state: BranchState, tensors: Sequence[Tensor]) -> Any:
         keys, count = self._groups(state), state.program.captured.output.count
 
         def evaluated(runnable: Runnable, fed: list[Tensor]) -> Sequence[Tensor]:
-            for place, port in enumerate(runnable.step.inputs):
+            ports = runnable.step.inputs
+            for place, port in enumerate(ports):
                 if isinstance(port, Coefficients) and port.group in keys:
                     weights = self.weights.coefficients(keys[port.group])
                     padding = weights.new_zeros(len(fed[place]) - len(weights))
                     fed[place] = torch.cat([weights, padding]).to(fed[place])
-            if not torch.is_grad_enabled():
-                return runnable.call(*fed)
+            if all(tensor.grad_fn is None for tensor in fed):
+                # no coefficient was met yet
+                with torch.no_grad():
+                    return runnable.call(*fed)
+            for place, port in enumerate(ports):
+                if isinstance(port, Input):
+                    # samplers may change these in place before they are needed again
+                    fed[place] = fed[place].clone()
             if runnable.computed_bytes <= self.memory:
                 self.memory -= runnable.computed_bytes
                 results = runnable.call(*fed)

@@ -72,7 +72,8 @@ class Sampler:
     """Euler's steps from seeded noise (2, tokens, DIM), guided as `mode` says.
 
     `mode` is None, "first" or "last" for the conditional half of a doubled batch, or "calls" for two calls in
-    cache contexts. `directions` are the gradients that came back to the results, one tensor each.
+    cache contexts. `in_place`: inputs and results are changed. `fades`: the text changes at every step.
+    `directions` are the gradients that came back to the results, one tensor each.
     """
 
     def __init__(
@@ -81,8 +82,10 @@ class Sampler:
         tokens: int = 3,
         dtype: torch.dtype = torch.float32,
         in_place: bool = False,
+        fades: bool = False,
     ) -> None:
-        self.mode, self.tokens, self.dtype, self.in_place = mode, tokens, dtype, in_place
+        self.mode, self.tokens, self.dtype = mode, tokens, dtype
+        self.in_place, self.fades = in_place, fades
         self.runs = 0
         self.directions: list[Tensor] = []
 
@@ -94,6 +97,9 @@ class Sampler:
         empty, time = torch.zeros_like(text), torch.empty(2, dtype=self.dtype)
         both = {"first": torch.cat([text, empty]), "last": torch.cat([empty, text])}
         for step in range(steps):
+            if self.fades:
+                text = self._faded(text)
+                both = {half: self._faded(texts) for half, texts in both.items()}
             time = (time if self.in_place else time.clone()).fill_(1 - step / steps)
             if self.mode in both:
                 halves = model(x.repeat(2, 1, 1), timestep=time.repeat(2), text=both[self.mode]).chunk(2)
@@ -111,6 +117,9 @@ class Sampler:
         if x.requires_grad:
             x.register_hook(self.directions.append)
         return x
+
+    def _faded(self, text: Tensor) -> Tensor:
+        return text.mul_(0.8) if self.in_place else text * 0.8
 
 
 class Replanned:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import graphcache
 from graphcache import Plan, StateError, presets
+from graphcache.ir.graph import CacheRead, Coefficients, fake_mode, value_of
 from pipelines import PIPELINES
 from reference import assert_same, subject
 from tiny import arguments, tiny
@@ -274,3 +275,20 @@ def test_a_loop_that_the_scheduler_does_not_drive_is_refused(finished: bool) -> 
     expected = tiny_pipe.generate(graphcache.transform(tiny_pipe.make(), presets.fora(steps)), steps)
     with pipe.transformer.session(scheduler=scheduler):
         assert_same(tiny_pipe.generate(other, steps), expected)
+
+
+def test_where_a_graphs_inputs_lie_is_known_while_another_thread_traces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = graphcache.transform(tiny(2), PLAN, example_inputs=arguments())
+    ((_, program),) = model._graphcache.programs.items()
+    monkeypatch.setattr(fake_mode(value_of(program.step.placeholders()[0])), "in_kernel_invocation", True)
+    made = []
+    for runnable in program.phases.values():
+        for port in runnable.step.inputs:
+            if isinstance(port, Coefficients):
+                made.append(runnable.coefficients(port.group, (1.0, 0.5)))
+            elif isinstance(port, CacheRead):
+                made.append(runnable.blank(port))
+    assert {tensor.device.type for tensor in made} == {"cpu"}
+    assert {tensor.dim() for tensor in made} == {1, 3}

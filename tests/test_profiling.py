@@ -24,7 +24,7 @@ from graphcache.ir.selector import Selector
 from graphcache.profiling import Subject as Described
 from graphcache.profiling import describe
 from graphcache.program import Program
-from graphcache.sampling import Sampling
+from graphcache.sampling import Sampling, with_frozen_weights
 from linear import LinearDiT, Replanned, Sampler, linear
 from pipelines import PIPELINES
 from reference import Subject, subject
@@ -297,14 +297,15 @@ def test_products_of_large_values_are_kept_by_the_sketch() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("memory", [0, 1 << 20])
-def test_a_sampler_may_update_latents_time_and_results_in_place(mode: str | None, memory: int) -> None:
-    samplers = Sampler(mode, in_place=True), Sampler(mode)
+def test_a_sampler_may_update_inputs_and_results_in_place(mode: str | None, memory: int) -> None:
+    samplers = Sampler(mode, in_place=True, fades=True), Sampler(mode, fades=True)
     within, apart = (profiled(mode, samples=(5,), sampler=sampler, memory=memory) for sampler in samplers)
     assert_same_profile(within, apart)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_fits_into_memory_is_not_computed_again(mode: str | None) -> None:
+    profiled(mode, samples=(5,))  # captures
     profiles, spent = [], []
     fits_one = 3000 if mode in ("first", "last") else 1500
     for memory in (0, fits_one, 1 << 20):
@@ -315,6 +316,32 @@ def test_what_fits_into_memory_is_not_computed_again(mode: str | None) -> None:
         assert_same_profile(found, profiles[0])
     evaluations, twice = 6 if mode == "calls" else 3, 2 * profiles[0].flops
     assert [spent[0] - other for other in spent[1:]] == [twice, evaluations * twice]
+
+
+def test_what_is_held_is_let_go_in_the_end() -> None:
+    kept: list[Tensor] = []
+
+    def keeping(model: nn.Module, sample: int, steps: int) -> Tensor:
+        kept.append(Sampler()(model, sample, steps))
+        return kept[-1]
+
+    profiled(None, samples=(5,), sampler=keeping)
+    nodes, evaluations = [kept[-1].grad_fn], []
+    for node in nodes:
+        nodes += [other for other, _ in node.next_functions if other is not None]
+        evaluations += [node.evaluation] if hasattr(node, "evaluation") else []
+    assert len(set(map(id, evaluations))) == 3
+    assert not any(evaluation.held for evaluation in evaluations)
+
+
+def test_autocast_holds_on_the_way_back_too() -> None:
+    def cast(model: nn.Module, sample: int, steps: int) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return Sampler()(model, sample, steps)
+
+    again, held = (profiled(None, samples=(5,), sampler=cast, memory=memory) for memory in (0, 1 << 20))
+    assert_same_profile(again, held)
+    assert not np.array_equal(held.gram, profiled(None, samples=(5,)).gram)
 
 
 def assert_same_profile(one: Profile, other: Profile) -> None:
@@ -414,6 +441,28 @@ def test_frozen_weights_and_a_transformed_model_make_no_difference() -> None:
     conditional = {"conditional": "first"}
     found = graphcache.profile(frozen, (5,), steps=3, sampler=Sampler("first"), probes=1, **conditional)
     assert_same_profile(found, plain)
+
+
+def test_weights_are_frozen_within_and_afterwards_as_they_were() -> None:
+    class Pipe:
+        def __init__(self) -> None:
+            self.text_encoder, self.transformer, self.steps = nn.Linear(2, 2), linear(1), 3
+            self.transformer.text.requires_grad_(False)
+
+    def traits(pipe: Pipe) -> list[bool]:
+        return [p.requires_grad for m in (pipe.text_encoder, pipe.transformer) for p in m.parameters()]
+
+    @with_frozen_weights
+    def stopped(pipe: Pipe) -> None:
+        assert not any(traits(pipe))
+        raise _Stopped
+
+    pipe = Pipe()
+    before = traits(pipe)
+    with pytest.raises(_Stopped):
+        stopped(pipe)
+    assert traits(pipe) == before
+    assert {True, False} == set(before)
 
 
 def test_a_sampler_without_gradients_is_looked_through() -> None:
@@ -516,7 +565,7 @@ def test_a_pipeline_is_its_own_sampler(name: str, calls: int) -> None:
     found = graphcache.profile(pipe, [sample], steps=3, probes=1, conditional=conditional)
     assert pipe.transformer is transformer
     assert torch.equal(case.generate(pipe, 3), before)
-    assert all(parameter.grad is None for parameter in transformer.parameters())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in transformer.parameters())
     assert found.provenance.scheduler == type(pipe.scheduler).__name__
     assert found.calls == calls
     assert found.numbers == before[0].numel()

@@ -310,6 +310,23 @@ def test_a_plan_of_the_wrong_type(plan: Any) -> None:
         graphcache.transform(tiny(), plan)
 
 
+@pytest.mark.parametrize(
+    "backend", ["indutcor", {"options": {"no_such": 1}}, {"mode": "no_such"}, {"no_such": 1}]
+)
+def test_a_backend_that_torch_does_not_know(backend: Any) -> None:
+    with refused(
+        GraphCacheError,
+        "backend=",
+        "is nothing that torch.compile takes",
+        "indutcor" if backend == "indutcor" else "no_such",
+    ):
+        graphcache.transform(tiny(1), Plan(3), backend=backend)
+    model: Any = graphcache.transform(tiny(1), Plan(3))
+    options = {"backend": backend} if isinstance(backend, str) else backend
+    with refused(GraphCacheError, "is nothing that torch.compile takes"):
+        model.compile(**options)
+
+
 def test_a_target_that_is_no_model() -> None:
     with refused(GraphCacheError, "str is neither a module nor a pipeline with a transformer"):
         graphcache.transform("model", presets.fora(3))

@@ -99,6 +99,7 @@ def test_a_plan_without_coefficients_is_refused(plan: Plan) -> None:
         (with_corrections(PLAN), None, False),
         (with_corrections(PLAN), "calls", True),
         (MIXED, None, True),
+        (MIXED, "last", True),
         (MIXED, "first", False),
         (MIXED, "calls", False),
     ],
@@ -107,7 +108,7 @@ def test_gradients_of_coefficients_are_finite_differences(
     plan: Plan, mode: str | None, in_place: bool, held: float
 ) -> None:
     model = (linear() if plan is MIXED else tiny(3)).double()
-    sampling = Sampling.of(model, Sampler(mode, dtype=torch.float64, in_place=in_place))
+    sampling = Sampling.of(model, Sampler(mode, dtype=torch.float64, in_place=in_place, fades=in_place))
     weights = Weights(plan).double()
     engine = TuningEngine(model, weights, "timestep")
     engine.memory = int(held * 60_000)
@@ -132,6 +133,17 @@ def test_gradients_of_coefficients_are_finite_differences(
             assert float(parameter.grad[place]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
             compared += abs(expected) > 1e-3
     assert compared >= 5
+
+
+def test_memory_is_for_evaluations_on_the_way_to_a_coefficient() -> None:
+    sampling, memory = Sampling.of(linear().requires_grad_(False), Sampler()), 1 << 20
+    engine = TuningEngine(sampling.model, Weights(PLAN), "timestep")
+    engine.memory = memory
+    sampling.generate(wrapped(sampling.model, engine), 1, 6, gradients=True)
+    ((_, program),) = engine.programs.items()
+    computed, forecast = sorted(runnable.computed_bytes for runnable in program.phases.values())
+    # the first coefficient is that of step 2
+    assert memory - engine.memory == computed + 3 * forecast
 
 
 def test_tuning_raises_the_psnr_of_samples_it_was_not_trained_on() -> None:
