@@ -47,7 +47,8 @@ Steps = Annotated[int, typer.Option(help="model evaluations of one generation")]
 Timestep = Annotated[str, typer.Option(help="forward's timestep argument")]
 Threads = Annotated[int | None, typer.Option(help="torch threads")]
 Memory = Annotated[
-    int, typer.Option(help="bytes for intermediate results; what does not fit is computed again")
+    int,
+    typer.Option(help="bytes for intermediate results, in each worker; what does not fit is computed again"),
 ]
 Output = Annotated[Path, typer.Option(help="write here")]
 Ray = Annotated[
