@@ -30,7 +30,7 @@ SPEEDUP = 3.0
 
 def image_part(extent: Extent, folder: Path, console: Console) -> Part:
     """The images' part; its own plan is found first."""
-    labels = balanced_labels(16 if extent.small else 30)
+    labels = balanced_labels(16 if extent.small else 30 if extent.presets else 20)
     example = digits_example()
     found = searched.find(example, SPEEDUP, 4 if extent.small else 16, folder, console)
     return Part(

@@ -41,7 +41,7 @@ PROMPTS = (
 
 
 def word_part(extent: Extent, folder: Path, console: Console) -> Part:
-    """The part of pictures from words, with 16 prompts, or 4 if it is small."""
+    """The part of pictures from words, with 8 prompts: 4 if it is small, 16 with presets."""
     plans = {"searched": Plan.load(PLANS / "2.0.txt")}
     if extent.presets:
         plans["ToCa"] = presets.toca(STEPS, ratio=0.5)
@@ -57,7 +57,7 @@ def word_part(extent: Extent, folder: Path, console: Console) -> Part:
         plans=plans,
         fewer={"fewer steps": flow_scheduler},
         warm_up_steps=STEPS,
-        labels=torch.arange(len(PROMPTS))[:: 4 if extent.small else 1],
+        labels=torch.arange(len(PROMPTS))[:: 4 if extent.small else 1 if extent.presets else 2],
         rounds=1 if extent.small else 2,
         shown=len(plans),
         judge=None,
