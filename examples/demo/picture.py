@@ -27,13 +27,15 @@ DPI = 120
 def draw(path: Path, rows: Sequence[Row], images: Mapping[str, Tensor], setting: Setting) -> None:
     """Write one grid of images (N, 1 or 3, H, W) in [-1, 1] per row of the table, titled with its numbers."""
     lines = math.ceil(len(rows) / COLUMNS)
+    grids = [grid(images[row.method]) for row in rows]
+    height = 4 * grids[0].shape[0] / grids[0].shape[1] + 0.75
     figure, axes = pyplot.subplots(
-        lines, COLUMNS, figsize=(4 * COLUMNS, 4.75 * lines + 0.35), dpi=DPI, squeeze=False
+        lines, COLUMNS, figsize=(4 * COLUMNS, height * lines + 0.35), dpi=DPI, squeeze=False
     )
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, row in zip(axes.flat, rows, strict=False):
-        axis.imshow(grid(images[row.method]), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
+    for axis, row, drawn in zip(axes.flat, rows, grids, strict=False):
+        axis.imshow(drawn, cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
         axis.text(0.5, 1.105, row.method, transform=axis.transAxes, ha="center", fontsize=16, weight="bold")
         axis.text(
             0.5,
