@@ -4,7 +4,9 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from graphcache.analysis import ops
 from graphcache.ir.graph import StepGraph, has_static_shape, is_tensor, storage_bytes, value_of
@@ -50,10 +52,11 @@ def graph_flops(step: StepGraph) -> int:
 def computed_bytes(step: StepGraph) -> int:
     """Bytes of all that a run of a graph computes, and so about what can be held for its gradients.
 
-    What kernels keep aside, as attention by its plain formula does, is not counted.
+    Not counted is what kernels keep aside, as attention by its plain formula does, and reshapes that copy.
     """
-    made = (node for node in step.calls() if is_tensor(node) and has_static_shape(node))
-    return sum(storage_bytes(value_of(n)) for n in made if not ops.is_view(n) and not ops.is_slice(n))
+    made = [node.meta.get("val") for node in step.calls() if not ops.is_view(node) and not ops.is_slice(node)]
+    tensors = [value for value in pytree.tree_leaves(made) if isinstance(value, torch.Tensor)]
+    return sum(storage_bytes(t) for t in tensors if all(isinstance(size, int) for size in t.shape))
 
 
 def _contracted(node: fx.Node) -> int:

@@ -40,10 +40,11 @@ def build(step: StepGraph, backend: Backend) -> Compiled:
             with COMPILING:
                 if made is None:
                     code = _code(step, backend)
-                    results = None if backend is None else _compiling(code, tensors)
-                    made = code
-                    if results is not None:
+                    if backend is not None:
+                        results = _compiling(code, tensors)
+                        made = code
                         return results
+                    made = code
         return made(*tensors)
 
     return call

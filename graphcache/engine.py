@@ -292,9 +292,13 @@ class Engine:
         """A program; its capture is shared with the same signature's in the other gradient mode."""
         twin = self.programs.get((*key[:-1], not key[-1]))
         captured = twin.captured if twin else self._captured(self._spec(key, bound), tensors)
-        backend = prior_compilation(self.model) if self.backend is None else self.backend
         options = self.options
-        return Program(captured, backend, offload=options.offload, observers=options.observers).prepared()
+        made = Program(captured, self.compilation(), offload=options.offload, observers=options.observers)
+        return made.prepared()
+
+    def compilation(self) -> Backend:
+        """What phases are compiled with: what was asked for, or what the model was compiled with."""
+        return prior_compilation(self.model) if self.backend is None else self.backend
 
     def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor]) -> Captured:
         split = self.options.plan.splits_parallel

@@ -21,7 +21,7 @@ from graphcache.session import Branch
 
 OUTPUT = "output"
 MEMORY = 4 << 30
-"""Bytes that a generation may hold for its gradients, unless told otherwise."""
+"""Bytes that a generation, or an iteration of tuning, may hold for its gradients unless told otherwise."""
 
 Values = Mapping[str, tuple[Tensor, ...]]
 """What the sites of one evaluation computed, or its gradients: a tuple of a site's tensors."""

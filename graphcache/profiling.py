@@ -18,7 +18,7 @@ from graphcache.analysis.cost import graph_flops
 from graphcache.analysis.dataflow import Dataflow
 from graphcache.analysis.tokens import cut_tokens
 from graphcache.calibration import site_seconds, step_seconds
-from graphcache.compile import Backend
+from graphcache.compile import Backend, refuse_unknown
 from graphcache.engine import Engine, Options
 from graphcache.halves import is_doubled
 from graphcache.ir.errors import GraphCacheError, PlanError
@@ -92,6 +92,7 @@ def profile(
     """
     if not samples:
         raise GraphCacheError("samples is empty: profiling needs at least one")
+    refuse_unknown(backend)
     sampling = Sampling.of(model_or_pipe, sampler)
     task = Task(steps, min(window, steps - 1), probes, seed, conditional, timestep)
     engine = ProbeEngine(sampling.model, Options(Plan(steps), timestep=timestep), sampling.pipe, memory)

@@ -212,17 +212,25 @@ def global_seed(seed: int) -> Iterator[None]:
         yield
 
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def with_frozen_weights(function: Function) -> Function:
-    """Within a function of a model or pipeline no weight has a gradient, nor what a text encoder computes."""
+def with_frozen_weights(function: _Function) -> _Function:
+    """While the function runs, no weight of its model or pipeline requires a gradient.
+
+    Nor does then what a text encoder computes.
+    """
 
     @functools.wraps(function)
     def frozen(model_or_pipe: Any, *args: Any, **kwargs: Any) -> Any:
-        parts = [model_or_pipe] if isinstance(model_or_pipe, nn.Module) else vars(model_or_pipe).values()
-        modules = [part for part in parts if isinstance(part, nn.Module)]
-        trainable = [p for module in modules for p in module.parameters() if p.requires_grad]
+        parts = [model_or_pipe]
+        if not isinstance(model_or_pipe, nn.Module):
+            parts = [
+                *pipeline_parts(model_or_pipe).values(),
+                *getattr(model_or_pipe, "__dict__", {}).values(),
+            ]
+        weights = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
+        trainable = [p for p in weights if p.requires_grad and not p.is_inference()]
         try:
             for parameter in trainable:
                 parameter.requires_grad_(False)

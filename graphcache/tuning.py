@@ -11,6 +11,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.checkpoint import checkpoint
 
+from graphcache.compile import Backend
 from graphcache.engine import Engine, Options
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.graph import Coefficients, Input
@@ -87,7 +88,8 @@ def tune(
         memory: bytes that evaluations' intermediate results may take; what does not fit is computed again.
 
     Raises:
-        GraphCacheError: the plan lists no coefficients, or the sampler is random or does not converge.
+        GraphCacheError: the plan lists no coefficients, or none that reaches the result, or the sampler is
+            random or does not converge.
     """
     for name, given in (("samples", samples), ("held_out", held_out)):
         if not given:
@@ -116,6 +118,11 @@ def tune(
         reached = float(error.detach())
         if not math.isfinite(reached):
             raise GraphCacheError(f"iteration {number}: PSNR is {reached}; lower rate=")
+        if not error.requires_grad:
+            raise GraphCacheError(
+                "no coefficient that the plan lists reaches the result: their rows are overridden by later "
+                "ones or by the output's, or the sampler detaches what the model returns"
+            )
         weights.zero_grad()
         (-error).backward(inputs=trained)  # type: ignore[no-untyped-call]
         del result, error  # and what they hold
@@ -242,6 +249,10 @@ class TuningEngine(Engine):
             # whether a gradient is needed is part of a signature, and at later steps it is
             bound[latent] = bound[latent].clone().requires_grad_()
         return super().__call__((), bound)
+
+    def compilation(self) -> Backend:
+        """None: code that is compiled without gradients has none later."""
+        return None
 
     def evaluate(self, branch: Branch, state: BranchState, tensors: Sequence[Tensor]) -> Any:
         keys, count = self._groups(state), state.program.captured.output.count

@@ -547,6 +547,24 @@ def test_a_pipeline_with_two_transformers_is_refused() -> None:
         graphcache.profile(WanPipeline(), [{}], steps=3)
 
 
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(GraphCacheError, match="str is neither a module nor a pipeline with a transformer"):
+        graphcache.profile("model", [{}], steps=3)
+
+
+def test_an_unknown_backend_is_refused_before_anything_is_measured() -> None:
+    with pytest.raises(GraphCacheError, match=r"backend='indutcor' is nothing that torch\.compile takes"):
+        profiled(backend="indutcor", progress=lambda done, total: pytest.fail("it measured"))
+
+
+def test_weights_made_for_inference_alone_are_left_as_they_are() -> None:
+    with torch.inference_mode():
+        model = linear(1)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    with_frozen_weights(lambda model: None)(model)
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
 def test_a_pipelines_sample_is_a_mapping() -> None:
     class Pipeline:
         transformer = linear(1)

@@ -135,6 +135,29 @@ def test_gradients_of_coefficients_are_finite_differences(
     assert compared >= 5
 
 
+@pytest.mark.parametrize("memory", [0, 1 << 20])
+def test_a_model_that_was_compiled_has_the_same_gradients(memory: int) -> None:
+    def gradients(model: nn.Module) -> list[Tensor]:
+        sampling, weights = Sampling.of(model, Sampler()), Weights(PLAN)
+        engine = TuningEngine(sampling.model, weights, "timestep")
+        engine.memory = memory
+        sampling.generate(wrapped(sampling.model, engine), 1, 6, gradients=True).sum().backward()
+        return [parameter.grad for parameter in weights.parameters()]
+
+    compiled = linear()
+    compiled.compile(backend="aot_eager")
+    torch.testing.assert_close(gradients(compiled), gradients(linear()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rows", ["@mlp ##.###", "output ##.###"])
+def test_coefficients_that_reach_no_result_are_refused(rows: str) -> None:
+    plan = Plan.parse(
+        f"plan steps=6 preset=none\nf = fitted order=1\n@mlp ##f###\n  step 2 = 1.5 -0.5\n{rows}"
+    )
+    with pytest.raises(GraphCacheError, match="no coefficient that the plan lists reaches the result"):
+        tune(linear(), plan, [1], [2], sampler=Sampler())
+
+
 def test_memory_is_for_evaluations_on_the_way_to_a_coefficient() -> None:
     sampling, memory = Sampling.of(linear().requires_grad_(False), Sampler()), 1 << 20
     engine = TuningEngine(sampling.model, Weights(PLAN), "timestep")
