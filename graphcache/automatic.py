@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from graphcache.compile import Backend
+from graphcache.holding import MEMORY
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
-from graphcache.probing import MEMORY
 from graphcache.profile import Profile
 from graphcache.profiling import profile
 from graphcache.sampling import Sampler, Sampling

@@ -17,7 +17,8 @@ from graphcache.ir.graph import StepGraph
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
 from graphcache.ir.selector import Selector
-from graphcache.program import Program, Runnable, laid
+from graphcache.program import Program, laid
+from graphcache.runnable import Runnable
 from graphcache.runner import begun, feed, run_prologue
 from graphcache.transform import transform
 

@@ -19,10 +19,10 @@ from graphcache.candidates import Candidate
 from graphcache.cluster import Cluster
 from graphcache.comparison import Row
 from graphcache.comparison import compare as compare_runs
+from graphcache.holding import MEMORY
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import write_bytes
-from graphcache.probing import MEMORY
 from graphcache.profile_file import load_profile
 from graphcache.profiling import profile as profile_model
 from graphcache.sampling import Sampler, Sampling, solved_by
@@ -47,8 +47,7 @@ Steps = Annotated[int, typer.Option(help="model evaluations of one generation")]
 Timestep = Annotated[str, typer.Option(help="forward's timestep argument")]
 Threads = Annotated[int | None, typer.Option(help="torch threads")]
 Memory = Annotated[
-    int,
-    typer.Option(help="bytes for intermediate results, in each worker; what does not fit is computed again"),
+    int, typer.Option(help="bytes for intermediate results; what does not fit is computed again")
 ]
 Output = Annotated[Path, typer.Option(help="write here")]
 Ray = Annotated[

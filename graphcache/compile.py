@@ -35,16 +35,17 @@ def build(step: StepGraph, backend: Backend) -> Compiled:
     made: Compiled | None = None
 
     def call(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        return first(tensors) if made is None else made(*tensors)
+
+    def first(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         nonlocal made
-        if made is None:
-            with COMPILING:
-                if made is None:
-                    code = _code(step, backend)
-                    if backend is not None:
-                        results = _compiling(code, tensors)
-                        made = code
-                        return results
-                    made = code
+        with COMPILING:
+            if made is None:
+                code = _code(step, backend)
+                results = None if backend is None else _compiling(code, tensors)
+                made = code
+                if results is not None:
+                    return results
         return made(*tensors)
 
     return call

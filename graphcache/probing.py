@@ -12,16 +12,16 @@ from torch.utils import _pytree as pytree
 
 from graphcache.compile import COMPILING, build
 from graphcache.engine import Engine, Options
+from graphcache.holding import Budget, with_own_inputs
 from graphcache.ir.graph import CacheWrite, Input
 from graphcache.passes.base import run
 from graphcache.passes.probe import Probe, handle
-from graphcache.program import Program, Runnable, laid
+from graphcache.program import Program, laid
+from graphcache.runnable import Runnable
 from graphcache.runner import BranchState, end, feed, run_prologue
 from graphcache.session import Branch
 
 OUTPUT = "output"
-MEMORY = 4 << 30
-"""Bytes that a generation, or an iteration of tuning, may hold for its gradients unless told otherwise."""
 
 Values = Mapping[str, tuple[Tensor, ...]]
 """What the sites of one evaluation computed, or its gradients: a tuple of a site's tensors."""
@@ -154,6 +154,7 @@ class ProbeEngine(Engine):
     ) -> None:
         super().__init__(model, options, pipe)
         self.memory = memory
+        self.budget = Budget(memory)
         self.ranges = ranges
         self.latest: _Evaluation | None = None
         self._held: list[_Evaluation] = []
@@ -162,7 +163,8 @@ class ProbeEngine(Engine):
     @contextmanager
     def observed_by(self, observer: Observer) -> Iterator["ProbeEngine"]:
         """One with sessions of its own that shares what was captured; in the end it holds nothing."""
-        made = ProbeEngine(self.model, self.options, self.driver.pipe, self.memory, self.ranges)
+        kind, given = self.__reduce__()
+        made = kind(*given)
         made.programs, made._probes, made._watch = self.programs, self._probes, self._watch
         made._lock, made.observer = self._lock, observer
         try:
@@ -172,7 +174,7 @@ class ProbeEngine(Engine):
             for evaluation in made._held:
                 evaluation.held = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type["ProbeEngine"], tuple[Any, ...]]:
         """Another process captures by itself."""
         return ProbeEngine, (self.model, self.options, self.driver.pipe, self.memory, self.ranges)
 
@@ -192,11 +194,7 @@ class ProbeEngine(Engine):
         if state.watched is None:
             run_prologue(state, tensors, inputs)
         probed = self._probe(state.program)
-        fed = feed(state.cache, probed.runnable, inputs, state.now)
-        for place, port in enumerate(probed.runnable.step.inputs):
-            if isinstance(port, Input):
-                # samplers may change these in place before they are needed again
-                fed[place] = fed[place].clone()
+        fed = with_own_inputs(probed.runnable, feed(state.cache, probed.runnable, inputs, state.now))
         self.latest = _Evaluation(
             state.step,
             branch,
@@ -218,10 +216,8 @@ class ProbeEngine(Engine):
         return captured.output.build(results)
 
     def _run(self, evaluation: _Evaluation) -> _Run:
-        needed = evaluation.probed.runnable.computed_bytes
-        if self.asked is None or needed > self.memory:
+        if self.asked is None or not self.budget.takes(evaluation.probed.runnable):
             return evaluation.run()
-        self.memory -= needed
         evaluation.held = evaluation.run_with_gradients()
         self._held.append(evaluation)
         # samplers may change these in place
@@ -230,16 +226,17 @@ class ProbeEngine(Engine):
         )
 
     def _probe(self, program: Program) -> _Probed:
-        with COMPILING:
-            known = self._probes.get(id(program))
-            if known is None:
-                branches = tuple(branch.name for branch in program.captured.step.branches)
+        known = self._probes.get(id(program))
+        if known is None:
+            branches = tuple(branch.name for branch in program.captured.step.branches)
+            with COMPILING:
                 step = run((Probe(branches, self.ranges),), program.step)
-                live = set(map(id, self.programs.values()))
-                for place in self._probes.keys() - live:
-                    self._probes.pop(place, None)
-                known = self._probes[id(program)] = _Probed(program, Runnable(step, build(step, None)))
-            return known
+                made = Runnable(step, build(step, None))
+            live = set(map(id, self.programs.values()))
+            for place in self._probes.keys() - live:
+                self._probes.pop(place, None)
+            known = self._probes.setdefault(id(program), _Probed(program, made))
+        return known
 
 
 class _Evaluated(torch.autograd.Function):

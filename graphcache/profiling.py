@@ -21,11 +21,12 @@ from graphcache.calibration import site_seconds, step_seconds
 from graphcache.compile import Backend, refuse_unknown
 from graphcache.engine import Engine, Options
 from graphcache.halves import is_doubled
+from graphcache.holding import MEMORY
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.graph import Branch, storage_bytes, value_of
 from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
 from graphcache.ir.selector import Selector
-from graphcache.probing import MEMORY, OUTPUT, ProbeEngine
+from graphcache.probing import OUTPUT, ProbeEngine
 from graphcache.profile import Part, Profile, Provenance, Site, families
 from graphcache.profile_file import load_part, save_part, save_profile
 from graphcache.program import Program
@@ -80,7 +81,7 @@ def profile(
         timestep: the name of the timestep argument.
         seed: of the probes and the sketch.
         memory: bytes that evaluations' intermediate results may take, in each worker of a cluster; changes no
-            result.
+            result on a CPU.
         backend: compiles and times a step of every family of sites; None leaves times out, and plans are
             priced by their FLOPs.
         path: where to write; until then every sample's part lies beside it, and the next call takes those up.

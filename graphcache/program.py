@@ -3,35 +3,23 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from graphcache.analysis.cost import computed_bytes, graph_flops
+from graphcache.analysis.cost import graph_flops
 from graphcache.analysis.dataflow import Dataflow
 from graphcache.analysis.fingerprint import fingerprint
-from graphcache.analysis.frequency import basis, disc
 from graphcache.analysis.invariant import invariant_values
 from graphcache.analysis.liveness import lower
 from graphcache.analysis.ranges import cut_range
 from graphcache.analysis.tokens import TokenCut, memories, token_cuts
 from graphcache.capture import capture
-from graphcache.compile import COMPILING, Backend, Compiled, build
+from graphcache.compile import COMPILING, Backend, build
 from graphcache.halves import Half, capture_half
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import PlanError
-from graphcache.ir.graph import (
-    CacheRead,
-    CacheWrite,
-    Coefficients,
-    InPort,
-    Input,
-    StepGraph,
-    Table,
-    storage_bytes,
-    value_of,
-)
+from graphcache.ir.graph import CacheWrite, Input, StepGraph, storage_bytes, value_of
 from graphcache.ir.plan import Plan
 from graphcache.ir.resolve import resolve
 from graphcache.ir.schedule import Guided, Memory, Phase, Role, Schedule, site_of
@@ -44,6 +32,7 @@ from graphcache.passes.simplify import Simplify
 from graphcache.passes.specialize import Specialize
 from graphcache.passes.split import Split
 from graphcache.passes.tag import Tag
+from graphcache.runnable import Runnable
 
 
 @dataclass(frozen=True)
@@ -107,69 +96,6 @@ def _lay(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
 
 
 PhaseKey = tuple[Phase, tuple[tuple[str, int, int], ...], Guided | None, tuple[Memory, ...], frozenset[str]]
-
-
-class _Kind(NamedTuple):
-    """Of tensors that a port is fed."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class Runnable:
-    """A callable graph and where its inputs come from."""
-
-    step: StepGraph
-    call: Compiled
-    half: Half | None = None
-    _coefficients: dict[tuple[int, tuple[float, ...]], torch.Tensor] = field(default_factory=dict)
-    _kinds: dict[InPort, _Kind] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        # a fake tensor tells another device while some other thread computes with one of its kind
-        for port, node in self.step.ports():
-            value = value_of(node)
-            self._kinds[port] = _Kind(value.shape, value.dtype, value.device)
-
-    @cached_property
-    def tables(self) -> dict[Table, torch.Tensor]:
-        """The constants that the graph reads."""
-        made = {}
-        for port, kind in self._kinds.items():
-            if isinstance(port, Table):
-                table = basis(port.size, port.radius) if port.kind == "basis" else disc(port.radius)
-                made[port] = table.to(kind.device, kind.dtype)
-        return made
-
-    def blank(self, port: CacheRead) -> torch.Tensor:
-        """What is read where nothing was stored yet."""
-        kind = self._kinds[port]
-        return torch.zeros(kind.shape, dtype=kind.dtype, device=kind.device)
-
-    @cached_property
-    def computed_bytes(self) -> int:
-        """About what holding a run for its gradients takes."""
-        return computed_bytes(self.step)
-
-    @cached_property
-    def stored(self) -> tuple[tuple[str, int], ...]:
-        """(site, number of parts) in the order in which the stores follow the results."""
-        parts: dict[str, int] = {}
-        for port in self.step.outputs:
-            if isinstance(port, CacheWrite):
-                parts[port.site] = parts.get(port.site, 0) + 1
-        return tuple(parts.items())
-
-    def coefficients(self, group: int, values: tuple[float, ...]) -> torch.Tensor:
-        """The coefficients as a tensor; made once, so that later generations copy nothing to the device."""
-        made = self._coefficients.get((group, values))
-        if made is None:
-            kind = self._kinds[Coefficients(group)]
-            made = torch.tensor(values, dtype=kind.dtype, device=kind.device)
-            self._coefficients[group, values] = made
-        return made
 
 
 @dataclass
@@ -266,16 +192,16 @@ class Program:
         `shared`: both halves of the batch are the same latents.
         """
         key = (plan, start, role, shared)
-        with COMPILING:
-            if key not in self._schedules:
+        if key not in self._schedules:
+            with COMPILING:
                 self._refuse_other_model(plan)
                 step, cuts = self.captured.step, self.cuts(plan)
                 schedule = lower(plan, step.branches, start, role, memories(step, cuts), shared)
                 self.tokens |= {name: (cut.rows, cut.tokens) for name, cut in cuts.items()}
                 if role == "doubled":
                     self._refuse_mixed(schedule)
-                self._schedules[key] = schedule
-            return self._schedules[key]
+                return self._schedules.setdefault(key, schedule)
+        return self._schedules[key]
 
     def _refuse_other_model(self, plan: Plan) -> None:
         if plan.graph is not None and plan.graph != self.fingerprint:
@@ -310,21 +236,25 @@ class Program:
         phase, ranges, guided = schedule.phases[index], schedule.ranges, schedule.guided
         moved = self.moved(schedule)
         key = phase, ranges, guided, schedule.memories, moved
-        with COMPILING:
-            if key not in self.phases:
-                conditional = guided.conditional if guided else None
-                passes: list[Pass] = [Specialize(phase, ranges, conditional, schedule.memories)]
-                if guided is not None:
-                    passes.append(Guide(phase, guided))
-                if self.backend is not None:
-                    # what is not compiled keeps the bits of the untouched model
-                    passes.append(Narrow())
-                if moved:
-                    passes.append(Offload(moved))
-                step = run(passes, self.half_step if phase.half else self.step, self.observers)
-                half = self.half if phase.half else None
-                self.phases[key] = Runnable(step, build(step, self.backend), half)
-            return self.phases[key]
+        if key not in self.phases:
+            with COMPILING:
+                if key not in self.phases:
+                    self.phases[key] = self._made(phase, schedule, moved)
+        return self.phases[key]
+
+    def _made(self, phase: Phase, schedule: Schedule, moved: frozenset[str]) -> Runnable:
+        guided = schedule.guided
+        conditional = guided.conditional if guided else None
+        passes: list[Pass] = [Specialize(phase, schedule.ranges, conditional, schedule.memories)]
+        if guided is not None:
+            passes.append(Guide(phase, guided))
+        if self.backend is not None:
+            # what is not compiled keeps the bits of the untouched model
+            passes.append(Narrow())
+        if moved:
+            passes.append(Offload(moved))
+        step = run(passes, self.half_step if phase.half else self.step, self.observers)
+        return Runnable(step, build(step, self.backend), self.half if phase.half else None)
 
     def moved(self, schedule: Schedule) -> frozenset[str]:
         """Histories that are kept in host memory."""

@@ -21,7 +21,8 @@ from graphcache.ir.schedule import (
     site_of,
 )
 from graphcache.ir.state import CacheState, Choice, Entry
-from graphcache.program import Program, Runnable, distinct, laid
+from graphcache.program import Program, distinct, laid
+from graphcache.runnable import Runnable
 from graphcache.selection import Tokens, choose
 
 Key = tuple[Hashable, ...]

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,8 @@ class Sampling:
         with torch.enable_grad():
             if isinstance(self.sampler, _PipelineSampler):
                 return self.sampler.differentiable(model, sample, steps)
-            return inspect.unwrap(self.sampler)(model, sample, steps)  # type: ignore[no-any-return]
+            result: Tensor = inspect.unwrap(self.sampler)(model, sample, steps)
+            return result
 
     def first_call(self, sample: Any, steps: int) -> Mapping[str, Any]:
         """The arguments, by name, of the first evaluation of a sample's generation.
@@ -239,7 +240,7 @@ def with_frozen_weights(function: _Function) -> _Function:
             for parameter in trainable:
                 parameter.requires_grad_(True)
 
-    return frozen  # type: ignore[return-value]
+    return cast(_Function, frozen)
 
 
 def refuse_random(sampling: Sampling, sample: Any, steps: int) -> None:

@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from graphcache.compile import Backend
 from graphcache.engine import Engine, Options
+from graphcache.holding import MEMORY, Budget, with_own_inputs
 from graphcache.ir.errors import GraphCacheError, PlanError
-from graphcache.ir.graph import Coefficients, Input
+from graphcache.ir.graph import Coefficients
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, Plan
 from graphcache.ir.resolve import resolve
-from graphcache.probing import MEMORY
-from graphcache.program import Runnable
+from graphcache.runnable import Runnable
 from graphcache.runner import BranchState, run_step
 from graphcache.sampling import Sampler, Sampling, converged, refuse_random, with_frozen_weights
 from graphcache.session import Branch
@@ -112,7 +112,7 @@ def tune(
     best, stale, curve = before, 0, list[Iteration]()
     for number in range(iterations):
         turn = number % len(samples)
-        engine.memory = memory
+        engine.budget = Budget(memory)
         result = sampling.generate(model, samples[turn], plan.steps, gradients=True)
         error = _decibels(result, targets[turn], data_range).mean()
         reached = float(error.detach())
@@ -124,7 +124,7 @@ def tune(
                 "ones or by the output's, or the sampler detaches what the model returns"
             )
         weights.zero_grad()
-        (-error).backward(inputs=trained)  # type: ignore[no-untyped-call]
+        torch.autograd.backward(-error, inputs=trained)
         del result, error  # and what they hold
         if number == 0:
             rate = decibel_rate(trained) if rate is None else rate
@@ -229,13 +229,13 @@ def _name(key: Key) -> str:
 class TuningEngine(Engine):
     """Runs a model under a plan whose coefficients are parameters.
 
-    What gradients need is held for the first evaluations, up to `memory` bytes; of others the inputs alone.
+    What gradients need is held for the first evaluations, within `budget`; of others the inputs alone.
     """
 
     def __init__(self, model: nn.Module, weights: Weights, timestep: str, pipe: Any = None) -> None:
         super().__init__(model, Options(weights.given, timestep=timestep), pipe)
         self.weights = weights
-        self.memory = 0
+        self.budget = Budget(0)
         self._keys: dict[tuple[int, int], dict[int, Key]] = {}
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -258,22 +258,17 @@ class TuningEngine(Engine):
         keys, count = self._groups(state), state.program.captured.output.count
 
         def evaluated(runnable: Runnable, fed: list[Tensor]) -> Sequence[Tensor]:
-            ports = runnable.step.inputs
-            for place, port in enumerate(ports):
+            for place, port in enumerate(runnable.step.inputs):
                 if isinstance(port, Coefficients) and port.group in keys:
                     weights = self.weights.coefficients(keys[port.group])
                     padding = weights.new_zeros(len(fed[place]) - len(weights))
                     fed[place] = torch.cat([weights, padding]).to(fed[place])
             if all(tensor.grad_fn is None for tensor in fed):
-                # no coefficient was met yet
+                # no coefficient was met yet, or none is trained
                 with torch.no_grad():
                     return runnable.call(*fed)
-            for place, port in enumerate(ports):
-                if isinstance(port, Input):
-                    # samplers may change these in place before they are needed again
-                    fed[place] = fed[place].clone()
-            if runnable.computed_bytes <= self.memory:
-                self.memory -= runnable.computed_bytes
+            fed = with_own_inputs(runnable, fed)
+            if self.budget.takes(runnable):
                 results = runnable.call(*fed)
                 # samplers may change these in place
                 return [*(result.clone() for result in results[:count]), *results[count:]]

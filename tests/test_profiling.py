@@ -307,8 +307,8 @@ def test_a_sampler_may_update_inputs_and_results_in_place(mode: str | None, memo
 def test_what_fits_into_memory_is_not_computed_again(mode: str | None) -> None:
     profiled(mode, samples=(5,))  # captures
     profiles, spent = [], []
-    fits_one = 3000 if mode in ("first", "last") else 1500
-    for memory in (0, fits_one, 1 << 20):
+    for_one_evaluation = 3000 if mode in ("first", "last") else 1500
+    for memory in (0, for_one_evaluation, 1 << 20):
         with FlopCounterMode(display=False) as counter:
             profiles.append(profiled(mode, samples=(5,), probes=2, memory=memory))
         spent.append(counter.get_total_flops())

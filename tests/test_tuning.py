@@ -12,6 +12,7 @@ import graphcache
 from examples.digits.model import ddim_scheduler, load_model
 from examples.digits.sample import sample as sample_digits
 from graphcache import GraphCacheError, Plan, PlanError, restore, tune, with_corrections
+from graphcache.holding import Budget
 from graphcache.sampling import Sampling, converged
 from graphcache.transform import wrapped
 from graphcache.tuning import MOST_RATE, TuningEngine, Weights, decibel_rate, mean_psnr
@@ -92,7 +93,7 @@ def test_a_plan_without_coefficients_is_refused(plan: Plan) -> None:
         tune(linear(), plan, [1], [2], sampler=Sampler())
 
 
-@pytest.mark.parametrize("held", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("memory", [0, 30_000, 1 << 20])
 @pytest.mark.parametrize(
     ("plan", "mode", "in_place"),
     [
@@ -105,13 +106,13 @@ def test_a_plan_without_coefficients_is_refused(plan: Plan) -> None:
     ],
 )
 def test_gradients_of_coefficients_are_finite_differences(
-    plan: Plan, mode: str | None, in_place: bool, held: float
+    plan: Plan, mode: str | None, in_place: bool, memory: int
 ) -> None:
     model = (linear() if plan is MIXED else tiny(3)).double()
     sampling = Sampling.of(model, Sampler(mode, dtype=torch.float64, in_place=in_place, fades=in_place))
     weights = Weights(plan).double()
     engine = TuningEngine(model, weights, "timestep")
-    engine.memory = int(held * 60_000)
+    engine.budget = Budget(memory)
     tuned = wrapped(model, engine)
     target = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -140,7 +141,7 @@ def test_a_model_that_was_compiled_has_the_same_gradients(memory: int) -> None:
     def gradients(model: nn.Module) -> list[Tensor]:
         sampling, weights = Sampling.of(model, Sampler()), Weights(PLAN)
         engine = TuningEngine(sampling.model, weights, "timestep")
-        engine.memory = memory
+        engine.budget = Budget(memory)
         sampling.generate(wrapped(sampling.model, engine), 1, 6, gradients=True).sum().backward()
         return [parameter.grad for parameter in weights.parameters()]
 
@@ -161,12 +162,12 @@ def test_coefficients_that_reach_no_result_are_refused(rows: str) -> None:
 def test_memory_is_for_evaluations_on_the_way_to_a_coefficient() -> None:
     sampling, memory = Sampling.of(linear().requires_grad_(False), Sampler()), 1 << 20
     engine = TuningEngine(sampling.model, Weights(PLAN), "timestep")
-    engine.memory = memory
+    engine.budget = Budget(memory)
     sampling.generate(wrapped(sampling.model, engine), 1, 6, gradients=True)
     ((_, program),) = engine.programs.items()
     computed, forecast = sorted(runnable.computed_bytes for runnable in program.phases.values())
     # the first coefficient is that of step 2
-    assert memory - engine.memory == computed + 3 * forecast
+    assert memory - engine.budget.left == computed + 3 * forecast
 
 
 def test_tuning_raises_the_psnr_of_samples_it_was_not_trained_on() -> None:

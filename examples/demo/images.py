@@ -30,9 +30,9 @@ SPEEDUP = 3.0
 
 def image_part(extent: Extent, folder: Path, console: Console) -> Part:
     """The images' part; its own plan is found first."""
-    labels = balanced_labels(16 if extent.small else 30 if extent.presets else 20)
+    labels = balanced_labels(extent.choose(16, 20, 30))
     example = digits_example()
-    found = searched.find(example, SPEEDUP, 4 if extent.small else 16, folder, console)
+    found = searched.find(example, SPEEDUP, extent.choose(4, 16, 16), folder, console)
     return Part(
         sample="image",
         plain=Method("uncached", example.model, sample, ddim_scheduler, STEPS),
@@ -43,7 +43,7 @@ def image_part(extent: Extent, folder: Path, console: Console) -> Part:
         fewer={"fewer DDIM steps": ddim_scheduler, "DPM-Solver++": dpm_solver_scheduler},
         warm_up_steps=STEPS,
         labels=labels,
-        rounds=2 if extent.small else 3,
+        rounds=extent.choose(2, 3, 3),
         shown=1,
         judge=_judge(load_classifier(), labels),
         draw=picture.draw,

@@ -34,6 +34,10 @@ class Extent:
     small: bool
     presets: bool
 
+    def choose(self, small: int, usual: int, longer: int) -> int:
+        """The number that goes with this much."""
+        return small if self.small else longer if self.presets else usual
+
 
 @dataclass(frozen=True)
 class Part:

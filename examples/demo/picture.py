@@ -71,7 +71,7 @@ def grid(images: Tensor) -> NDArray[np.float32]:
     paper = -1.0 if channels == 1 else 1.0
     padded = F.pad(images, (GAP, GAP, GAP, GAP), value=paper)
     blank = torch.full((lines * columns - count, *padded.shape[1:]), paper)
-    tiles = torch.cat([padded, blank]).unflatten(0, (lines, columns))  # type: ignore[no-untyped-call]
+    tiles = torch.cat([padded, blank]).reshape(lines, columns, *padded.shape[1:])
     sheet = tiles.permute(0, 3, 1, 4, 2).reshape(lines * (height + 2 * GAP), -1, channels)
     array: NDArray[np.float32] = (sheet[..., 0] if channels == 1 else sheet / 2 + 0.5).numpy()
     return array

@@ -32,8 +32,8 @@ def video_part(extent: Extent, folder: Path, console: Console) -> Part:
         fewer={"fewer steps": flow_scheduler},
         # some phases come only late
         warm_up_steps=STEPS,
-        labels=balanced_labels(1 if extent.small else 2),
-        rounds=1 if extent.small else 2,
+        labels=balanced_labels(extent.choose(1, 2, 2)),
+        rounds=extent.choose(1, 2, 2),
         shown=min(2, len(plans)),
         judge=None,
         draw=animation.draw,
