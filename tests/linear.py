@@ -109,10 +109,12 @@ class Sampler:
                     given = model(x, timestep=time, text=text)
                 with model.cache_context("uncond"):
                     free = model(x, timestep=time, text=empty)
-                given = given.sub_(free).add_(free) if self.in_place else given - free + free
             else:
                 given = free = model(x, timestep=time, text=text)
-            change = (free + 1.5 * (given - free)) / steps
+            # halves of one result may not be changed in place
+            in_place = self.in_place and self.mode == "calls"
+            difference = given.sub_(free) if in_place else given - free
+            change = (free + 1.5 * difference) / steps
             x = x.sub_(change) if self.in_place else x - change
         if x.requires_grad:
             x.register_hook(self.directions.append)

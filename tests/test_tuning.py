@@ -16,7 +16,7 @@ from graphcache.holding import Budget
 from graphcache.sampling import Sampling, converged
 from graphcache.transform import wrapped
 from graphcache.tuning import MOST_RATE, TuningEngine, Weights, decibel_rate, mean_psnr
-from linear import Replanned, Sampler, linear
+from linear import LinearDiT, Replanned, Sampler, linear
 from tiny import tiny
 
 PLAN = Plan.parse("""
@@ -148,6 +148,25 @@ def test_a_model_that_was_compiled_has_the_same_gradients(memory: int) -> None:
     compiled = linear()
     compiled.compile(backend="aot_eager")
     torch.testing.assert_close(gradients(compiled), gradients(linear()), rtol=0, atol=0)
+
+
+class Squashed(LinearDiT):
+    """Its last operation needs its result for the gradient."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return torch.tanh(super().forward(x, timestep, text))
+
+
+@pytest.mark.parametrize("memory", [0, 1 << 20])
+def test_results_may_be_changed_in_place(memory: int) -> None:
+    model, found = Squashed().eval(), []
+    for in_place in (False, True):
+        sampling, weights = Sampling.of(model, Sampler("calls", in_place=in_place)), Weights(PLAN)
+        engine = TuningEngine(model, weights, "timestep")
+        engine.budget = Budget(memory)
+        sampling.generate(wrapped(model, engine), 1, 6, gradients=True).sum().backward()
+        found.append([parameter.grad for parameter in weights.parameters()])
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("rows", ["@mlp ##.###", "output ##.###"])
