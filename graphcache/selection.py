@@ -1,4 +1,10 @@
-"""Which tokens the steps of a cycle compute, chosen once, where their site was computed whole."""
+"""Which tokens the steps of a cycle compute, chosen once, where their site was computed whole.
+
+Rounding decides nothing here. What differs by no more than `_TIED`, relative to the size of what is compared,
+is tied, and of those tied the first one wins: the token that comes first, the cluster whose random start came
+first. Tied with the best are those within reach of the best itself, so that a tie never hangs on where a
+grid's lines lie. Random numbers are drawn on the CPU and compared as they are.
+"""
 
 import itertools
 import math
@@ -17,6 +23,8 @@ from graphcache.ir.state import Choice
 _STRIDE = 1_000_003
 _ROUNDS = 4
 """Of k-means; its clusters change little afterwards."""
+_TIED = 2.0**-17
+"""64 units in the last place of a float32: sums over thousands of channels, in any order, differ by less."""
 
 
 @dataclass(frozen=True)
@@ -107,17 +115,31 @@ def _stratified(selection: Selection, noise: Tensor) -> dict[int, Tensor]:
 
 def _ranked(selection: Selection, score: Tensor, tokens: Tokens) -> dict[int, Tensor]:
     """The best ones, by their score and by the steps since they were computed."""
+    score = score.float()
     _, rows, count = score.shape
     missed = torch.zeros_like(score)
     places = {}
     for step, letter in selection.steps:
         budget = Budget.of(letter).among(count)
         total = score + float(letter.option("staleness")) * missed / selection.cycle
-        total = _spread(total, letter, tokens)
-        best = total.argsort(descending=True, stable=True)[..., :budget].sort().values
+        best = _best(_spread(total, letter, tokens), budget)
         places[step] = best.repeat(1, tokens.rows // rows, 1)
         missed = (missed + 1).scatter(-1, best, 0.0)
     return places
+
+
+def _best(score: Tensor, budget: int) -> Tensor:
+    """The places of the largest scores, rising; of those tied with the last one chosen, the first."""
+    last = score.sort(descending=True).values[..., max(budget, 1) - 1, None]
+    reach = _TIED * last.abs()
+    above = (score > last + reach).int() + (score >= last - reach).int()
+    return above.argsort(descending=True, stable=True)[..., :budget].sort().values
+
+
+def _first_least(cost: Tensor, reach: Tensor, dim: int) -> Tensor:
+    """The place of the first value that is no larger than the least one by more than its reach."""
+    tied = cost - reach <= cost.amin(dim, keepdim=True)
+    return tied.int().argmax(dim)
 
 
 def _spread(score: Tensor, letter: Letter, tokens: Tokens) -> Tensor:
@@ -131,7 +153,7 @@ def _spread(score: Tensor, letter: Letter, tokens: Tokens) -> Tensor:
     frames, height_, width_ = whole.shape[1:]
     blocks = whole.view(-1, frames, height_ // side, side, width_ // side, side)
     blocks = blocks.transpose(3, 4).flatten(-2)
-    first = F.one_hot(blocks.argmax(-1), side * side)
+    first = F.one_hot(_first_least(-blocks, _TIED * blocks.abs(), -1), side * side)
     blocks = blocks * (1 + float(letter.option("bonus")) * first)
     squares = blocks.view(*blocks.shape[:-1], side, side)
     whole = squares.transpose(3, 4).reshape(whole.shape)
@@ -160,16 +182,23 @@ def _clusters(selection: Selection, value: Tensor, tokens: Tokens, step: int, si
 def _clustered(letter: Letter, value: Tensor, tokens: Tokens, step: int, site: int) -> Choice:
     """k-means of the cached value; the token next to each mean stands for its cluster (ClusCa)."""
     budget = Budget.of(letter).among(tokens.count)
-    features = value.float().view(tokens.rows, tokens.count, -1)
+    # neither autocast nor TF32 narrows what is computed in float64
+    features = value.detach().double().view(tokens.rows, tokens.count, -1)
     start = _noise(letter, tokens, step, [site])[0].argsort(dim=1, stable=True)[:, :budget]
     means = features.gather(1, start[:, :, None].expand(-1, -1, features.shape[2]))
     for _ in range(_ROUNDS):
-        member = F.one_hot(torch.cdist(features, means).argmin(2), budget).float()
+        member = F.one_hot(_first_least(*_apart(features, means), 2), budget).to(features)
         sizes = member.sum(1)[:, :, None]
         means = torch.where(sizes > 0, member.transpose(1, 2) @ features / sizes.clamp(min=1), means)
-    apart = torch.cdist(features, means)
-    member = apart.argmin(2)
+    apart, reach = _apart(features, means)
+    member = _first_least(apart, reach, 2)
     own = F.one_hot(member, budget).bool()
-    nearest = apart.masked_fill(~own, math.inf).argmin(1)
+    nearest = _first_least(apart.masked_fill(~own, math.inf), reach, 1)
     order = nearest.argsort(dim=1, stable=True)
     return Choice(nearest.gather(1, order), order.argsort(dim=1).gather(1, member))
+
+
+def _apart(features: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """The distance of every token from every mean, and by how much rounding may have changed it."""
+    apart = torch.cdist(features, means)
+    return apart, _TIED * (apart + means.norm(dim=2)[:, None])

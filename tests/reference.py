@@ -27,8 +27,9 @@ from graphcache.ir.resolve import resolve
 from graphcache.ir.schedule import Selection
 from graphcache.ir.state import Choice
 from graphcache.program import Captured, Program
-from graphcache.selection import Tokens, choose
+from graphcache.selection import Tokens
 from graphcache.watch import Watch
+from reference_selection import chosen
 from zoo import CASES, Case
 
 Computed = tuple[int, tuple[Tensor, ...]]
@@ -217,7 +218,7 @@ class Reference:
                 score = norms / norms.norm(dim=-1, keepdim=True)
             tokens = Tokens(cut.rows, cut.tokens, raw.device, self.plan.grid)
             selection = Selection(site.name, tuple(steps), step - self.now)
-            [site.chosen] = choose(selection, tokens, self.now, [number], [score])
+            site.chosen = chosen(selection, tokens, self.now, number, score)
 
     def _later(self, site: Site, step: int) -> str:
         """The symbol that a site will have: held within what is taken from the cache."""

@@ -22,6 +22,7 @@ from graphcache.program import Program
 from graphcache.runner import BranchState, begun, run_step
 from graphcache.selection import Tokens, choose
 from reference import Subject, assert_same, runner_tensors, subject
+from reference_selection import chosen
 from strategies import QUICK, plans
 from test_semantics import check_against_reference
 from tiny import arguments, tiny
@@ -159,8 +160,8 @@ def tables(text: str, rows: int = 2, count: int = 16, steps: int = 4, **given: A
     selection = Selection("x", tuple((step, item) for step in range(1, steps + 1)), steps + 1)
     score = given.pop("score", None)
     scores = [torch.empty(0) if score is None else score]
-    (chosen,) = choose(selection, Tokens(rows, count, torch.device("cpu"), **given), 0, [0], scores)
-    return [chosen[step].places for step in range(1, steps + 1)]
+    (found,) = choose(selection, Tokens(rows, count, torch.device("cpu"), **given), 0, [0], scores)
+    return [found[step].places for step in range(1, steps + 1)]
 
 
 class TestChoices:
@@ -219,14 +220,18 @@ class TestChoices:
 
     def test_a_cluster_s_token_is_the_one_next_to_its_mean(self) -> None:
         value = torch.randn(2, 16, 4)
+        (places,) = tables("tokens 1 by cluster multiple=1", steps=1, score=value)
+        apart = (value - value.mean(1, keepdim=True)).norm(dim=2)
+        assert_same(places[:, 0], apart.argmin(1))
+
+    def test_clusters_are_those_of_the_reference(self) -> None:
+        """Which says in its own words how far k-means gets, and which token wins a tie."""
+        value = torch.randn(2, 16, 4)
         selection = Selection("x", ((1, letter("tokens 4 by cluster multiple=1")),), 2)
-        (chosen,) = choose(selection, Tokens(2, 16, torch.device("cpu")), 0, [0], [value])
-        choice = chosen[1]
-        for row in range(2):
-            for cluster in choice.clusters[row].unique().tolist():
-                members = (choice.clusters[row] == cluster).nonzero()[:, 0]
-                apart = (value[row][members] - value[row][members].mean(0)).norm(dim=1)
-                assert choice.places[row, cluster] == members[apart.argmin()]
+        tokens = Tokens(2, 16, torch.device("cpu"))
+        (ours,) = choose(selection, tokens, 0, [0], [value])
+        theirs = chosen(selection, tokens, 0, 0, value)
+        assert_same([ours[1].places, ours[1].clusters], [theirs[1].places, theirs[1].clusters])
 
     @pytest.mark.parametrize("by", ["random", "stratified", "norm", "cluster"])
     def test_sites_chosen_together_are_chosen_as_each_alone(self, by: str) -> None:
@@ -234,11 +239,11 @@ class TestChoices:
         selection, tokens = Selection("x", ((1, item), (2, item)), 3), Tokens(2, 16, torch.device("cpu"))
         scores = [torch.rand(2, 16, 4) if by == "cluster" else torch.rand(2, 16) for _ in range(3)]
         together = choose(selection, tokens, 0, [4, 7, 9], scores)
-        for site, score, chosen in zip([4, 7, 9], scores, together, strict=True):
+        for site, score, found in zip([4, 7, 9], scores, together, strict=True):
             (alone,) = choose(selection, tokens, 0, [site], [score])
             for step in (1, 2):
                 assert_same(
-                    [chosen[step].places, chosen[step].clusters], [alone[step].places, alone[step].clusters]
+                    [found[step].places, found[step].clusters], [alone[step].places, alone[step].clusters]
                 )
 
     @pytest.mark.parametrize(
