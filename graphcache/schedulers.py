@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from graphcache.caller import Caller
 from graphcache.ir.errors import PlanError, StateError
 from graphcache.ir.plan import Plan
 
@@ -33,40 +34,65 @@ class Position:
 
 
 class Driver:
-    """The scheduler that drives a model, looked up at each call because users replace it."""
+    """The scheduler that drives a model, looked up at each call because users replace it.
 
-    def __init__(self, scheduler: Any = None, pipe: Any = None) -> None:
+    One that was named drives whatever calls. Else it is that of the pipeline that calls, and outside of any
+    pipeline that of the pipeline which was given.
+    """
+
+    def __init__(self, scheduler: Any = None, pipe: Any = None, caller: Caller | None = None) -> None:
         self._scheduler = scheduler
-        self._pipe = None if pipe is None else weakref.ref(pipe)
+        self._given = None if pipe is None else weakref.ref(pipe)
+        self._caller = caller
+
+    @property
+    def given(self) -> Any:
+        """The pipeline that loops outside of any pipeline follow, if it still exists."""
+        return None if self._given is None else self._given()
 
     @property
     def pipe(self) -> Any:
-        """The pipeline whose scheduler is followed, if it still exists."""
-        return None if self._pipe is None else self._pipe()
+        """The pipeline whose scheduler is followed in the present call, None without one."""
+        calling = None if self._caller is None else self._caller.find()
+        if self._scheduler is None:
+            return self.given if calling is None else calling
+        return calling if getattr(calling, "scheduler", None) is self._scheduler else None
 
     @property
     def scheduler(self) -> Any:
         """The scheduler as it is now, None without one."""
-        return self._scheduler if self._pipe is None else getattr(self._pipe(), "scheduler", None)
+        return getattr(self.pipe, "scheduler", None) if self._scheduler is None else self._scheduler
 
     def refuse_other(self, plan: Plan) -> None:
         """Raise PlanError if a plan was made for another kind of scheduler."""
-        found = type(self.scheduler).__name__
-        if plan.scheduler is not None and self.scheduler is not None and found != plan.scheduler:
+        scheduler = None if plan.scheduler is None else self.scheduler
+        found = type(scheduler).__name__
+        if scheduler is not None and found != plan.scheduler:
             raise PlanError(
                 f"the plan was made for a {plan.scheduler}, and this generation runs a {found}; "
                 "search a plan for it, or take scheduler= out of the plan's header to use it anyway"
             )
 
     def position(self) -> Position | None:
-        """Where the scheduler stands; None without one, or when it was never given timesteps."""
+        """Where the scheduler stands; None without one, or when it was never given timesteps.
+
+        One that nobody named or gave drives nothing any more once it is behind its last step: then the calls
+        are another loop's.
+        """
         scheduler = self.scheduler
         if scheduler is None or getattr(scheduler, "num_inference_steps", None) is None:
             return None
         step = getattr(scheduler, "step_index", None)
         if step is None:
             step = getattr(scheduler, "begin_index", None)
+        if self._is_found and step is not None and step >= len(scheduler.timesteps):
+            return None
         return Position(scheduler.timesteps, step, hasattr(scheduler, "step_index"))
+
+    @property
+    def _is_found(self) -> bool:
+        """Whether only the pipeline that calls can be the driver."""
+        return self._scheduler is None and self.given is None
 
     def first_step(self, timesteps: torch.Tensor, timestep: torch.Tensor) -> int:
         """The index at which a generation begins when its scheduler does not tell.
@@ -79,13 +105,14 @@ class Driver:
         """
         values: list[float] = timesteps.tolist()
         now = read_timestep(timestep)
-        announced = max(0, len(values) - getattr(self.pipe, "_num_timesteps", len(values)))
+        pipe = self.pipe
+        announced = max(0, len(values) - getattr(pipe, "_num_timesteps", len(values)))
         found = values.index(now) if now in values else None
         for scales in (_SCALED, _REVERSED):
             for index in (announced, 0):
                 if not belongs(values, index, now, scales):
                     continue
-                if found not in (None, index) and scales is _REVERSED and self.pipe is None:
+                if found not in (None, index) and scales is _REVERSED and pipe is None:
                     raise StateError(
                         f"timestep {now:g} may be step {found} of the scheduler's schedule or, counted the "
                         f"other way, step {index}; transform the pipeline rather than its model, or use a "

@@ -1,0 +1,88 @@
+"""The pipeline that calls a model: found on Python's stack, whoever made it and wherever it was sent."""
+
+import operator
+import sys
+import weakref
+from collections.abc import Mapping
+from itertools import chain, repeat
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+FARTHEST = 32
+"""How many functions up the stack a pipeline is looked for; a loop outside of any pipeline pays for each."""
+
+_MODULE_CALL = nn.Module._call_impl.__code__
+_HELD_BY_FRAME = 3
+"""References to the copy of a frame's variables while nobody else has it: the frame's, two of the reader."""
+
+
+class Caller:
+    """Finds the pipeline by which a model is called at present.
+
+    That is an argument, such as `self`, of the nearest calling function that has one with a scheduler and
+    with the model among its attributes.
+    """
+
+    def __init__(self) -> None:
+        self._model: weakref.ref[nn.Module] | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        """Look for what holds this model, itself or behind one module around it."""
+        self._model = weakref.ref(model)
+
+    def find(self) -> Any:
+        """The pipeline in whose call this runs, None outside of any."""
+        model = None if self._model is None else self._model()
+        frame = None if model is None else _outside()
+        for _ in range(FARTHEST):
+            if frame is None:
+                return None
+            pipe = _driving(frame, model)
+            if pipe is not None:
+                return pipe
+            frame = frame.f_back
+        return None
+
+
+def _outside() -> FrameType | None:
+    """The innermost function that is neither this library's nor the one by which every module is called."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__package__") == __package__:
+        frame = frame.f_back
+    return frame.f_back if frame is not None and frame.f_code is _MODULE_CALL else frame
+
+
+def _driving(frame: FrameType, model: nn.Module | None) -> Any:
+    """The argument of a function that drives a model; *args and **kwargs are not looked into."""
+    code = frame.f_code
+    count = code.co_argcount + code.co_kwonlyargcount
+    if not count:
+        return None
+    variables, found = frame.f_locals, None
+    for name in code.co_varnames[:count]:
+        value = variables.get(name)
+        attributes = getattr(value, "__dict__", None)
+        if attributes and _has_scheduler(value, attributes) and _holds(attributes, model):
+            found = value
+            break
+    # before Python 3.13 the frame keeps this copy, and with it tensors that the function has let go;
+    # one that someone asked for with locals() is theirs
+    if type(variables) is dict and sys.getrefcount(variables) <= _HELD_BY_FRAME:
+        variables.clear()
+    return found
+
+
+def _has_scheduler(value: Any, attributes: Mapping[str, Any]) -> bool:
+    """Whether it has one that knows timesteps. Asks nothing that would compute an attribute it has not."""
+    named = "scheduler" in attributes or hasattr(type(value), "scheduler")
+    return named and hasattr(getattr(value, "scheduler", None), "timesteps")
+
+
+def _holds(attributes: Mapping[str, Any], model: nn.Module | None) -> bool:
+    """Whether the model is an attribute, or is inside one module that is, as behind torch.compile."""
+    if any(map(operator.is_, attributes.values(), repeat(model))):
+        return True
+    modules = (item._modules.values() for item in [*attributes.values()] if isinstance(item, nn.Module))
+    return any(map(operator.is_, chain.from_iterable(modules), repeat(model)))
