@@ -3,9 +3,9 @@
 import operator
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain, repeat
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 from torch import nn
@@ -19,11 +19,7 @@ _HELD_BY_FRAME = 3
 
 
 class Caller:
-    """Finds the pipeline by which a model is called at present.
-
-    That is an argument, such as `self`, of the nearest calling function that has one with a scheduler and
-    with the model among its attributes.
-    """
+    """Finds the pipeline by which a model is called at present: what has both a scheduler and the model."""
 
     def __init__(self) -> None:
         self._model: weakref.ref[nn.Module] | None = None
@@ -32,14 +28,18 @@ class Caller:
         """Look for what holds this model, itself or behind one module around it."""
         self._model = weakref.ref(model)
 
-    def find(self) -> Any:
-        """The pipeline in whose call this runs, None outside of any."""
+    def find(self, handed: bool = False) -> Any:
+        """The pipeline of which a method calls, however far down; None outside of any.
+
+        Args:
+            handed: whether one that any calling function was given as an argument counts as well.
+        """
         model = None if self._model is None else self._model()
         frame = None if model is None else _outside()
         for _ in range(FARTHEST):
             if frame is None:
                 return None
-            pipe = _driving(frame, model)
+            pipe = _driving(frame, model, _names(frame.f_code, handed))
             if pipe is not None:
                 return pipe
             frame = frame.f_back
@@ -54,14 +54,21 @@ def _outside() -> FrameType | None:
     return frame.f_back if frame is not None and frame.f_code is _MODULE_CALL else frame
 
 
-def _driving(frame: FrameType, model: nn.Module | None) -> Any:
-    """The argument of a function that drives a model; *args and **kwargs are not looked into."""
-    code = frame.f_code
-    count = code.co_argcount + code.co_kwonlyargcount
-    if not count:
+def _names(code: CodeType, handed: bool) -> tuple[str, ...]:
+    """The arguments that may be a pipeline: all, or that whose method the function is."""
+    if handed:
+        return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    scope = code.co_qualname.rpartition(".")[0]
+    is_method = scope and not scope.endswith("<locals>") and code.co_argcount
+    return code.co_varnames[:1] if is_method else ()
+
+
+def _driving(frame: FrameType, model: nn.Module | None, names: Sequence[str]) -> Any:
+    """The one of a function's variables that has a scheduler and the model."""
+    if not names:
         return None
     variables, found = frame.f_locals, None
-    for name in code.co_varnames[:count]:
+    for name in names:
         value = variables.get(name)
         attributes = getattr(value, "__dict__", None)
         if attributes and _has_scheduler(value, attributes) and _holds(attributes, model):

@@ -36,8 +36,8 @@ class Position:
 class Driver:
     """The scheduler that drives a model, looked up at each call because users replace it.
 
-    One that was named drives whatever calls. Else it is that of the pipeline that calls, and outside of any
-    pipeline that of the pipeline which was given.
+    One that was named drives whatever calls. Else it is that of the pipeline that calls. A loop outside of
+    any pipeline follows the one that was given, or another that it was handed in its place.
     """
 
     def __init__(self, scheduler: Any = None, pipe: Any = None, caller: Caller | None = None) -> None:
@@ -53,9 +53,10 @@ class Driver:
     @property
     def pipe(self) -> Any:
         """The pipeline whose scheduler is followed in the present call, None without one."""
-        calling = None if self._caller is None else self._caller.find()
+        given = self.given
+        calling = None if self._caller is None else self._caller.find(handed=given is not None)
         if self._scheduler is None:
-            return self.given if calling is None else calling
+            return given if calling is None else calling
         return calling if getattr(calling, "scheduler", None) is self._scheduler else None
 
     @property
