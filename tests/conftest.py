@@ -1,18 +1,77 @@
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
+import torch
+from hypothesis import HealthCheck, settings
 
 from graphcache.program import Captured
+from seeding import Run, numbers_of
 from sharing import Sharing
 
 GOLDEN = Path(__file__).parent / "golden"
 
+# what earlier runs found, and how fast the machine is, decides nothing
+settings.register_profile(
+    "reproducible",
+    database=None,
+    deadline=None,
+    derandomize=False,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("reproducible")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden texts anew, to be read")
+    parser.addoption(
+        "--seed", type=int, default=Run.seed, help="of all random numbers; else the variable SEED, else 0"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    Run.seed = config.getoption("--seed")
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(Run.seed)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.stats.keys() & {"failed", "error"}:
+        terminalreporter.write_line(f"These are the random numbers of --seed {Run.seed}.")
+
+
+@pytest.fixture(autouse=True)
+def _own_numbers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test has the same random numbers whatever ran before it, in whatever process."""
+    with numbers_of(request.node.nodeid):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest
+) -> Generator[None, object, object]:
+    """So has a fixture that several tests share."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with numbers_of(f"{fixturedef.baseid} {fixturedef.argname} {getattr(request, 'param', '')}"):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Numbers drawn while files are read would hang on which files are read before."""
+    before = torch.get_rng_state(), np.random.get_state()[1]
+    result = yield
+    after = torch.get_rng_state(), np.random.get_state()[1]
+    if not all(np.array_equal(one, other) for one, other in zip(before, after, strict=True)):
+        raise pytest.UsageError("a file of tests draws random numbers when it is read")
+    return result
 
 
 def pytest_collection_finish() -> None:

@@ -17,7 +17,6 @@ from graphcache.analysis.bases import coefficients
 from graphcache.analysis.dataflow import Dataflow
 from graphcache.analysis.tokens import memories, token_cuts
 from graphcache.capture import forward_parameters
-from graphcache.engine import _ambient
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import StepGraph
@@ -28,8 +27,8 @@ from graphcache.ir.schedule import Selection
 from graphcache.ir.state import Choice
 from graphcache.program import Captured, Program
 from graphcache.selection import Tokens
-from graphcache.watch import Watch
 from reference_selection import chosen
+from seeding import own_numbers
 from zoo import CASES, Case
 
 Computed = tuple[int, tuple[Tensor, ...]]
@@ -377,8 +376,8 @@ class Subject:
         key, _ = engine.binder.signature(engine.binder.bind((), kwargs))
         program = Program(self.captured, engine.backend)
         program.check(plan)
-        engine.programs[key + _ambient()] = program
-        engine._watch = Watch(self.model)
+        engine.programs.add(engine._key(key, begins=True), program)
+        engine.variants.captured()
         return made
 
     def reference(self, plan: Plan, start: int = 0) -> Callable[..., Any]:
@@ -400,6 +399,7 @@ class Subject:
 
 
 @functools.cache
+@own_numbers
 def subject(name: str, batch: int = 2, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Subject:
     case = CASES[name]
     model = case.make().to(device, dtype)

@@ -21,12 +21,14 @@ from graphcache.capture import forward_parameters
 from graphcache.ir.call import Binder
 from pipelines import TinyPipeline
 from reference import Reference, capture_call
+from seeding import own_numbers
 
 PlanFor = Callable[[int], Plan]
 """The plan for a schedule of this many steps."""
 
 
 @functools.cache
+@own_numbers
 def untouched(tiny: TinyPipeline) -> Any:
     return tiny.make()
 

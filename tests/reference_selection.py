@@ -33,12 +33,13 @@ def chosen(selection: Selection, tokens: Tokens, step: int, site: int, score: Te
     else:
         rows = [_ranked(selection, scores, tokens) for scores in score.double().tolist()]
         rows = rows * (tokens.rows // len(rows))
-    none = torch.empty(0, dtype=torch.int64)
+    none = torch.empty(0, dtype=torch.int64, device=tokens.device)
     steps = [at for at, _ in selection.steps]
-    return {
-        at: Choice(torch.tensor([row[i] for row in rows], dtype=torch.int64), none)
+    places = {
+        at: torch.tensor([row[i] for row in rows], dtype=torch.int64, device=tokens.device)
         for i, at in enumerate(steps)
     }
+    return {at: Choice(place, none) for at, place in places.items()}
 
 
 def drawn(seed: int, step: int, site: int, row: int, count: int) -> Tensor:
@@ -124,7 +125,7 @@ def _clusters(letter: Letter, tokens: Tokens, step: int, site: int, value: Tenso
         renamed = sorted(range(budget), key=lambda cluster: (nearest[cluster], cluster))
         places.append([nearest[cluster] for cluster in renamed])
         clusters.append([renamed.index(cluster) for cluster in member])
-    return Choice(torch.tensor(places), torch.tensor(clusters))
+    return Choice(torch.tensor(places).to(tokens.device), torch.tensor(clusters).to(tokens.device))
 
 
 def _means_of(features: list[Vector], means: list[Vector]) -> tuple[list[int], list[int]]:

@@ -13,7 +13,6 @@ SELECTORS = ("@self", "@mlp", "*", "output", "range(0..1)")
 QUICK = settings(
     max_examples=5,
     deadline=None,
-    derandomize=True,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )

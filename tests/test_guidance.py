@@ -17,6 +17,7 @@ from graphcache.analysis.frequency import basis, disc, radius
 from graphcache.presets import fastercache
 from reference import Subject, assert_same, runner_tensors, subject
 from reference_guidance import GuidedReference, low_band
+from seeding import own_numbers
 from strategies import QUICK, plans
 from tiny import TinyDiT
 
@@ -351,12 +352,12 @@ DEPTH, TOKENS, DIM = 3, 24, 4
 
 
 @functools.cache
+@own_numbers
 def counting() -> Counting:
     return Counting(DEPTH).eval()
 
 
 def sample_counting(plan: Plan, **options: Any) -> Any:
-    torch.manual_seed(0)
     model = graphcache.transform(counting(), plan, **options)
     latents, text = torch.randn(1, DIM, 4, 6), torch.randn(2, DIM)
     for step in range(plan.steps):
@@ -400,7 +401,6 @@ class TestPublishedFigures:
         model = sample_counting(plan, backend=counter)
         frames = counter.frame_count
         assert frames == model.summary().branches[0].graphs <= 7
-        torch.manual_seed(1)
         for _ in range(2):
             latents, text = torch.randn(1, DIM, 4, 6), torch.randn(2, DIM)
             for step in range(plan.steps):
@@ -412,7 +412,6 @@ class TestWhatChangesBetweenGenerations:
     PLAN = fastercache(8)
 
     def test_another_shape_and_another_clip(self) -> None:
-        torch.manual_seed(0)
         model = graphcache.transform(Counting(2).eval(), self.PLAN)
         for shape in ((1, DIM, 4, 6), (3, DIM, 4, 6), (1, DIM, 6, 6), (1, DIM, 4, 6)):
             latents, text = torch.randn(shape), torch.randn(2 * shape[0], DIM)
@@ -424,7 +423,6 @@ class TestWhatChangesBetweenGenerations:
                 assert_same(model(*call), other(*call))
 
     def test_another_dtype(self) -> None:
-        torch.manual_seed(0)
         latents, text = torch.randn(1, DIM, 4, 6), torch.randn(2, DIM)
         results = {}
         for dtype in (torch.float32, torch.bfloat16):
@@ -441,7 +439,6 @@ class TestWhatChangesBetweenGenerations:
 
     def test_guidance_that_is_off(self, caplog: pytest.LogCaptureFixture) -> None:
         """One prompt, and two prompts whose latents differ: every sample is computed at every step."""
-        torch.manual_seed(0)
         model = graphcache.transform(Counting(2).eval(), self.PLAN)
         features = graphcache.transform(graphcache.restore(model), fastercache(8, guidance=False))
         for batch in (1, 2):
@@ -513,7 +510,6 @@ class TestRefusals:
             model(torch.zeros(1, 3, 4), torch.ones(1), torch.zeros(1, 4))
 
     def test_a_model_that_mixes_the_branches(self) -> None:
-        torch.manual_seed(0)
         model = graphcache.transform(
             Mixing(1).eval(), Plan.parse("plan steps=3 conditional=last\nguidance #..")
         )

@@ -20,6 +20,7 @@ from graphcache.passes.base import run
 from graphcache.passes.narrow import Narrow
 from graphcache.passes.specialize import Specialize
 from reference import assert_same, capture_call, subject
+from seeding import own_numbers
 from tiny import arguments
 
 Cut = Callable[[Tensor], tuple[Tensor, ...]]
@@ -66,8 +67,8 @@ CUTS: dict[str, Cut] = {
 
 
 @cache
+@own_numbers
 def modulated(name: str, bias: bool = True) -> StepGraph:
-    torch.manual_seed(0)
     return capture_call(Modulated(CUTS[name], bias), arguments(), "timestep").step
 
 

@@ -22,6 +22,7 @@ from graphcache.ir.graph import StepGraph
 from graphcache.ir.schedule import Budget
 from graphcache.program import Program
 from reference import capture_call
+from seeding import own_numbers
 from tiny import TinyDiT, arguments, tiny
 from zoo import CASES
 
@@ -40,6 +41,7 @@ PLANS = {
 
 
 @functools.cache
+@own_numbers
 def costs(name: str) -> CostModel:
     if name == "tiny":
         return cost_model(tiny(2), arguments())
