@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,9 @@ def browser(folder: Path) -> Iterator[Browser]:
         tab = Browser(ours[1], theirs[0])
         yield tab
         tab.close()
-        process.wait(20)
+        # a slow end is no failure
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
     finally:
         process.kill()
         process.wait()
