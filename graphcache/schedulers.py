@@ -42,13 +42,13 @@ class Driver:
 
     def __init__(self, scheduler: Any = None, pipe: Any = None, caller: Caller | None = None) -> None:
         self._scheduler = scheduler
-        self._given = None if pipe is None else weakref.ref(pipe)
+        self._given = _weakly(pipe)
         self._caller = caller
 
     @property
     def given(self) -> Any:
         """The pipeline that loops outside of any pipeline follow, if it still exists."""
-        return None if self._given is None else self._given()
+        return self._given()
 
     @property
     def pipe(self) -> Any:
@@ -121,6 +121,14 @@ class Driver:
                     )
                 return index
         return announced if found is None else found
+
+
+def _weakly(thing: Any) -> Callable[[], Any]:
+    """Returns a thing for as long as someone else holds it, or for good if its class allows nothing else."""
+    try:
+        return weakref.ref(thing)
+    except TypeError:
+        return lambda: thing
 
 
 def read_timestep(timestep: torch.Tensor) -> float:
