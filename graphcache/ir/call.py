@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import inspect
+import numbers
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,21 @@ import torch
 
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import InputKind
+from graphcache.ir.tree import (
+    INSTEAD_OF_A_CACHE,
+    Leaf,
+    fields_of,
+    fill,
+    is_record,
+    refuse_filled,
+    sequence_of,
+    strip,
+)
 
 _BY_IDENTITY = (torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum, type)
 _BY_VALUE = (type(None), bool, int, float, complex, str, bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class _Leaf:
-    index: int
+_PLAIN = (*_BY_VALUE, *_BY_IDENTITY, numbers.Number, range, slice)
+"""Of a result: what a graph hands out at every step as it was at capture."""
 
 
 class Binder:
@@ -79,10 +87,15 @@ def _sign(value: Any, key: list[Hashable], tensors: list[torch.Tensor], where: s
             _sign(item, key, tensors, f"{where}.{name}")
     elif isinstance(value, _BY_IDENTITY):
         key.append(value)
+    elif is_record(value):
+        key.append(value.__class__)
+        for name, item in fields_of(value).items():
+            _sign(item, key, tensors, f"{where}.{name}")
     else:
         raise CaptureError(
             f"argument {where} is a {type(value).__name__}, whose value cannot be compared between "
-            "calls; pass tensors, numbers, strings, lists or dicts"
+            "calls; pass tensors, numbers, strings, lists, dicts or dataclasses of them. If it is a cache of "
+            f"keys and values, {INSTEAD_OF_A_CACHE}"
         )
 
 
@@ -104,15 +117,15 @@ class CallSpec:
             CaptureError: the timestep is missing or no tensor, or nothing looks like latents.
         """
         names: list[str] = []
-        template = {name: _strip(value, name, names) for name, value in bound.items()}
+        template = {name: strip(value, name, names) for name, value in bound.items()}
         step = template.get(timestep)
-        if not isinstance(step, _Leaf):
+        if not isinstance(step, Leaf):
             raise CallSpec.missing_timestep(bound, timestep)
         latent = next(
             (
                 leaf.index
                 for name, leaf in template.items()
-                if isinstance(leaf, _Leaf) and name != timestep and bound[name].is_floating_point()
+                if isinstance(leaf, Leaf) and name != timestep and bound[name].is_floating_point()
             ),
             None,
         )
@@ -142,34 +155,25 @@ class CallSpec:
         return "timestep" if index == self.timestep else "constant"
 
     def arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        filled = {name: _fill(value, tensors) for name, value in self.template.items()}
+        filled = {name: fill(value, tensors) for name, value in self.template.items()}
         args = tuple(filled.pop(name) for name in list(filled) if name in self.positional_only)
         return args, filled
 
+    def run(self, model: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Any:
+        """The model's result for these leaves.
 
-def _strip(value: Any, where: str, names: list[str]) -> Any:
-    if isinstance(value, torch.Tensor):
-        names.append(where)
-        return _Leaf(len(names) - 1)
-    if isinstance(value, dict):
-        return {key: _strip(item, f"{where}.{key}", names) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return _sequence(type(value), [_strip(item, f"{where}[{i}]", names) for i, item in enumerate(value)])
-    return value
-
-
-def _fill(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    if isinstance(value, _Leaf):
-        return tensors[value.index]
-    if isinstance(value, dict):
-        return {key: _fill(item, tensors) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return _sequence(type(value), [_fill(item, tensors) for item in value])
-    return value
-
-
-def _sequence(kind: type, items: list[Any]) -> Any:
-    return kind(*items) if hasattr(kind, "_fields") else kind(items)
+        Raises:
+            CaptureError: the call has put something into one of its arguments.
+        """
+        given, named = self.arguments(tensors)
+        result = model(*given, **named)
+        before, named_before = self.arguments(tensors)
+        positional = [name for name in self.template if name in self.positional_only]
+        for name, old, new in zip(positional, before, given, strict=True):
+            refuse_filled(name, old, new)
+        for name, old in named_before.items():
+            refuse_filled(name, old, named[name])
+        return result
 
 
 @dataclass(frozen=True)
@@ -181,14 +185,19 @@ class OutputSpec:
 
     @staticmethod
     def of(result: Any) -> tuple["OutputSpec", tuple[torch.Tensor, ...]]:
+        """Take a result apart.
+
+        Raises:
+            CaptureError: it has no tensor, or an object in it that a graph cannot make anew at each step.
+        """
         leaves: list[torch.Tensor] = []
-        build = _builder(result, leaves)
+        build = _builder(result, leaves, "the model's result")
         if not leaves:
             raise CaptureError(f"the model returned {type(result).__name__} without a tensor in it")
         return OutputSpec(len(leaves), build), tuple(leaves)
 
 
-def _builder(value: Any, leaves: list[torch.Tensor]) -> Callable[[Sequence[torch.Tensor]], Any]:
+def _builder(value: Any, leaves: list[torch.Tensor], where: str) -> Callable[[Sequence[torch.Tensor]], Any]:
     if isinstance(value, torch.Tensor):
         leaves.append(value)
         index = len(leaves) - 1
@@ -196,14 +205,19 @@ def _builder(value: Any, leaves: list[torch.Tensor]) -> Callable[[Sequence[torch
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         kind: Any = type(value)
         fields = [f.name for f in dataclasses.fields(value) if f.init]
-        parts = {name: _builder(getattr(value, name), leaves) for name in fields}
+        parts = {name: _builder(getattr(value, name), leaves, f"{where}.{name}") for name in fields}
         return lambda tensors: kind(**{name: part(tensors) for name, part in parts.items()})
     if isinstance(value, Mapping):
-        entries = {key: _builder(item, leaves) for key, item in value.items()}
+        entries = {key: _builder(item, leaves, f"{where}[{key!r}]") for key, item in value.items()}
         mapping: Any = type(value)
         return lambda tensors: mapping({key: entry(tensors) for key, entry in entries.items()})
     if isinstance(value, (list, tuple)):
-        items = [_builder(item, leaves) for item in value]
+        items = [_builder(item, leaves, f"{where}[{i}]") for i, item in enumerate(value)]
         sequence = type(value)
-        return lambda tensors: _sequence(sequence, [item(tensors) for item in items])
+        return lambda tensors: sequence_of(sequence, [item(tensors) for item in items])
+    if not isinstance(value, _PLAIN):
+        raise CaptureError(
+            f"{where} is a {type(value).__name__}, of which a graph could only hand out the first step's at "
+            f"every step; {INSTEAD_OF_A_CACHE}"
+        )
     return lambda tensors: value

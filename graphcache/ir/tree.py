@@ -1,0 +1,101 @@
+"""A call's arguments taken apart into tensors and what is around them, and put together again."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphcache.ir.errors import CaptureError
+
+INSTEAD_OF_A_CACHE = (
+    "switch off the cache that it belongs to (use_cache=False, or whatever the model calls it), or let "
+    "forward take and return its tensors, in tuples, lists, dicts or dataclasses"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """The place of a tensor."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A dataclass, of which the fields are filled in."""
+
+    kind: type
+    fields: dict[str, Any]
+
+
+def is_record(value: Any) -> bool:
+    """Whether it is a dataclass that its fields make up."""
+    if isinstance(value, type) or not dataclasses.is_dataclass(value):
+        return False
+    fields = dataclasses.fields(value)
+    others = set(getattr(value, "__dict__", ())) - {field.name for field in fields}
+    return not others and all(field.init for field in fields)
+
+
+def fields_of(record: Any) -> dict[str, Any]:
+    """What a dataclass holds, by name."""
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+
+
+def strip(value: Any, where: str, names: list[str]) -> Any:
+    """An argument with leaves in the place of its tensors, whose names are appended to `names`."""
+    if isinstance(value, torch.Tensor):
+        names.append(where)
+        return Leaf(len(names) - 1)
+    if isinstance(value, dict):
+        return {key: strip(item, f"{where}.{key}", names) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return sequence_of(type(value), [strip(item, f"{where}[{i}]", names) for i, item in enumerate(value)])
+    if is_record(value):
+        fields = fields_of(value).items()
+        return Record(type(value), {name: strip(item, f"{where}.{name}", names) for name, item in fields})
+    return value
+
+
+def fill(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """An argument made anew, with tensors in the place of its leaves."""
+    if isinstance(value, Leaf):
+        return tensors[value.index]
+    if isinstance(value, dict):
+        return {key: fill(item, tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return sequence_of(type(value), [fill(item, tensors) for item in value])
+    if isinstance(value, Record):
+        return value.kind(**fill(value.fields, tensors))
+    return value
+
+
+def refuse_filled(where: str, before: Any, after: Any) -> None:
+    """Compare an argument with what forward left of it.
+
+    It is made anew for the graph alone, so that nobody would see what forward puts into it.
+
+    Raises:
+        CaptureError: forward has changed it.
+    """
+    if isinstance(before, (dict, list, tuple)):
+        same = len(before) == len(after) and (not isinstance(before, dict) or [*before] == [*after])
+        pairs = zip(*((x.values() if isinstance(x, dict) else x) for x in (before, after)), strict=False)
+    elif is_record(before):
+        same, pairs = True, zip(fields_of(before).values(), fields_of(after).values(), strict=True)
+    else:
+        same, pairs = before is after, zip((), (), strict=True)
+    if not same:
+        raise CaptureError(
+            f"the model's forward changes its argument {where}, which only its first step would do; return "
+            f"the tensors instead. If it is a cache of keys and values, {INSTEAD_OF_A_CACHE}"
+        )
+    for one, other in pairs:
+        refuse_filled(where, one, other)
+
+
+def sequence_of(kind: type, items: list[Any]) -> Any:
+    """A list or tuple of this kind."""
+    return kind(*items) if hasattr(kind, "_fields") else kind(items)
