@@ -3,9 +3,7 @@
 import contextlib
 import inspect
 import logging
-import traceback
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +14,15 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.overrides import TorchFunctionMode
 
 from graphcache.compile import COMPILING
+from graphcache.explanation import explain
 from graphcache.functional import Unknown, erase_unread, functional, inlined, is_functional
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, Output, StepGraph
+from graphcache.plain_tensors import Originals
+from graphcache.rehearsal import Undo, random_states_kept, rehearse
+from graphcache.undisturbed import undisturbed
 
-_TORCH = str(Path(torch.__file__).parent)
 _PURE_RANDOM = {
     torch.ops.aten.scaled_dot_product_attention.default,
     torch.ops.aten.dropout.default,
@@ -44,31 +45,47 @@ def capture(
     Raises:
         CaptureError: for whatever a graph cannot hold, naming the cause and what to do about it.
     """
+    originals = Originals()
+    tensors = tuple([originals.plain(tensor) for tensor in tensors])
+    devices = {tensor.device for tensor in (*tensors, *model.parameters())}
+
+    def rehearsal() -> Undo:
+        return rehearse(lambda: OutputSpec.of(call.run(model, tensors)), devices)
+
+    with (
+        COMPILING,
+        _uncompiled(model),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        random_states_kept(devices),
+    ):
+        return undisturbed(model, originals, rehearsal, lambda: _traced(model, call, tensors, originals))
+
+
+def _traced(
+    model: nn.Module, call: CallSpec, tensors: tuple[torch.Tensor, ...], originals: Originals
+) -> tuple[StepGraph, OutputSpec]:
     outputs: list[OutputSpec] = []
     wrapper = _FlatCall(model, call, outputs.append)
     try:
         with (
-            COMPILING,
-            _uncompiled(model),
             _without_stack_traces(),
             # export writes code for modules that nobody calls, which takes a seventh of the time
             _use_lazy_graph_module(True),
             _ChosenKernels(),
-            torch.inference_mode(False),
-            torch.no_grad(),
         ):
             program = torch.export.export(wrapper, tensors, strict=False)
             program, graph = _functional(program)
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(_explain(error)) from error
+        raise CaptureError(explain(error)) from error
     _refuse_mutation(program.graph_signature)
     graph, held = _unlifted(program, graph)
     _refuse_ops(graph)
     output = outputs[-1]
     step = StepGraph(
-        fx.GraphModule(held, graph),
+        fx.GraphModule({name: originals.of(value) for name, value in held.items()}, graph),
         graph,
         tuple(Input(call.kind(index), index, name) for index, name in enumerate(call.leaf_names)),
         tuple(Output(index) for index in range(output.count)),
@@ -149,9 +166,7 @@ class _FlatCall(nn.Module):
         self.returned = returned
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        args, kwargs = self.call.arguments(tensors)
-        result = self.model(*args, **kwargs)
-        output, leaves = OutputSpec.of(result)
+        output, leaves = OutputSpec.of(self.call.run(self.model, tensors))
         self.returned(output)
         return leaves
 
@@ -239,33 +254,6 @@ def _place(node: fx.Node) -> str:
     stack = list(node.meta.get("nn_module_stack", {}).values())
     path = stack[-1][0].removeprefix("model").lstrip(".") if stack else ""
     return f"module '{path}'" if path else "the model"
-
-
-def _explain(error: BaseException) -> str:
-    place = _user_line(error)
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return (
-        f"the model cannot be captured{place}: {reason}. A step must not branch on tensor values; "
-        "move that decision out of forward"
-    )
-
-
-def _user_line(error: BaseException) -> str:
-    """The innermost frame of the user's own code behind an export error."""
-    seen: set[int] = set()
-    chain: BaseException | None = error
-    while chain is not None and id(chain) not in seen:
-        seen.add(id(chain))
-        frames = [f for f in traceback.extract_tb(chain.__traceback__) if _is_user_code(f.filename)]
-        if frames:
-            last = frames[-1]
-            return f" because of {last.filename}:{last.lineno} in {last.name}: `{last.line}`"
-        chain = chain.__cause__ or chain.__context__
-    return ""
-
-
-def _is_user_code(filename: str) -> bool:
-    return not filename.startswith((_TORCH, "<")) and filename != __file__
 
 
 def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
