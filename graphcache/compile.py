@@ -3,7 +3,7 @@
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -26,11 +26,21 @@ torch.compile's keyword arguments, such as {"backend": "inductor", "options": {"
 Compiled = Callable[..., Sequence[torch.Tensor]]
 
 
-def build(step: StepGraph, backend: Backend) -> Compiled:
+class Kept(Protocol):
+    """Code of graphs that were compiled before."""
+
+    def find(self, step: StepGraph) -> Compiled | None:
+        """The code of a graph that computes the same with the same weights."""
+
+    def keep(self, step: StepGraph, code: Compiled) -> None:
+        """Note what a graph was compiled to."""
+
+
+def build(step: StepGraph, backend: Backend, kept: Kept | None = None) -> Compiled:
     """Make a graph callable with its input ports' tensors, in order.
 
     Code is generated and compiled in the first call, which waits until no other thread does so: plans are
-    also made to be checked or priced alone.
+    also made to be checked or priced alone. What is `kept` is not compiled again.
     """
     made: Compiled | None = None
 
@@ -41,10 +51,13 @@ def build(step: StepGraph, backend: Backend) -> Compiled:
         nonlocal made
         with COMPILING:
             if made is None:
-                code = _code(step, backend)
-                results = None if backend is None else _compiling(code, tensors)
+                known = kept.find(step) if kept and backend is not None else None
+                code = _code(step, backend) if known is None else known
+                results = None if backend is None or known is not None else _compiling(code, tensors)
                 made = code
                 if results is not None:
+                    if kept:
+                        kept.keep(step, code)
                     return results
         return made(*tensors)
 

@@ -4,11 +4,8 @@ import itertools
 import logging
 import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +13,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from graphcache import presets
+from graphcache.caller import Caller
 from graphcache.capture import forward_parameters
 from graphcache.compile import Backend, begin_generation, prior_compilation
 from graphcache.halves import is_doubled
@@ -23,18 +21,32 @@ from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import CaptureError, PlanError, StateError
 from graphcache.ir.plan import Plan
 from graphcache.ir.schedule import Role
+from graphcache.matching import Call
 from graphcache.passes.base import Observer
-from graphcache.placement import Call, place
+from graphcache.placement import Place, place
 from graphcache.program import Captured, Program
-from graphcache.runner import BranchState, Key, begun, changed_inputs, halved, hand_over, run_step
+from graphcache.programs import Programs
+from graphcache.runner import (
+    BranchState,
+    Key,
+    begun,
+    carried,
+    changed_inputs,
+    halved,
+    hand_over,
+    run_step,
+)
 from graphcache.schedulers import Driver
 from graphcache.session import Branch, Generation, Session
-from graphcache.watch import Watch, refuse_uncapturable
+from graphcache.surroundings import Around, OpenSession, Scopes, Surroundings
+from graphcache.variants import Variants
 
+Signature = tuple[Hashable, ...]
+"""What the arguments of a call have in common with those of others; see `Binder.signature`."""
 _ROLES: dict[str, Role] = {"cond": "cond", "uncond": "uncond"}
 """Of calls in cache contexts with these names."""
-MOST_PROGRAMS = 8
-"""Signatures kept ready; the least recently used is dropped."""
+SIGNATURES = 8
+"""Captures that are kept where nobody says how many."""
 
 log = logging.getLogger("graphcache")
 
@@ -50,21 +62,8 @@ class Options:
     waits: bool = True
     offload: bool = False
     observers: Sequence[Observer] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What the `with` statements around a call say: session, cache context and its step fields."""
-
-    session: Session
-    name: str = ""
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    disabled: bool = False
-
-
-_surroundings: ContextVar[Mapping["Engine", Surroundings]] = ContextVar(
-    "graphcache", default=MappingProxyType({})
-)
+    signatures: int = SIGNATURES
+    watches_all: bool = False
 
 
 class Engine:
@@ -78,16 +77,17 @@ class Engine:
         self.options = options
         self.backend = options.backend
         self.binder = Binder(forward_parameters(model))
-        self.driver = Driver(pipe=pipe)
-        self.outermost = Surroundings(self.new_session(self.driver))
-        self.programs: OrderedDict[Key, Program] = OrderedDict()
+        self.caller = Caller()
+        self.driver = Driver(pipe=pipe, caller=self.caller)
+        self.scopes = Scopes(Surroundings(self.new_session(self.driver)))
+        self.variants = Variants(model, options.watches_all)
+        self.programs = Programs(options.signatures)
         self.plans = {options.plan.steps: options.plan}
         self.given = model
         self.outer: Any = None
         self.calls = 0
-        self.unguided = False
+        self._said: set[str] = set()
         self._specs: dict[Key, CallSpec] = {}
-        self._watch: Watch | None = None
         self._lock = threading.RLock()
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -102,10 +102,18 @@ class Engine:
             bound = self.binder.bind(args, kwargs)
             signature, tensors = self.binder.signature(bound)
             _refuse_export(tensors)
-            key = signature + _ambient()
-            spec = self._spec(key, bound)
-            call = Call(around.name, around.fields, key, spec.constants(tensors), tensors[spec.timestep])
-            generation, branch = place(session, call)
+            spec = self._spec(signature, bound)
+            call = Call(
+                around.name,
+                around.fields,
+                self._key(signature, begins=False),
+                spec.constants(tensors),
+                tensors[spec.timestep],
+                tensors[spec.latent],
+            )
+            generation, branch = self._placed(session, call)
+            if generation.untouched:
+                call = replace(call, key=self._key(signature, begins=True))
             state = self._state(session, generation, branch, call, bound, tensors)
             if state.role == "uncond":
                 hand_over(session.states.get(("cond", branch[1])), state)
@@ -120,6 +128,23 @@ class Engine:
         finally:
             session.release()
 
+    def _placed(self, session: Session, call: Call) -> Place:
+        try:
+            found = place(session, call)
+        except StateError:
+            session.refuse_others(None)
+            raise
+        session.refuse_others(found[0])
+        return found
+
+    def _key(self, signature: Signature, begins: bool) -> Key:
+        """What a program depends on: the form of the model, the call's signature, and modes around it."""
+        number = self.variants.look(begins)
+        if begins:
+            with self._lock:
+                self.programs.forget_others(self.variants.numbers)
+        return number, *signature, *_ambient()
+
     def evaluate(self, branch: Branch, state: BranchState, tensors: Sequence[torch.Tensor]) -> Any:
         """Run the step that a branch's state is at."""
         return run_step(state, tensors)
@@ -131,19 +156,20 @@ class Engine:
 
     @property
     def surroundings(self) -> Surroundings:
-        return _surroundings.get().get(self, self.outermost)
+        return self.scopes.now
 
-    def surround(self, **changes: Any) -> "_Around":
+    def surround(self, **changes: Any) -> Around:
         """A context manager within which calls have these surroundings."""
-        return _Around(self, replace(self.surroundings, **changes), closes=False)
+        return Around(self.scopes, lambda around: around.changed(**changes))
 
-    def open_session(self, scheduler: Any) -> "_Around":
-        """A context manager within which calls have a session of their own, empty again at its end."""
-        return _Around(self, Surroundings(self.new_session(Driver(scheduler))), closes=True)
+    def open_session(self, scheduler: Any) -> OpenSession:
+        """A session that calls belong to within its `with`; it has caches of its own."""
+        driver = Driver(scheduler, caller=self.caller)
+        return OpenSession(self.scopes, self.new_session(driver, opened=True))
 
-    def new_session(self, driver: Driver) -> Session:
+    def new_session(self, driver: Driver, opened: bool = False) -> Session:
         options = self.options
-        return Session(options.plan.steps, options.branches, options.waits, driver)
+        return Session(options.plan.steps, options.branches, options.waits, driver, opened)
 
     def reset(self, start_step: int = 0, steps: int | None = None) -> None:
         """Forget the session's generation; the next one that no scheduler drives begins at `start_step`."""
@@ -175,8 +201,8 @@ class Engine:
             bound = self.binder.bind((), dict(example_inputs))
         else:
             bound = self.binder.bind(example_inputs, {})
-        key, tensors = self.binder.signature(bound)
-        program = self._program(key + _ambient(), bound, tensors, begins=True)
+        signature, tensors = self.binder.signature(bound)
+        program = self._program(self._key(signature, begins=True), bound, tensors)
         plan, name = self.options.plan, self.surroundings.name
         program.check(plan, self._role(plan, name, program, tensors))
         return program
@@ -189,15 +215,16 @@ class Engine:
         """Compile the phases from now on; what was captured stays."""
         with self._lock:
             self.backend = backend
+            self.programs.compilations.clear()
             for key, program in self.programs.items():
                 self.programs[key] = replace(program, backend=backend, phases={}).prepared()
 
-    def _spec(self, key: Key, bound: Mapping[str, Any]) -> CallSpec:
-        spec = self._specs.get(key)
+    def _spec(self, signature: Signature, bound: Mapping[str, Any]) -> CallSpec:
+        spec = self._specs.get(signature)
         if spec is None:
-            if len(self._specs) >= 8 * MOST_PROGRAMS:
+            if len(self._specs) >= 8 * self.options.signatures:
                 self._specs.clear()
-            spec = self._specs[key] = CallSpec.of(self.binder, bound, self.options.timestep)
+            spec = self._specs[signature] = CallSpec.of(self.binder, bound, self.options.timestep)
         return spec
 
     def _state(
@@ -215,18 +242,50 @@ class Engine:
         if begins:
             session.driver.refuse_other(plan)
         state = None if begins else session.states.get(branch)
-        if state is None or state.step + 1 != generation.step:
-            state = self._begun(plan, generation.step, call, bound, tensors, begins)
-        elif state.key != call.key:
-            _refuse_conversion(state.key, call.key)
-            program = self._program(call.key, bound, tensors, begins)
-            state = halved(state, call.key, program, plan, generation.step) or self._begun(
-                plan, generation.step, call, bound, tensors, begins
+        if state is not None and state.step + 1 != generation.step:
+            self._say_once(
+                f"branch '{branch[0]}', call {branch[1] + 1} of a step, missed one or more steps before step "
+                f"{generation.step}: what it had cached is dropped, and it begins anew"
             )
+            state = None
+        if state is None:
+            state = self._begun(plan, generation.step, call, bound, tensors)
+        elif state.key != call.key:
+            state = self._changed(state, plan, generation.step, call, bound, tensors)
         elif changed := changed_inputs(state, tensors):
             self._leave_prologue(state, changed, tensors)
         state.step, state.constants = generation.step, call.constants
         return state
+
+    def _changed(
+        self,
+        state: BranchState,
+        plan: Plan,
+        step: int,
+        call: Call,
+        bound: Mapping[str, Any],
+        tensors: Sequence[torch.Tensor],
+    ) -> BranchState:
+        """The state for another signature, or another form of the model, in the middle of a generation."""
+        _refuse_conversion(state.key, call.key)
+        program = self._program(call.key, bound, tensors)
+        if state.key[1:] == call.key[1:]:
+            role, shared = self._lowered_for(plan, call, program, tensors)
+            made = carried(state, call.key, program, program.schedule(plan, state.start, role, shared))
+        else:
+            made = halved(state, call.key, program, plan, step)
+        if made is None:
+            self._say_once(
+                f"another form of the model, or inputs of other sizes, at step {step} of a generation: what "
+                "the steps before have cached does not fit, so the caches begin anew"
+            )
+            return self._begun(plan, step, call, bound, tensors)
+        return made
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning("%s", text)
 
     def _begun(
         self,
@@ -235,14 +294,19 @@ class Engine:
         call: Call,
         bound: Mapping[str, Any],
         tensors: Sequence[torch.Tensor],
-        begins: bool,
     ) -> BranchState:
         """A state whose history begins with this call."""
-        program = self._program(call.key, bound, tensors, begins)
+        program = self._program(call.key, bound, tensors)
+        role, shared = self._lowered_for(plan, call, program, tensors)
+        return begun(call.key, program, plan, step, role, shared)
+
+    def _lowered_for(
+        self, plan: Plan, call: Call, program: Program, tensors: Sequence[torch.Tensor]
+    ) -> tuple[Role, bool]:
+        """Which calls of guidance these are, and whether tokens are chosen for both halves of a batch."""
         role = self._role(plan, call.name, program, tensors)
         shares = role == "only" and any(item.is_measured for item in plan.letters)
-        shared = shares and is_doubled(tensors[program.captured.call.latent])
-        return begun(call.key, program, plan, step, role, shared)
+        return role, shares and is_doubled(tensors[program.captured.call.latent])
 
     def _role(self, plan: Plan, name: str, program: Program, tensors: Sequence[torch.Tensor]) -> Role:
         """Which calls of guidance these are, by the cache context and by the latents."""
@@ -251,11 +315,9 @@ class Engine:
         if name in _ROLES:
             return _ROLES[name]
         if not is_doubled(tensors[program.captured.call.latent]):
-            if not self.unguided:
-                self.unguided = True
-                log.warning(
-                    "the halves of the batch are not the same latents: row guidance has no effect here"
-                )
+            self._say_once(
+                "the halves of the batch are not the same latents: row guidance has no effect here"
+            )
             return "only"
         if plan.conditional is None:
             raise PlanError(
@@ -271,30 +333,28 @@ class Engine:
             if program.half is None:
                 program.halve(self.model, tensors, conditional)
 
-    def _program(
-        self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor], begins: bool
-    ) -> Program:
-        """The program of a signature; when a generation begins, for the model as it is now."""
+    def _program(self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> Program:
+        """The program of a signature and of a form of the model."""
         with self._lock:
-            if begins and (self._watch is None or self._watch.has_changed()):
-                refuse_uncapturable(self.model)
-                self.programs.clear()
-                self._watch = None
-            program = self.programs.get(key)
-            if program is None:
-                program = self.programs[key] = self._made(key, bound, tensors)
+            if key not in self.programs:
+                self.programs.add(key, self._made(key, bound, tensors))
+                self.variants.keep({known[0] for known in self.programs})
             self.programs.move_to_end(key)
-            while len(self.programs) > MOST_PROGRAMS:
-                self.programs.popitem(last=False)
-            return program
+            return self.programs[key]
 
     def _made(self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> Program:
         """A program; its capture is shared with the same signature's in the other gradient mode."""
         twin = self.programs.get((*key[:-1], not key[-1]))
-        captured = twin.captured if twin else self._captured(self._spec(key, bound), tensors)
-        options = self.options
-        made = Program(captured, self.compilation(), offload=options.offload, observers=options.observers)
-        return made.prepared()
+        signature = self.binder.signature(bound)[0]
+        captured = twin.captured if twin else self._captured(self._spec(signature, bound), tensors)
+        ambient = key[1 + len(signature) :]
+        return Program(
+            captured,
+            self.compilation(),
+            offload=self.options.offload,
+            observers=self.options.observers,
+            kept=self.programs.compilations.under(ambient),
+        ).prepared()
 
     def compilation(self) -> Backend:
         """What phases are compiled with: what was asked for, or what the model was compiled with."""
@@ -303,9 +363,7 @@ class Engine:
     def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor]) -> Captured:
         split = self.options.plan.splits_parallel
         captured = Captured.of(self.model, spec, tensors, self.options.observers, split)
-        if self._watch is None:
-            # afterwards, because a first forward may fill what later ones only read
-            self._watch = Watch(self.model)
+        self.variants.captured()
         return captured
 
     def _leave_prologue(self, state: BranchState, changed: set[int], tensors: Sequence[torch.Tensor]) -> None:
@@ -320,25 +378,6 @@ class Engine:
         state.program = program
         state.watched = None
         state.ready.clear()
-
-
-class _Around:
-    """Sets the surroundings of an engine's calls in this thread or task, and puts the old ones back."""
-
-    def __init__(self, engine: Engine, surroundings: Surroundings, closes: bool) -> None:
-        self._engine = engine
-        self._inner = surroundings
-        self._closes = closes
-
-    def __enter__(self) -> Session:
-        outer = _surroundings.get()
-        self._token = _surroundings.set({**outer, self._engine: self._inner})
-        return self._inner.session
-
-    def __exit__(self, *_: object) -> None:
-        _surroundings.reset(self._token)
-        if self._closes:
-            self._inner.session.forget()
 
 
 def original(model: nn.Module) -> nn.Module:

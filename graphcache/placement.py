@@ -1,33 +1,20 @@
 """Where a call stands: its generation, step and branch, by whatever tells them."""
 
-import operator
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import logging
+import weakref
+from dataclasses import dataclass, replace
 
 import torch
 
-from graphcache.clock import Clock
+from graphcache.clock import Clock, read_progress
 from graphcache.ir.errors import StateError
-from graphcache.runner import Key
+from graphcache.matching import Call, Matching, version
 from graphcache.schedulers import Position, belongs, read_timestep
-from graphcache.session import Branch, Generation, Session
+from graphcache.session import Branch, Generation, Session, Timesteps
 
 Place = tuple[Generation, Branch]
 
-UNDECLARED = 4
-"""Calls at one step that are taken for branches where the scheduler tells the step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What is known of a call before it is placed; `fields` are those of the cache context."""
-
-    name: str
-    fields: Mapping[str, Any]
-    key: Key
-    constants: tuple[torch.Tensor, ...]
-    timestep: torch.Tensor
+log = logging.getLogger("graphcache")
 
 
 def place(session: Session, call: Call) -> Place:
@@ -40,11 +27,8 @@ def place(session: Session, call: Call) -> Place:
 
 
 @dataclass(frozen=True, slots=True)
-class _Placement:
-    """One call, held against what its session has seen."""
-
-    session: Session
-    call: Call
+class _Placement(Matching):
+    """One call, held against where its session stands."""
 
     def found(self) -> Place:
         position = self.session.driver.position()
@@ -53,143 +37,155 @@ class _Placement:
         fields = self.call.fields
         if "step_index" in fields and "num_inference_steps" in fields:
             return self._announced(fields["num_inference_steps"], fields["step_index"])
-        return self._timed() if self.session.waits else self._counted()
+        now = self.session.generation()
+        return self._timed(now) if self.session.waits else self._counted(now)
 
     def _scheduled(self, position: Position) -> Place:
         """Placed by a scheduler's own state."""
-        now, step = self.session.generation, position.step
-        steps = len(position.timesteps)
-        if now is None or now.timesteps is not position.timesteps:
-            if step is None:
-                step = self.session.driver.first_step(position.timesteps, self.call.timestep)
-            _refuse_past_end(step, steps)
-            return self._begin(steps, step, position.timesteps)
+        now, step = self.session.generation(), position.step
+        if now is None or now.timesteps is None or now.timesteps.tensor is not position.timesteps:
+            return self._begin_scheduled(position)
+        if now.clock is not None and (step is None or step == now.start):
+            return self._timed(now)
         if not position.tells:
-            return self._counted()
+            return self._counted(now)
         if step is None or step == now.step:
-            return now, self._another(now, self.session.branches or UNDECLARED)
-        _refuse_past_end(step, steps)
+            return self._beside(now)
+        _refuse_past_end(step, now.steps)
         if step < now.step:
-            return self._begin(steps, step, position.timesteps)
+            return self._begin_scheduled(position)
         return self._next(now, step)
 
+    def _begin_scheduled(self, position: Position) -> Place:
+        step, steps = position.step, len(position.timesteps)
+        if step is None:
+            step = self.session.driver.first_step(position.timesteps, self.call.timestep)
+        _refuse_past_end(step, steps)
+        return self._begin(steps, step, Timesteps.of(self.session.driver.scheduler, position.timesteps))
+
+    def _beside(self, now: Generation) -> Place:
+        """A further call while the scheduler stands where it stood."""
+        branch = self.sibling(now)
+        if self.is_called(now) and branch not in self.session.states:
+            before, progress = read_progress(now.latest), read_progress(self.call.timestep)
+            if progress != before and now.step > now.start:
+                raise StateError(
+                    f"step {now.step}: the pipeline's scheduler stands at timestep {before:g}, but the model was "
+                    f"called for {progress:g}: another loop calls it; give that `with model.session():`"
+                )
+            if progress != before:
+                # the pipeline steps copies of its scheduler, which itself stands still
+                return self._timed(replace(now, clock=Clock.begin(now.steps, before, now.step)))
+        if branch is None:
+            raise self.several(now)
+        return now, branch
+
     def _announced(self, steps: int, step: int) -> Place:
-        """Placed by what the pipeline says at each call."""
-        now = self.session.generation
+        """Placed by what the pipeline says at each call; every context has a generation of its own."""
+        name = self.call.name
+        now = self.session.generation(name)
         _refuse_past_end(step, steps)
         if now is None or now.steps != steps or step < now.step:
-            return self._begin(steps, step)
+            return self._begin(steps, step, line=name)
         if step > now.step:
             return self._next(now, step)
-        if self._is_called(now) and len(self._known()) >= (self.session.branches or 1):
-            return self._begin(steps, step)
-        return now, self._another(now, self.session.branches or 1)
+        branch = self.sibling(now)
+        if branch is None and (now.finished or self.is_same_call(now)):
+            return self._begin(steps, step, line=name)
+        if branch is None:
+            raise self.several(now)
+        return now, branch
 
-    def _timed(self) -> Place:
+    def _timed(self, now: Generation | None) -> Place:
         """Placed by the timestep alone."""
-        now, timestep = self.session.generation, read_timestep(self.call.timestep)
+        timestep = read_progress(self.call.timestep)
         if now is None or now.clock is None:
-            return self._begin_untold(timestep)
+            return self._begin_untold(now, timestep)
         if timestep == now.clock.last:
-            if not self._is_called(now):
-                return now, self._another(now, 1)
-            if not (now.finished or self._is_repeated(now)):
-                known, limit = len(self._known()), self.session.branches or 1
-                if self._free(now) or known < limit:
-                    return now, self._another(now, limit)
-                if self.session.branches is None:
-                    raise self._second_branch(now)
+            branch = self.sibling(now)
+            if branch is not None:
+                return now, branch
+            if not now.finished:
+                self._refuse_repeated(now, now.clock)
         clock = now.clock.advance(timestep)
         if clock is None:
-            return self._begin_untold(timestep)
+            return self._begin_untold(now, timestep)
         return self._next(now, clock.step, clock)
 
-    def _counted(self) -> Place:
+    def _refuse_repeated(self, now: Generation, clock: Clock) -> None:
+        """Raise StateError unless another evaluation at one timestep is what it may be: that of a
+        second-order solver, or the very first call made once more.
+        """
+        is_again = now.step == now.start and self.is_same_call(now)
+        if not (is_again or (clock.takes_another and self.repeats(now))):
+            raise self.several(now)
+
+    def _counted(self, now: Generation | None) -> Place:
         """Placed by counting; where a scheduler drives, a timestep is read when the branch is in doubt."""
-        now = self.session.generation
         if now is None:
-            return self._begin_untold()
-        if not self._is_called(now):
-            return now, self._another(now, 1)
-        if not self._is_repeated(now):
-            free = self._free(now)
-            if free and self._likeness(free)[1]:
-                return now, free
-            if now.timesteps is not None and read_timestep(now.latest) == read_timestep(self.call.timestep):
-                return now, self._another(now, self.session.branches or UNDECLARED)
+            return self._begin_untold(now)
+        if not self.is_called(now) or (not now.finished and self._is_another(now)):
+            branch = self.sibling(now)
+            if branch is not None:
+                return now, branch
+            if not self.is_same_call(now):
+                raise self.several(now)
+            return self._begin_untold(now)
         if now.step + 1 == now.steps:
             if now.timesteps is not None:
                 _refuse_past_end(now.steps, now.steps)
-            return self._begin_untold()
+            return self._begin_untold(now)
         return self._next(now, now.step + 1)
 
-    def _begin(
-        self, steps: int, step: int, timesteps: torch.Tensor | None = None, clock: Clock | None = None
-    ) -> Place:
-        return Generation(steps, step, self.call.timestep, timesteps, clock), (self.call.name, 0)
+    def _is_another(self, now: Generation) -> bool:
+        """Whether the call belongs to the evaluation at hand; waits for a device where that is in doubt."""
+        repeats, free = self.repeats(now), self.free(now)
+        if now.timesteps is None:
+            same = self.call.timestep is now.latest and version(now.latest) == now.version
+            return same and (not repeats or now.step == now.start)
+        if not repeats and any(self.likeness(branch)[1] for branch in free):
+            return True
+        if repeats and self.session.branches is None and now.step > now.start:
+            return False
+        return read_timestep(now.latest) == read_timestep(self.call.timestep)
 
-    def _begin_untold(self, timestep: float | None = None) -> Place:
-        """A generation of which nobody says where it begins."""
+    def _begin(
+        self,
+        steps: int,
+        step: int,
+        timesteps: Timesteps | None = None,
+        clock: Clock | None = None,
+        line: str | None = None,
+    ) -> Place:
+        call = self.call
+        made = Generation(steps, step, step, *_marks(call), timesteps, clock, line)
+        return made, (call.name, 0)
+
+    def _begin_untold(self, now: Generation | None, timestep: float | None = None) -> Place:
+        """A generation of which nobody says where it begins, unless it is the rest of a scheduler's."""
+        if now is not None and not now.finished and now.step > now.start:
+            log.warning("a generation begins, and the one before was given up at %s", now.place)
         steps, start = self.session.steps, self.session.start_step
+        timesteps = None if now is None else now.timesteps
+        if now is not None and timesteps is not None:
+            steps, start = now.steps, now.start
         clock = None if timestep is None else Clock.begin(steps, timestep, start)
-        return self._begin(steps, start, clock=clock)
+        return self._begin(steps, start, timesteps, clock)
 
     def _next(self, now: Generation, step: int, clock: Clock | None = None) -> Place:
         """A later evaluation of the generation."""
-        later = now.at(step, self.call.timestep, clock)
-        branch = self._free(later) or (self.call.name, 0)
-        if now.timesteps is not None and branch in self.session.states and self._is_stranger(branch):
-            _refuse_foreign(now.timesteps, now.step, step, now.latest, self.call.timestep)
+        later = now.at(step, *_marks(self.call), clock)
+        free = self.free(later)
+        branch = self.likest(later, free) if free else (self.call.name, 0)
+        schedule = now.timesteps if clock is None and branch in self.session.states else None
+        if schedule is not None and self.is_stranger(branch):
+            _refuse_foreign(schedule.tensor, now.step, step, now.latest, self.call.timestep)
         return later, branch
 
-    def _another(self, now: Generation, limit: int) -> Branch:
-        """The branch of a further call at the present evaluation."""
-        branch = self._free(now)
-        if branch is not None:
-            return branch
-        known = len(self._known())
-        if known >= limit:
-            raise self._second_branch(now)
-        return self.call.name, known
 
-    def _known(self) -> list[Branch]:
-        return [branch for branch in self.session.states if branch[0] == self.call.name]
-
-    def _is_called(self, now: Generation) -> bool:
-        return any(branch[0] == self.call.name for branch in now.called)
-
-    def _free(self, now: Generation) -> Branch | None:
-        """The branch that the evaluation has not seen yet and that is most like the call."""
-        free = sorted(branch for branch in self._known() if branch not in now.called)
-        return max(free, key=self._likeness, default=None)
-
-    def _likeness(self, branch: Branch) -> tuple[bool, int]:
-        """Whether a branch was called with the same signature, and how many inputs are the same objects."""
-        state = self.session.states[branch]
-        if state.key != self.call.key:
-            return False, 0
-        return True, sum(map(operator.is_, state.constants, self.call.constants))
-
-    def _is_repeated(self, now: Generation) -> bool:
-        """Whether one of the step's calls had just these inputs: then this is another evaluation."""
-        every = (True, len(self.call.constants))
-        called = (branch for branch in self._known() if branch in now.called)
-        return any(self._likeness(branch) == every for branch in called)
-
-    def _is_stranger(self, branch: Branch) -> bool:
-        """Whether none of the inputs is what the branch was called with."""
-        return bool(self.call.constants) and not self._likeness(branch)[1]
-
-    def _second_branch(self, now: Generation) -> StateError:
-        where = f"branch '{self.call.name}'" if self.call.name else "this model"
-        calls = sum(branch[0] == self.call.name for branch in now.called) + 1
-        return StateError(
-            f"step {now.step}: {where} was called {calls} times at one timestep. If these are "
-            "guidance branches, wrap each call in model.cache_context('cond') or "
-            f"model.cache_context('uncond'), or say transform(..., branches={calls}), so that each keeps its "
-            "own cache; if a generation was given up, call model.reset() before the next one; if another "
-            "loop than the pipeline's calls the model, give it model.session()"
-        )
+def _marks(call: Call) -> tuple[torch.Tensor, int, tuple[weakref.ref[torch.Tensor], int]]:
+    """What a generation notes of the first call of an evaluation."""
+    return call.timestep, version(call.timestep), (weakref.ref(call.latents), version(call.latents))
 
 
 def _refuse_past_end(step: int, steps: int) -> None:

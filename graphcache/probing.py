@@ -165,7 +165,7 @@ class ProbeEngine(Engine):
         """One with sessions of its own that shares what was captured; in the end it holds nothing."""
         kind, given = self.__reduce__()
         made = kind(*given)
-        made.programs, made._probes, made._watch = self.programs, self._probes, self._watch
+        made.programs, made._probes, made.variants = self.programs, self._probes, self.variants
         made._lock, made.observer = self._lock, observer
         try:
             yield made

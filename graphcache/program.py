@@ -1,7 +1,7 @@
 """One signature of a model, made ready to run: captured, tagged, hoisted, and a graph per phase."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -15,7 +15,7 @@ from graphcache.analysis.liveness import lower
 from graphcache.analysis.ranges import cut_range
 from graphcache.analysis.tokens import TokenCut, memories, token_cuts
 from graphcache.capture import capture
-from graphcache.compile import COMPILING, Backend, build
+from graphcache.compile import COMPILING, Backend, Kept, build
 from graphcache.halves import Half, capture_half
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import PlanError
@@ -107,6 +107,7 @@ class Program:
     varying: frozenset[int] = frozenset()
     offload: bool = False
     observers: Sequence[Observer] = ()
+    kept: Kept | None = None
     half: Half | None = None
     tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
     phases: dict[PhaseKey, Runnable] = field(default_factory=dict)
@@ -115,7 +116,7 @@ class Program:
     def without(self, changed: set[int]) -> "Program":
         """The same, with these inputs taken to change at every step."""
         varying = self.varying | changed
-        return Program(self.captured, self.backend, varying, self.offload, self.observers, tokens=self.tokens)
+        return replace(self, varying=varying, half=None, phases={}, _schedules={})
 
     def halve(self, model: nn.Module, tensors: Sequence[torch.Tensor], conditional: str) -> None:
         """Capture the step for the conditional half of these inputs as well.
@@ -254,7 +255,7 @@ class Program:
         if moved:
             passes.append(Offload(moved))
         step = run(passes, self.half_step if phase.half else self.step, self.observers)
-        return Runnable(step, build(step, self.backend), self.half if phase.half else None)
+        return Runnable(step, build(step, self.backend, self.kept), self.half if phase.half else None)
 
     def moved(self, schedule: Schedule) -> frozenset[str]:
         """Histories that are kept in host memory."""
@@ -262,11 +263,19 @@ class Program:
 
     def ideal_speedup(self, schedule: Schedule) -> float:
         """FLOPs of the plain model over all steps, by those of the plan, its prologue included."""
-        plain = graph_flops(self.captured.step) * len(schedule.steps)
-        once = graph_flops(self.prologue.step) if self.prologue else 0
-        cost = [graph_flops(self.phase(schedule, i).step) for i in range(len(schedule.phases))]
-        planned = sum(cost[step.phase] for step in schedule.steps)
-        return plain / (once + planned) if once + planned else float("inf")
+        plain = self.plain_flops * len(schedule.steps)
+        planned = sum(self.flops(schedule, index, hoists=not index) for index in range(len(schedule.steps)))
+        return plain / planned if planned else float("inf")
+
+    @cached_property
+    def plain_flops(self) -> int:
+        """Of one evaluation of the plain model."""
+        return graph_flops(self.captured.step)
+
+    def flops(self, schedule: Schedule, index: int, hoists: bool) -> int:
+        """Of one step of a schedule; `hoists`: with what is computed once per generation."""
+        once = graph_flops(self.prologue.step) if hoists and self.prologue else 0
+        return once + self.phase(schedule, schedule.steps[index].phase).flops
 
     @property
     def graphs(self) -> int:

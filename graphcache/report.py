@@ -3,8 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from graphcache.ir.schedule import GUIDANCE, PREDICTION, UNCORRECTED, Action, Schedule, Step, site_of
-from graphcache.program import Program
+from graphcache.ir.schedule import GUIDANCE, PREDICTION, UNCORRECTED, Action, Step, site_of
+from graphcache.runner import Ran
 from graphcache.session import Branch, Session
 
 
@@ -31,11 +31,11 @@ class StepSummary:
 
 @dataclass(frozen=True)
 class BranchSummary:
-    """One branch's latest generation.
+    """One branch's latest generation, as far as it went.
 
     `held_bytes` is measured, now. `peak_bytes` is the most that a whole generation holds, hoisted values
-    included; `host_bytes` of it are in host memory by `offload`. `ideal_speedup` divides the plain model's
-    FLOPs by the plan's.
+    included; `host_bytes` of it are in host memory by `offload`. `flops` are those of the steps that were
+    run, `plain_flops` what the plain model takes for as many.
     """
 
     branch: str
@@ -47,7 +47,13 @@ class BranchSummary:
     hoisted_bytes: int
     peak_bytes: int
     host_bytes: int
-    ideal_speedup: float
+    flops: int
+    plain_flops: int
+
+    @property
+    def ideal_speedup(self) -> float:
+        """FLOPs of the plain model by those of the steps that were run."""
+        return _ratio(self.plain_flops, self.flops)
 
     def __str__(self) -> str:
         name = f"branch {self.branch}: " if self.branch else ""
@@ -76,6 +82,13 @@ class Summary:
         """Bytes that all branches' caches and hoisted values hold now."""
         return sum(branch.held_bytes for branch in self.branches)
 
+    @property
+    def ideal_speedup(self) -> float:
+        """FLOPs of the plain model by those of the steps that were run, over all branches."""
+        return _ratio(
+            sum(item.plain_flops for item in self.branches), sum(item.flops for item in self.branches)
+        )
+
     def __str__(self) -> str:
         if not self.branches:
             return "no generation yet"
@@ -89,12 +102,10 @@ def summarise(session: Session) -> Summary:
         program, schedule = state.program, state.schedule
         size = program.entry_bytes(schedule)
         moved = program.moved(schedule)
-        done = state.step - state.start + 1
-        steps = tuple(_step(program, schedule, i, state.start, size) for i in range(done))
         branches.append(
             BranchSummary(
                 branch=_label(branch),
-                steps=steps,
+                steps=tuple(map(_step, state.ran)),
                 plan_steps=state.start + len(schedule.steps),
                 phases=len(schedule.phases),
                 graphs=program.graphs,
@@ -102,10 +113,15 @@ def summarise(session: Session) -> Summary:
                 hoisted_bytes=state.hoisted_bytes,
                 peak_bytes=schedule.peak(size) + state.hoisted_bytes,
                 host_bytes=schedule.peak({name: size[name] * (name in moved) for name in size}),
-                ideal_speedup=program.ideal_speedup(schedule),
+                flops=sum(ran.program.flops(ran.schedule, ran.index, ran.hoisted) for ran in state.ran),
+                plain_flops=sum(ran.program.plain_flops for ran in state.ran),
             )
         )
     return Summary(tuple(branches))
+
+
+def _ratio(plain: int, done: int) -> float:
+    return plain / done if done else 1.0 if not plain else float("inf")
 
 
 def _label(branch: Branch) -> str:
@@ -113,7 +129,8 @@ def _label(branch: Branch) -> str:
     return name if ordinal == 0 else f"{name} call {ordinal + 1}".lstrip()
 
 
-def _step(program: Program, schedule: Schedule, index: int, start: int, size: dict[str, int]) -> StepSummary:
+def _step(ran: Ran) -> StepSummary:
+    program, schedule, index = ran.program, ran.schedule, ran.index
     step = schedule.steps[index]
     phase = schedule.phases[step.phase]
     pseudo = (GUIDANCE, PREDICTION)
@@ -128,7 +145,7 @@ def _step(program: Program, schedule: Schedule, index: int, start: int, size: di
             skipped = not schedule.branches(index) or schedule.is_skipped(phase, branch.block)
             kinds["hold" if skipped else "compute"] += 1
     return StepSummary(
-        step=start + index,
+        step=ran.step,
         phase=step.phase,
         computed=kinds["compute"],
         corrected=kinds["correct"],
@@ -136,7 +153,7 @@ def _step(program: Program, schedule: Schedule, index: int, start: int, size: di
         forecast=kinds["forecast"],
         partial=kinds["tokens"],
         skipped=kinds["hold"],
-        held_bytes=schedule.held(index, size),
+        held_bytes=schedule.held(index, program.entry_bytes(schedule)),
         branches=schedule.branches(index),
     )
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from graphcache.analysis.cost import computed_bytes
+from graphcache.analysis.cost import computed_bytes, graph_flops
 from graphcache.analysis.frequency import basis, disc
 from graphcache.compile import Compiled
 from graphcache.halves import Half
@@ -51,6 +51,11 @@ class Runnable:
         """What is read where nothing was stored yet."""
         kind = self._kinds[port]
         return torch.zeros(kind.shape, dtype=kind.dtype, device=kind.device)
+
+    @cached_property
+    def flops(self) -> int:
+        """Of one run."""
+        return graph_flops(self.step)
 
     @cached_property
     def computed_bytes(self) -> int:

@@ -26,7 +26,7 @@ from graphcache.runnable import Runnable
 from graphcache.selection import Tokens, choose
 
 Key = tuple[Hashable, ...]
-"""A signature, and what tracing and compiled code depend on besides it; gradient mode comes last."""
+"""The form of the model, a signature, and what else code depends on; gradient mode comes last."""
 
 
 @dataclass
@@ -35,7 +35,8 @@ class BranchState:
 
     `step` is the plan's step of the latest call; the schedule begins at `start`. `watched` are the prologue's
     inputs with their versions: the hoisted values are right for these. `role` says which calls of guidance
-    these are. `constants` are the latest call's other inputs, by which branches are told apart.
+    these are. `constants` are the latest call's other inputs, by which branches are told apart. `ran` is what
+    the branch has done since its generation began.
     """
 
     key: Key
@@ -50,6 +51,7 @@ class BranchState:
     hoisted_bytes: int = 0
     ready: dict[int, Runnable] = field(default_factory=dict)
     chosen: dict[int, dict[str, Choice]] = field(default_factory=dict)
+    ran: list["Ran"] = field(default_factory=list)
 
     @property
     def now(self) -> Step:
@@ -58,6 +60,17 @@ class BranchState:
     @property
     def finished(self) -> bool:
         return self.step + 1 == self.start + len(self.schedule.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A step that was run: its number in the plan, the schedule's index, and whether values were hoisted."""
+
+    step: int
+    program: Program
+    schedule: Schedule
+    index: int
+    hoisted: bool
 
 
 Evaluate = Callable[[Runnable, list[torch.Tensor]], Sequence[torch.Tensor]]
@@ -74,7 +87,8 @@ def run_step(state: BranchState, tensors: Sequence[torch.Tensor], evaluate: Eval
     """
     program, cache, step = state.program, state.cache, state.now
     inputs = laid(program.captured.strides, tensors)
-    if state.watched is None:
+    hoists = state.watched is None
+    if hoists:
         run_prologue(state, tensors, inputs)
     runnable = state.ready.get(step.phase)
     if runnable is None:
@@ -88,6 +102,7 @@ def run_step(state: BranchState, tensors: Sequence[torch.Tensor], evaluate: Eval
     if step.selections:
         _choose(state)
     cache.trim(step.keep)
+    state.ran.append(Ran(state.step, program, state.schedule, state.step - state.start, hoists))
     if state.finished:
         end(state)
     return program.captured.output.build(results[:count])
@@ -131,6 +146,25 @@ def halved(state: BranchState, key: Key, program: Program, plan: Plan, step: int
     half = None if state.role == "doubled" else _half(program, plan)
     kept.chosen = {later: _half_choices(choices, half) for later, choices in state.chosen.items()}
     return kept
+
+
+def carried(state: BranchState, key: Key, program: Program, schedule: Schedule) -> BranchState | None:
+    """The state for the same calls of a model in another form, such as with another adapter's scale: it reads
+    what the form before has cached.
+
+    None where the two cache other things.
+    """
+    if schedule != state.schedule or _kinds(program, schedule) != _kinds(state.program, schedule):
+        return None
+    kept = BranchState(key, program, schedule, state.start, state.step, state.role)
+    kept.cache.entries, kept.chosen = state.cache.entries, state.chosen
+    return kept
+
+
+def _kinds(program: Program, schedule: Schedule) -> Mapping[str, list[tuple[torch.Size, torch.dtype]]]:
+    """Shape and dtype of an entry of every history."""
+    entries = program.entries(schedule).items()
+    return {site: [(part.shape, part.dtype) for part in parts] for site, parts in entries}
 
 
 def hand_over(conditional: BranchState | None, state: BranchState) -> None:

@@ -1,8 +1,12 @@
 """One sequence of generations: who runs it, where it stands, and the caches of its branches."""
 
 import asyncio
+import logging
+import sys
 import threading
 import weakref
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,38 +20,68 @@ from graphcache.schedulers import Driver
 Branch = tuple[str, int]
 """The name of the cache context, and which of the calls it is that a step makes under that name."""
 
-MOST_BRANCHES = 16
-"""Branches whose state a session keeps; beyond, the one called longest ago is dropped."""
+log = logging.getLogger("graphcache")
+
+
+@dataclass(frozen=True, slots=True)
+class Timesteps:
+    """What a scheduler was given to run by, and that scheduler, which is not kept alive."""
+
+    tensor: torch.Tensor
+    scheduler: Callable[[], Any]
+
+    @staticmethod
+    def of(scheduler: Any, tensor: torch.Tensor) -> "Timesteps":
+        try:
+            return Timesteps(tensor, weakref.ref(scheduler))
+        except TypeError:  # its class has no place for weak references
+            return Timesteps(tensor, lambda: scheduler)
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the scheduler was given others since, or is gone: what ran by these is over."""
+        scheduler = self.scheduler()
+        return scheduler is None or scheduler.timesteps is not self.tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
     """A run through a schedule of `steps` evaluations, at one of them.
 
-    `called` are the branches that the step has seen, `before` how many the step before it had. `timesteps` is
-    the scheduler's tensor, whose identity is the generation's.
+    `called` are the branches that the step has seen, `before` how many the step before it had, `start` is the
+    first step. `timesteps` are the scheduler's, whose identity is the generation's. `line` is the cache
+    context that alone has this generation, because its fields tell the step; None for one of all calls.
+    `latest` is the timestep of the step's first call, with its `version`, `latents` are its latents with
+    theirs.
     """
 
     steps: int
     step: int
+    start: int
     latest: torch.Tensor
-    timesteps: torch.Tensor | None = None
+    version: int
+    latents: tuple[weakref.ref[torch.Tensor], int]
+    timesteps: Timesteps | None = None
     clock: Clock | None = None
+    line: str | None = None
     called: tuple[Branch, ...] = ()
     before: int = 0
     begins: bool = True
 
-    def at(self, step: int, timestep: torch.Tensor, clock: Clock | None = None) -> "Generation":
+    def at(
+        self,
+        step: int,
+        latest: torch.Tensor,
+        version: int,
+        latents: tuple[weakref.ref[torch.Tensor], int],
+        clock: Clock | None = None,
+    ) -> "Generation":
         """The same generation at a later evaluation."""
-        return replace(
-            self,
-            step=step,
-            latest=timestep,
-            clock=clock,
-            called=(),
-            before=len(self.called),
-            begins=False,
-        )
+        called, before = (), len(self.called)
+        return Generation(
+            self.steps, step, self.start, latest, version, latents, self.timesteps, clock, self.line, called,
+            before, begins=False,
+        )  # fmt: skip
 
     def by(self, branch: Branch) -> "Generation":
         return replace(self, called=(*self.called, branch))
@@ -62,83 +96,170 @@ class Generation:
         """Whether the last step has seen as many branches as the step before it."""
         return self.step + 1 == self.steps and len(self.called) >= self.before
 
+    def is_over(self, following: "Generation") -> bool:
+        """Whether another one may begin in another thread, since nobody goes on with this one."""
+        if not following.untouched:
+            return False
+        return self.step + 1 == self.steps or (self.timesteps is not None and self.timesteps.replaced)
+
+    @property
+    def place(self) -> str:
+        return f"step {self.step} of {self.steps}"
+
 
 class Session:
-    """One sequence of generations. It belongs to one thread or asyncio task at a time.
+    """One sequence of generations with caches of its own.
+
+    The model's own session belongs to one thread or asyncio task while that is in a call or within a
+    generation that goes on. One that was opened belongs to whoever has entered it, and keeps what it holds
+    from one `with` to the next until it is closed.
 
     Attributes:
-        branches: how many calls without a context of their own a step makes; None if nobody said.
+        branches: how many calls under one name a step makes; None if nobody said.
         waits: whether a timestep may be read at every call, which waits for the device.
         steps: of a generation that no scheduler drives.
         start_step: where the next such generation begins.
+        states: what each branch keeps.
     """
 
-    def __init__(self, steps: int, branches: int | None, waits: bool, driver: Driver) -> None:
+    def __init__(
+        self, steps: int, branches: int | None, waits: bool, driver: Driver, opened: bool = False
+    ) -> None:
         self.steps = steps
         self.branches = branches
         self.waits = waits
         self.driver = driver
+        self.opened = opened
+        self.closed = False
         self.start_step = 0
-        self.generation: Generation | None = None
         self.states: dict[Branch, BranchState] = {}
+        self._lines: dict[str | None, Generation] = {}
+        self._given_up: deque[tuple[weakref.ref[torch.Tensor], int]] = deque(maxlen=8)
         self._lock = threading.Lock()
         self._owner: weakref.ref[Any] | None = None
+
+    def generation(self, line: str | None = None) -> Generation | None:
+        """The generation in progress, or the one that the context's own fields tell of."""
+        return self._lines.get(line)
+
+    @property
+    def unfinished(self) -> Generation | None:
+        """A generation that has not come to its end."""
+        return next((now for now in self._lines.values() if not now.finished), None)
 
     def claim(self) -> None:
         """Enter a call.
 
         Raises:
-            StateError: another thread or task is in a call, or in the middle of a generation.
+            StateError: another thread or task is in a call, or the session was closed.
         """
-        runner = _runner()
+        if self.closed:
+            raise StateError("this session was closed; open another one with model.session()")
         if not self._lock.acquire(blocking=False):
             raise _occupied("is in a call of this model")
         owner = self._owner and self._owner()
-        if (
-            owner is not None
-            and owner is not runner
-            and _is_alive(owner)
-            and self.generation is not None
-            and not self.generation.finished
-        ):
-            self._lock.release()
-            now = self.generation
-            raise _occupied(f"is at step {now.step} of {now.steps} of a generation with this model")
-        if owner is not runner:
-            self._owner = weakref.ref(runner)
-            self._drop()
+        if self._owner is not None and owner is not runner_now() and not self.opened:
+            self._take_over(owner is None or not _is_alive(owner))
+
+    def _take_over(self, is_gone: bool) -> None:
+        """Drop what another thread or task has done with, or can no longer go on with.
+
+        A generation that a scheduler drives is known when it goes on, in whatever thread.
+        """
+        now = self.unfinished
+        if now is None or (is_gone and now.timesteps is None):
+            if now is not None:
+                log.warning("the thread or task of a generation ended at %s: its caches are gone", now.place)
+            self.forget()
 
     def release(self) -> None:
         """Leave a call."""
         self._lock.release()
 
+    def refuse_others(self, following: Generation | None) -> None:
+        """Raise StateError if another thread or task is in the middle of a generation.
+
+        Args:
+            following: the generation that the call belongs to, None if it fits nowhere.
+        """
+        owner, runner = self._owner and self._owner(), runner_now()
+        if owner is None or owner is runner or not _is_alive(owner) or not self._competes(owner, runner):
+            return
+        now = self._lines.get(following.line) if following else self.unfinished
+        if now is not None and not now.finished and not (following and now.is_over(following)):
+            raise _occupied(f"is at {now.place} of a generation with this model")
+
+    def _competes(self, owner: Any, runner: Any) -> bool:
+        """Whether two may not take turns: an opened session's calls may run in any thread, in one task."""
+        tasks = isinstance(owner, asyncio.Task) and isinstance(runner, asyncio.Task)
+        return tasks or not self.opened
+
     def leave(self) -> None:
         """The model is called outside of its plan: a generation of this thread or task ends there."""
-        if self._owner is not None and self._owner() is _runner():
+        if self._owner is not None and self._owner() is runner_now():
+            if now := self.unfinished:
+                log.warning("a call outside of the plan ends the generation in progress at %s", now.place)
             self.forget()
 
     def forget(self) -> None:
         """Drop all caches; whatever comes next begins a generation."""
-        self._drop()
+        self._lines.clear()
+        self.states.clear()
+        self._given_up.clear()
         self.start_step = 0
 
-    def _drop(self) -> None:
-        self.generation = None
-        self.states.clear()
+    def close(self) -> None:
+        """Drop all caches for good."""
+        self.forget()
+        self.closed = True
 
     def enter(self, generation: Generation, branch: Branch, state: BranchState) -> None:
         """Take up what `place` found, once the call has everything that it needs."""
         if generation.untouched:
-            self.states.clear()
-            self.start_step = 0
-        self.generation = generation.by(branch)
-        self.states.pop(branch, None)
+            self._begin(generation)
+        self._owner = weakref.ref(runner_now())
+        self._lines[generation.line] = generation.by(branch)
+        before = self.states.pop(branch, None)
+        if before is not None and before is not state:
+            state.ran = before.ran
         self.states[branch] = state
-        while len(self.states) > MOST_BRANCHES:
-            del self.states[next(iter(self.states))]
+
+    def _begin(self, generation: Generation) -> None:
+        """Drop what the generation replaces: all, or its own context's and what is over."""
+        self._refuse_resumed(generation)
+        for line, old in list(self._lines.items()):
+            is_past = old.finished and old.step != generation.step
+            if generation.line is None or line in (None, generation.line) or is_past:
+                self._end(line, old)
+        self.start_step = 0
+
+    def _end(self, line: str | None, old: Generation) -> None:
+        del self._lines[line]
+        for branch in [branch for branch in self.states if line in (None, branch[0])]:
+            del self.states[branch]
+        if old.timesteps is not None and not old.finished:
+            self._given_up.append((weakref.ref(old.timesteps.tensor), old.step))
+
+    def _refuse_resumed(self, generation: Generation) -> None:
+        """Two generations that take turns would each find the other's caches gone at every call."""
+        if generation.timesteps is None:
+            return
+        for tensor, step in self._given_up:
+            if tensor() is generation.timesteps.tensor and generation.step > step:
+                raise StateError(
+                    f"a generation goes on at step {generation.step} of its scheduler, and another one has "
+                    "taken its place since; give each that runs in turn a session of its own: "
+                    "`session = model.session()`, and `with session:` around each of its steps"
+                )
+
+    def __del__(self) -> None:
+        if not self.opened or self.closed or sys.is_finalizing():
+            return
+        if now := self.unfinished:
+            log.warning("a session was given up at %s; what it had cached is gone", now.place)
 
 
-def _runner() -> Any:
+def runner_now() -> Any:
     """The asyncio task or the thread that this runs in."""
     try:
         return asyncio.current_task() or threading.current_thread()

@@ -1,23 +1,19 @@
 """`transform`: a model that looks and behaves like the original and runs under a plan."""
 
 import copy
-import functools
-import types
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import nn
-from torch._dynamo.decorators import skip
 
-from graphcache.compile import Backend, active_compilation, refuse_unknown, unwrapped
-from graphcache.engine import Engine, Options, original
+from graphcache.compile import Backend, refuse_unknown, unwrapped
+from graphcache.engine import SIGNATURES, Engine, Options, original
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan
+from graphcache.likeness import alike
 from graphcache.report import Summary, summarise
-from graphcache.session import Session
+from graphcache.surroundings import Around, OpenSession
 
 Target = TypeVar("Target")
 
@@ -45,19 +41,26 @@ class Transformed:
         """
         self._graphcache.reset(start_step, steps)
 
-    def session(self, scheduler: Any = None) -> AbstractContextManager[Session]:
-        """Within it, calls of this thread or asyncio task have caches of their own, freed at its end.
+    def session(self, scheduler: Any = None) -> OpenSession:
+        """A session: within its `with`, calls of this thread or asyncio task have caches of their own.
+
+        They are kept from one `with` to the next, in whatever thread, until it is closed or nobody refers to
+        it any more: `with model.session():` frees them at its end, `session = model.session()` is entered for
+        each step of a request that takes turns with others. Entered by a generator, it holds for the calls
+        that the generator makes, in whatever thread that is resumed. An exception that leaves the `with` ends
+        the generation.
 
         Args:
-            scheduler: the one that drives these calls and tells the step; without one the timesteps do.
+            scheduler: the one that drives these calls and tells the step; without one that of the pipeline
+                that calls, or the timesteps.
         """
         return self._graphcache.open_session(scheduler)
 
-    def disabled(self) -> AbstractContextManager[Session]:
+    def disabled(self) -> Around:
         """Within it the model runs as the original does; the first call ends a generation in progress."""
         return self._graphcache.surround(disabled=True)
 
-    def cache_context(self, name: str, **fields: Any) -> AbstractContextManager[Session]:
+    def cache_context(self, name: str, **fields: Any) -> Around:
         """Keep a cache of its own for the guidance branch `name`.
 
         Args:
@@ -81,7 +84,7 @@ class Transformed:
         engine = self._graphcache
         _drop_empty_registry(engine.model)
         model = copy.deepcopy(engine.model, memo)
-        return _wrap(model, engine.as_given, memo.get(id(engine.driver.pipe)))
+        return _wrap(model, engine.as_given, memo.get(id(engine.driver.given)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles as the original and what `transform` was given."""
@@ -99,6 +102,8 @@ def transform(
     branches: int | None = None,
     wait: Literal["step", "never"] = "step",
     offload: bool = False,
+    signatures: int = SIGNATURES,
+    watch: Literal["adapters", "everything"] = "adapters",
 ) -> Target:
     """Make a model, or the transformers of a diffusers pipeline, run under a plan.
 
@@ -115,14 +120,20 @@ def transform(
         example_inputs: arguments of one call. With them the capture happens now, and a plan that does not
             fit is an error now; without, at the first call.
         timestep: the name of forward's timestep argument, a tensor.
-        branches: how many calls without a `cache_context` a step makes, each with a cache of its own. Needed
-            only where no scheduler tells the step.
+        branches: how many calls a step makes without a `cache_context`, or under one name, each with a cache
+            of its own: guidance branches, windows of a clip, tiles, regions, always in the same order. Needed
+            where calls cannot be told apart by what they are given.
         wait: where no scheduler tells the step, "step" reads the timestep at each call, which waits for the
             device; "never" counts calls, so that generations must have as many as the plan, or begin with
             `reset`.
         offload: keep cached features in pinned host memory. Each is sent there once it is computed, and
             fetched while the site before the one that reads it runs. Differences of guidance stay on the
             device, and so does what tokens are written into.
+        signatures: how many captures are kept: one for each size, prompt length or other argument that is no
+            tensor, and for each form of the model. The log says when one returns that was dropped.
+        watch: what is looked at in every call: "adapters", which are also hooks, attention processors and
+            exchanged modules, or "everything" that a capture bakes in, which takes a microsecond a module. At
+            the beginning of a generation everything is looked at.
 
     Returns:
         An instance of the model's class, or the pipeline.
@@ -134,9 +145,18 @@ def transform(
         raise PlanError(
             f"plan is a {type(plan).__name__}, not a Plan; use graphcache.presets, Plan.parse or Plan.load"
         )
-    _check_options(branches, wait)
+    _check_options(branches, wait, signatures, watch)
     refuse_unknown(backend)
-    options = Options(plan, backend, timestep, branches, wait == "step", offload)
+    options = Options(
+        plan,
+        backend,
+        timestep,
+        branches,
+        wait == "step",
+        offload,
+        signatures=signatures,
+        watches_all=watch == "everything",
+    )
     if isinstance(model_or_pipe, nn.Module):
         made: Any = _transformed(model_or_pipe, options)
         if example_inputs is not None:
@@ -160,9 +180,13 @@ def restore(model_or_pipe: Target) -> Target:
     return model_or_pipe
 
 
-def _check_options(branches: int | None, wait: str) -> None:
-    if branches is not None and (isinstance(branches, bool) or not isinstance(branches, int) or branches < 1):
+def _check_options(branches: int | None, wait: str, signatures: int, watch: str) -> None:
+    if branches is not None and not _is_count(branches):
         raise GraphCacheError(f"branches={branches}: say how many calls a step makes, at least 1")
+    if not _is_count(signatures):
+        raise GraphCacheError(f"signatures={signatures}: say how many captures are kept, at least 1")
+    if watch not in ("adapters", "everything"):
+        raise GraphCacheError(f"watch={watch!r}: must be 'adapters' or 'everything'")
     if wait not in ("step", "never"):
         raise GraphCacheError(f"wait={wait!r}: must be 'step' or 'never'")
     if wait == "never" and (branches or 1) > 1:
@@ -170,6 +194,10 @@ def _check_options(branches: int | None, wait: str) -> None:
             "branches= cannot be told apart without the timestep; leave wait= out, or wrap each call in "
             "model.cache_context(name)"
         )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def pipeline_parts(pipe: Any) -> dict[str, nn.Module]:
@@ -183,7 +211,8 @@ def pipeline_parts(pipe: Any) -> dict[str, nn.Module]:
 
 def wrapped(model: nn.Module, engine: Engine) -> nn.Module:
     """A model that looks like another one and is run by an engine."""
-    made = _subclassed(model)
+    made = alike(model, Transformed)
+    engine.caller.attach(made)
     object.__setattr__(made, "_graphcache", engine)
     return made
 
@@ -216,94 +245,5 @@ def _drop_empty_registry(model: nn.Module) -> None:
         del model.__dict__["_diffusers_hook"]
 
 
-def _untraced(function: Any) -> Any:
-    """Keeps torch.compile out of a function but not of those that it calls."""
-    # torch.compiler.disable(recursive=False) would fail while another thread exports
-    skipped: Any = skip(function)
-    skipped._torchdynamo_disable_msg = (
-        "graphcache compiles each phase on its own: leave fullgraph out, or use transform(..., backend=)"
-    )
-    return skipped
-
-
-class _Forward:
-    """The forward of a transformed model: a descriptor, because one set on the instance would hide a method.
-
-    What is set stands around the plan's own forward, as accelerate's offloading does.
-    """
-
-    def __init__(self, kind: type[nn.Module]) -> None:
-        @functools.wraps(kind.forward)
-        def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-            return _called(model._graphcache, args, kwargs)
-
-        self.function = forward
-
-    @_untraced
-    def __get__(self, model: Any, owner: type) -> Any:
-        if model is None:
-            return self.function
-        outer = model._graphcache.outer
-        return types.MethodType(self.function, model) if outer is None else _checked(model._graphcache, outer)
-
-    def __set__(self, model: Any, value: Any) -> None:
-        if getattr(value, "__func__", None) not in (self.function, self.function.__wrapped__):
-            model._graphcache.outer = value
-            return
-        # a hook is removed: one that stood around the original is in the attributes shared with it
-        model.__dict__.pop("forward", None)
-        model._graphcache.outer = None
-
-    def __delete__(self, model: Any) -> None:
-        model._graphcache.outer = None
-
-
-@_untraced
-def _called(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    backend = active_compilation()
-    if backend is None:
-        return engine(args, kwargs)
-    if engine.backend is None:
-        engine.compile(backend)
-    outside: Any = torch.compiler.disable(engine.__call__)  # type: ignore[no-untyped-call]
-    return outside(args, kwargs)
-
-
-def _checked(engine: Engine, outer: Any) -> Any:
-    """A forward that was set on the model, which has to come to the plan's in the end."""
-
-    @functools.wraps(outer)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        before = engine.calls
-        result = outer(*args, **kwargs)
-        if engine.calls == before:
-            raise GraphCacheError(
-                "the forward that was set on the transformed model does not call the one it replaced, so no "
-                "plan is applied; `del model.forward` gives the plan's back"
-            )
-        return result
-
-    return forward
-
-
 def _wrap(model: nn.Module, options: Options, pipe: Any = None) -> nn.Module:
     return wrapped(model, Engine(model, options, pipe))
-
-
-def _subclassed(model: nn.Module) -> nn.Module:
-    """An instance of a same-named subclass that shares the original's attributes, weights included."""
-    kind = type(model)
-    names = {
-        "__slots__": ("_graphcache",),
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "forward": _Forward(kind),
-        # the class may be asked for further models, as from_pretrained does: those have no plan
-        "__new__": lambda cls, *args, **kwargs: kind(*args, **kwargs),
-        # not Module.__call__, which would run what original.compile() left in the shared attributes
-        "__call__": nn.Module._call_impl,
-    }
-    wrapper: Any = type(kind.__name__, (Transformed, kind), names)
-    made: nn.Module = object.__new__(wrapper)
-    made.__dict__ = model.__dict__
-    return made

@@ -2,14 +2,14 @@
 
 import operator
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from graphcache.ir.errors import CaptureError
+from graphcache.hooks import BOOKKEEPING, FORWARD_HOOKS, Worn, worn
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 """Values that are the same when they are equal; all others are compared by identity."""
@@ -21,88 +21,109 @@ _TENSOR_TRAITS = operator.attrgetter("dtype", "device", "requires_grad")
 _DEEPEST = 4
 """How far containers within containers are followed."""
 
+_PASSED_OVER = BOOKKEEPING | {"forward"}
+_SKIPPED = _PASSED_OVER | vars(nn.Module()).keys()
+
 
 class Watch:
     """Everything that a capture baked in, held so that no identity is reused, to be compared cheaply.
 
-    Modules, parameters and buffers count by identity, tensors also by dtype, device and need of a gradient,
-    other attributes by value where they are plain; so do the contents of attributes that are dicts, lists or
-    sets, and the attributes of objects such as attention processors. Values inside weights do not count.
+    Its *structure* are modules, parameters and buffers by identity, tensors also by dtype, device and need of
+    a gradient, and the classes' forwards. Its *surface* are the other attributes, by value where they are
+    plain, the contents of those that are dicts, lists or sets, the attributes of objects such as attention
+    processors, and what stands around forwards. Values inside weights do not count.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._states = [module.__dict__ for module in modules]
-        self._copies = [state.copy() for state in self._states]
-        self._attributes = [*_values(self._states)]
+        self._modules = list(model.modules())
+        self._states = [module.__dict__ for module in self._modules]
         self._tables = [
             state[name] for state in self._states for name in ("_parameters", "_buffers", "_modules")
         ]
         self._entries = [*_values(self._tables)]
         self._tensors = [item for item in self._entries if isinstance(item, torch.Tensor)]
         self._traits = [*map(_TENSOR_TRAITS, self._tensors)]
-        self._hooks = [state[name] for state in self._states for name in _HOOKS]
-        self._methods = {kind: kind.forward for kind in {type(module) for module in modules}}
-        self._contents = [*_contents(self._states)]
+        self._methods = {kind: kind.forward for kind in {type(module) for module in self._modules}}
+        self._hooks = [state[name] for state in self._states for name in FORWARD_HOOKS]
+        self._children = [state["_modules"] for state in self._states if state["_modules"]]
+        self._parts = [*_values(self._children)]
+        self._take()
 
-    def has_changed(self) -> bool:
-        """Whether another capture is needed; well under a microsecond a module when it is not."""
+    def _take(self) -> None:
+        """Note the surface as it is."""
+        self._copies = [state.copy() for state in self._states]
+        self._attributes = [*_values(self._states)]
+        self._contents = [*_contents(self._states)]
+        self._lively = [*_lively(self._states)]
+        self._worn = [(module, worn(module)) for module in self._modules if "forward" in module.__dict__]
+        self._count_forwards()
+
+    def _count_forwards(self) -> None:
+        self._size = sum(map(len, self._states))
+        self._forwards = [module.__dict__["forward"] for module, _ in self._worn]
+
+    def has_other_structure(self) -> bool:
+        """Whether modules, weights or forwards are other ones, so that nothing captured can be used again."""
         return (
-            any(map(len, self._hooks))
-            or not _same(self._tables, self._entries)
+            not _same(self._tables, self._entries)
             or [*map(_TENSOR_TRAITS, self._tensors)] != self._traits
             or any(kind.forward is not method for kind, method in self._methods.items())
+        )
+
+    def has_other_surface(self) -> bool:
+        """Whether attributes or hooks are other ones; well under a microsecond a module when they are not."""
+        return (
+            any(self._hooks)
             or any(not _equal(live, copy) for live, copy in self._contents)
+            or self._wears_others()
             or not (_same(self._states, self._attributes) or self._equal_attributes())
         )
+
+    def is_touched(self) -> bool:
+        """Whether what may change within a generation did: hooks, adapters, processors, parts of the model.
+
+        Cheap enough for every call: a twentieth of a microsecond a module.
+        """
+        try:
+            return (
+                any(self._hooks)
+                or [*_values(self._children)] != self._parts
+                or any(read(state) != seen for read, state, seen in self._lively)
+                or any(live != copy for live, copy in self._contents)
+                or (self._wears_others() if self._is_rearranged() else False)
+            )
+        except (KeyError, RuntimeError, TypeError, ValueError):  # gone, changing just now, or tensors in it
+            return True
+
+    def _is_rearranged(self) -> bool:
+        """Whether attributes came or went, or a forward is another object."""
+        return sum(map(len, self._states)) != self._size or any(
+            module.__dict__.get("forward") is not forward
+            for (module, _), forward in zip(self._worn, self._forwards, strict=True)
+        )
+
+    def _wears_others(self) -> bool:
+        """Whether something else stands around forwards; what merely left its traces does not count."""
+        if not self._is_rearranged():
+            return False
+        now = [(module, worn(module)) for module in self._modules if "forward" in module.__dict__]
+        before = {id(module): around for module, around in self._worn if around}
+        if len(before) != sum(bool(around) for _, around in now):
+            return True
+        if not all(_is_worn(around, before.get(id(module), ())) for module, around in now):
+            return True
+        if sum(map(_others, self._states)) != sum(map(_others, self._copies)):
+            return True
+        self._worn = now
+        self._count_forwards()
+        return False
 
     def _equal_attributes(self) -> bool:
         """Whether all that became another object is a plain value that equals the old one, or hooks' own."""
         if not all(map(_same_attributes, self._states, self._copies)):
             return False
-        self._copies = [state.copy() for state in self._states]
-        self._attributes = [*_values(self._states)]
-        self._contents = [*_contents(self._states)]
+        self._take()
         return True
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_BOOKKEEPING = frozenset(("_diffusers_hook", "_hf_hook", "_old_forward"))
-"""What hooks of diffusers and accelerate leave on a module; they act through its forward, which counts."""
-_SKIPPED = _BOOKKEEPING | vars(nn.Module()).keys()
-
-
-def refuse_uncapturable(model: nn.Module) -> None:
-    """Say what a captured graph would lose silently.
-
-    Raises:
-        CaptureError: training mode, hooks, or a forward set on an instance.
-    """
-    if model.training:
-        raise CaptureError("the model is in training mode; call model.eval() before the first generation")
-    for name, module in model.named_modules():
-        where = name or "the model"
-        state = module.__dict__
-        if any(state[hooks] for hooks in _HOOKS):
-            raise _lost(where, "forward hooks")
-        if _is_replaced(module):
-            raise _lost(where, "a forward of its own, set on the instance (accelerate's hooks do that)")
-
-
-def _lost(where: str, what: str) -> CaptureError:
-    return CaptureError(
-        f"{where} has {what}, which would run once during the capture and never again; remove it before "
-        "transforming (diffusers' caches: model.disable_cache(); offloading: enable it on the whole model, "
-        "after transform, not by layers; torch.compile: compile the model, not its forward)"
-    )
-
-
-def _is_replaced(module: nn.Module) -> bool:
-    """Whether the instance has a forward that is not its class's own (diffusers leaves such behind)."""
-    own = module.__dict__.get("forward")
-    if own is None:
-        return False
-    return getattr(own, "__func__", None) is not type(module).forward or own.__self__ is not module
 
 
 def _values(tables: Iterable[dict[str, Any]]) -> Iterator[Any]:
@@ -113,16 +134,25 @@ def _same(tables: list[dict[str, Any]], expected: list[Any]) -> bool:
     return sum(map(len, tables)) == len(expected) and all(map(operator.is_, _values(tables), expected))
 
 
-def _same_attributes(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    names = now.keys() | before.keys()
-    return all(
-        name in now and name in before and _is_same_value(now[name], before[name])
-        for name in names - _BOOKKEEPING
+def _others(state: Mapping[str, Any]) -> int:
+    """How many attributes a module has beside what hooks leave behind."""
+    return len(state) - sum(name in state for name in _PASSED_OVER)
+
+
+def _is_worn(now: Worn, before: Worn) -> bool:
+    return len(now) == len(before) and all(
+        kind is other and _equal(attributes, others)
+        for (kind, attributes), (other, others) in zip(now, before, strict=True)
     )
 
 
+def _same_attributes(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    names = (now.keys() | before.keys()) - _PASSED_OVER
+    return all(name in now and name in before and _is_same_value(now[name], before[name]) for name in names)
+
+
 def _is_same_value(new: Any, old: Any) -> bool:
-    """Whether nothing changed; torch.export leaves equal copies of the containers that it finds."""
+    """Whether nothing changed; equal copies of containers are the same."""
     comparable = type(new) is type(old) and isinstance(new, (*_PLAIN, *_CONTAINERS))
     return new is old or (comparable and _equal(new, old))
 
@@ -132,6 +162,21 @@ def _equal(live: Any, copy: Any) -> bool:
         return bool(live == copy)
     except Exception:  # tensors and arrays in it, and others than before
         return False
+
+
+_Live = tuple[Callable[[dict[str, Any]], Any], dict[str, Any], Any]
+
+
+def _lively(states: list[dict[str, Any]]) -> Iterator[_Live]:
+    """Of modules that keep objects or containers among their attributes, as adapters do: all attributes."""
+    for state in states:
+        names = [name for name in state if name not in _SKIPPED]
+        kept = [name for name in names if not isinstance(state[name], _NOT_FOLLOWED)]
+        if any(isinstance(state[name], (dict, list, set)) for name in kept):
+            kept = names
+        if kept:
+            read = operator.itemgetter(*kept)
+            yield read, state, read(state)
 
 
 def _contents(states: list[dict[str, Any]]) -> Iterator[tuple[Any, Any]]:

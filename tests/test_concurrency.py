@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +13,12 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 import graphcache
 from graphcache import Plan, StateError, presets
 from graphcache.ir.graph import CacheRead, Coefficients, fake_mode, value_of
-from pipelines import PIPELINES
+from pipelines import PIPELINES, TinyPipeline
 from reference import assert_same, subject
 from tiny import arguments, tiny
 
@@ -221,7 +223,14 @@ def test_a_session_frees_what_it_held() -> None:
     with model.session() as session:
         model(**arguments())
         assert model.summary().held_bytes > 0
-    assert session.states == {}
+        held = [
+            weakref.ref(t)
+            for s in model._graphcache.surroundings.session.states.values()
+            for t in s.cache.tensors()
+        ]
+        assert held
+    session.close()
+    assert [tensor() for tensor in held] == [None] * len(held)
     assert model.summary().branches == ()
 
 
@@ -247,34 +256,71 @@ def test_pipelines_that_share_a_transformer_run_at_once() -> None:
                 assert_same(result, expected[count])
 
 
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_loop_that_the_scheduler_does_not_drive_is_refused(finished: bool) -> None:
-    """Another pipeline on the same transformer, outside of a session: told by its scheduler or timesteps."""
+def interrupted(tiny_pipe: TinyPipeline, pipe: Any, steps: int) -> None:
+    """A generation that its user gives up at the third step."""
+    left, step = iter(range(3)), pipe.scheduler.step
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return result
+
+    pipe.scheduler.step = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        tiny_pipe.generate(pipe, steps)
+    del pipe.scheduler.step
+
+
+@pytest.fixture(params=["finished", "given up"])
+def used(request: pytest.FixtureRequest) -> Any:
+    """A transformed pipeline that has made a picture, or begun one."""
     tiny_pipe, steps = PIPELINES["flux"], 6
     pipe = graphcache.transform(tiny_pipe.make(), presets.fora(steps))
-    if finished:
+    if request.param == "finished":
         tiny_pipe.generate(pipe, steps)
     else:
-        interrupted = iter(range(3))
-        step = pipe.scheduler.step
+        interrupted(tiny_pipe, pipe, steps)
+    return pipe
 
-        def interrupt(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            if next(interrupted, None) is None:
-                raise KeyboardInterrupt
-            return result
 
-        pipe.scheduler.step = interrupt
-        with pytest.raises(KeyboardInterrupt):
-            tiny_pipe.generate(pipe, steps)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    other = diffusers.FluxPipeline(scheduler, None, None, None, None, None, pipe.transformer)
+def test_another_pipeline_over_the_transformer_goes_by_its_own_scheduler(used: Any) -> None:
+    tiny_pipe = PIPELINES["flux"]
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+    other = diffusers.FluxPipeline(scheduler, None, None, None, None, None, used.transformer)
     other.set_progress_bar_config(disable=True)
-    with pytest.raises(StateError, match=r"another loop.*session\(scheduler=\.\.\.\)"):
-        tiny_pipe.generate(other, steps)
-    expected = tiny_pipe.generate(graphcache.transform(tiny_pipe.make(), presets.fora(steps)), steps)
-    with pipe.transformer.session(scheduler=scheduler):
-        assert_same(tiny_pipe.generate(other, steps), expected)
+    alone = graphcache.transform(tiny_pipe.make(), presets.fora(6))
+    for steps in (6, 4):
+        alone.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+        assert_same(tiny_pipe.generate(other, steps), tiny_pipe.generate(alone, steps))
+        alone.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+        assert_same(tiny_pipe.generate(used, steps), tiny_pipe.generate(alone, steps))
+
+
+def calls_of(tiny_pipe: TinyPipeline, steps: int) -> list[dict[str, Any]]:
+    """What a generation hands to the transformer."""
+    pipe, calls = tiny_pipe.make(), []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(pytree.tree_map_only(Tensor, Tensor.clone, kwargs)),
+        with_kwargs=True,
+    )
+    tiny_pipe.generate(pipe, steps, guided=False)
+    return calls
+
+
+def by_hand(model: Any, calls: list[dict[str, Any]]) -> list[Tensor]:
+    """What a loop gives that no pipeline makes."""
+    return [model(**call)[0] for call in calls]
+
+
+def test_a_loop_of_ones_own_is_refused_where_the_scheduler_does_not_drive_it(used: Any) -> None:
+    calls = calls_of(PIPELINES["flux"], 6)
+    with pytest.raises(StateError, match="another"):
+        by_hand(used.transformer, calls)
+    alone = graphcache.transform(PIPELINES["flux"].make().transformer, presets.fora(6))
+    with used.transformer.session():
+        assert_same(by_hand(used.transformer, calls), by_hand(alone, calls))
+    assert "reused" in str(alone.summary())
 
 
 def test_where_a_graphs_inputs_lie_is_known_while_another_thread_traces(

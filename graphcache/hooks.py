@@ -1,0 +1,89 @@
+"""What is put around the forward of a model's parts, and which of it a capture can hold."""
+
+import functools
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from graphcache.ir.errors import CaptureError
+
+FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+REGISTRY = "_diffusers_hook"
+BOOKKEEPING = frozenset((REGISTRY, "_hf_hook", "_old_forward"))
+"""What hooks of diffusers and accelerate leave on a module; they act through its forward, which counts."""
+
+Worn = tuple[tuple[Any, Mapping[str, Any]], ...]
+"""What stands around one module's forward, from the inside out: what it is, and its attributes."""
+
+
+def refuse_uncapturable(model: nn.Module) -> None:
+    """Say what a captured graph would lose silently.
+
+    Raises:
+        CaptureError: training mode, hooks that act before forward or keep a state, or a forward set on an
+            instance.
+    """
+    if model.training:
+        raise CaptureError("the model is in training mode; call model.eval() before the first generation")
+    stateful = any(map(_has_state, model.modules()))
+    for name, module in model.named_modules():
+        where = name or "the model"
+        state = module.__dict__
+        if any(state[hooks] for hooks in FORWARD_HOOKS):
+            raise _lost(where, "forward hooks")
+        if not is_own(module) and (stateful or not _only_computes(module)):
+            raise _lost(where, "a forward of its own, set on the instance (hooks of libraries do that)")
+
+
+def _lost(where: str, what: str) -> CaptureError:
+    return CaptureError(
+        f"{where} has {what}, which would run once during the capture and never again; remove it before "
+        "transforming, and leave it out within a generation (diffusers' caches: model.disable_cache(); "
+        "offloading: enable it on the whole model, after transform, not by layers; torch.compile: compile "
+        "the model, not its forward)"
+    )
+
+
+def is_own(module: nn.Module) -> bool:
+    """Whether the module runs its class's forward (removed hooks leave that behind on the instance)."""
+    own = module.__dict__.get("forward")
+    if own is None:
+        return True
+    return getattr(own, "__func__", None) is type(module).forward and own.__self__ is module
+
+
+def worn(module: nn.Module) -> Worn:
+    """What stands around the module's forward, comparable with what stands there at another time."""
+    if is_own(module):
+        return ()
+    hooks = _hooks(module)
+    if not hooks:
+        return ((module.__dict__["forward"], {}),)
+    return tuple((type(hook), _attributes(hook)) for hook in hooks)
+
+
+def _hooks(module: nn.Module) -> Iterable[Any]:
+    registry = module.__dict__.get(REGISTRY)
+    return [] if registry is None else list(registry.hooks.values())
+
+
+def _attributes(hook: Any) -> Mapping[str, Any]:
+    return {name: value for name, value in vars(hook).items() if name != "fn_ref"}
+
+
+def _has_state(module: nn.Module) -> bool:
+    return any(hook._is_stateful for hook in _hooks(module))
+
+
+def _only_computes(module: nn.Module) -> bool:
+    """Whether all that stands around forward are hooks that replace what it computes, or change its result.
+
+    Those that act before it move weights or change their dtype, which is no part of a graph.
+    """
+    base: Any = getattr(sys.modules.get("diffusers.hooks"), "ModelHook", None)
+    hooks, forward = _hooks(module), module.__dict__["forward"]
+    if not hooks or not isinstance(forward, functools.partial) or forward.args[:1] != (module,):
+        return False
+    return all(type(hook).pre_forward is base.pre_forward for hook in hooks)
