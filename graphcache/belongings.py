@@ -109,10 +109,9 @@ class Belongings:
         keeper = keeper_of(thing)
         if keeper is not None:
             self.keepers.append(keeper)
-        if isinstance(thing, dict):
-            self._push(dict.items(thing), path)
-        else:
-            self._push(enumerate(thing), path)
+        # other threads may write to the thing itself meanwhile
+        parts = thing if keeper is None else keeper.before
+        self._push(parts.items() if isinstance(parts, dict) else enumerate(parts), path)
         if hasattr(thing, "__dict__"):
             self._object(thing, path)
 
@@ -120,9 +119,10 @@ class Belongings:
         kind = type(thing)
         state = getattr(thing, "__dict__", None)
         if isinstance(state, dict):
-            self.keepers.append(Entries.of(state))
+            kept = Entries.of(state)
+            self.keepers.append(kept)
             skipped = _HOOKS if isinstance(thing, nn.Module) else ()
-            self._push(((name, item) for name, item in state.items() if name not in skipped), path)
+            self._push(((name, item) for name, item in kept.before.items() if name not in skipped), path)
         if kind not in self._slots:
             self._slots[kind] = [*_members(kind)]
         if self._slots[kind]:
@@ -187,8 +187,9 @@ def _root(module: Any) -> str:
 
 
 def _members(kind: type) -> Iterator[Any]:
-    """The slots of the classes of a kind."""
-    items = chain.from_iterable(vars(base).values() for base in kind.__mro__ if _is_followed(base))
+    """The slots of the classes of a kind; what code in C lays out may be readable alone."""
+    tables = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base) and _is_followed(base)]
+    items = chain.from_iterable(table.values() for table in tables)
     return (item for item in items if isinstance(item, types.MemberDescriptorType))
 
 

@@ -46,7 +46,10 @@ class Entries:
         base: Any = OrderedDict if isinstance(live, OrderedDict) else dict
         if _same(base.keys(live), before.keys()) and _same(base.values(live), before.values()):
             return False
-        base.clear(live)
+        for key in [key for key in base.keys(live) if key not in before]:
+            base.__delitem__(live, key)
+        if not _same(base.keys(live), before.keys()):
+            base.clear(live)
         for key, value in before.items():
             base.__setitem__(live, key, value)
         return True
@@ -186,7 +189,7 @@ MEMO = type(functools.lru_cache(lambda: None))
 _NO_RESULTS = (nn.Module, type, types.ModuleType, types.FunctionType, MEMO, str, int)
 
 
-def keeper_of(container: Any) -> Keeper | None:
+def keeper_of(container: Any) -> Entries | Items | None:
     """For a container of Python's own that can be written to."""
     if isinstance(container, dict):
         return Entries.of(container)

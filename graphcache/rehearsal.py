@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from graphcache.ir.errors import CaptureError
 
+_AS_THEY_ARE = (CaptureError, MemoryError, torch.OutOfMemoryError)
 Undo = Callable[[], bool]
 """Undoes writes, and says whether there were any."""
 
@@ -27,7 +28,7 @@ def rehearse(call: Callable[[], Any], devices: Iterable[torch.device]) -> Undo:
         Undoes what the call wrote into tensors that are older.
 
     Raises:
-        CaptureError: the call fails; then it is undone.
+        CaptureError: the call fails; then it is undone. Lack of memory is raised as it is.
     """
     writes = _Writes()
     try:
@@ -35,9 +36,9 @@ def rehearse(call: Callable[[], Any], devices: Iterable[torch.device]) -> Undo:
             call()
     except BaseException as error:
         writes.undo()
-        if isinstance(error, CaptureError) or not isinstance(error, Exception):
+        if isinstance(error, _AS_THEY_ARE) or not isinstance(error, Exception):
             raise
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
         raise CaptureError(f"the model itself fails on this call: {reason}") from error
     finally:
         torch.clear_autocast_cache()

@@ -184,15 +184,35 @@ class ReadsRecord(Network):
         return kept.keys * kept.length  # type: ignore[no-any-return]
 
 
+class ReadsOutput(Network):
+    def read(self, kept: Any) -> Tensor:
+        return kept.sample if kept.features is None else kept.features  # type: ignore[no-any-return]
+
+
 @torch.no_grad()
-def test_a_dataclass_of_tensors_goes_out_and_in_again() -> None:
-    model = made(lambda x, keys: (x, Record(keys)), ReadsRecord)
+@pytest.mark.parametrize(
+    ("kind", "give", "kept"),
+    [
+        (ReadsRecord, lambda x, keys: (x, Record(keys)), Record(torch.ones(2, 3, WIDTH), 2)),
+        (ReadsOutput, lambda x, keys: (x, Output(x, keys)), Output(torch.ones(2, 3, WIDTH))),
+    ],
+)
+def test_a_dataclass_of_tensors_goes_out_and_in_again(kind: type[Network], give: Give, kept: Any) -> None:
+    model = made(give, kind)
     cached = graphcache.transform(model, presets.compute(3))
-    got = wanted = Record(torch.ones(2, 3, WIDTH))
+    got = wanted = kept
     for time in (1.0, 0.5, 0.25):
         one, got = cached(**arguments(time), kept=got)
         other, wanted = model(**arguments(time), kept=wanted)
         assert torch.equal(one, other)
-        assert torch.equal(got.keys, wanted.keys)
-    one, _ = cached(**arguments(1.0), kept=dataclasses.replace(got, length=5))
-    assert torch.equal(one, model(**arguments(1.0), kept=dataclasses.replace(got, length=5))[0])
+        assert type(got) is type(wanted)
+        assert is_same(got, wanted)
+
+
+@torch.no_grad()
+def test_a_number_in_a_dataclass_counts() -> None:
+    model = made(lambda x, keys: x, ReadsRecord)
+    cached = graphcache.transform(model, presets.compute(1))
+    for length in (3, 5):
+        kept = Record(torch.ones(WIDTH), length)
+        assert torch.equal(cached(**arguments(), kept=kept), model(**arguments(), kept=kept))

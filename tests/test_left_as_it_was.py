@@ -413,9 +413,20 @@ class Failing(Network):
 @torch.no_grad()
 def test_a_call_that_the_model_itself_refuses() -> None:
     cached = graphcache.transform(network(Failing), presets.compute(1))
-    with pytest.raises(CaptureError, match="the model itself fails on this call: 5 tokens are too many"):
+    with pytest.raises(CaptureError, match="itself fails on this call: ValueError: 5 tokens are too many"):
         cached(*call(5))
     assert torch.equal(cached(*call(4)), expected(Failing, *call(4)))
+
+
+class Starving(Network):
+    def table(self, count: int) -> Tensor:
+        raise torch.OutOfMemoryError
+
+
+@torch.no_grad()
+def test_lack_of_memory_is_raised_as_it_is() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        graphcache.transform(network(Starving), presets.compute(1))(*call(4))
 
 
 class Drawing(Network):

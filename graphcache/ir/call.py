@@ -81,7 +81,7 @@ def _sign(value: Any, key: list[Hashable], tensors: list[torch.Tensor], where: s
         key.append((value.__class__, len(value)))
         for i, item in enumerate(value):
             _sign(item, key, tensors, f"{where}[{i}]")
-    elif isinstance(value, dict):
+    elif isinstance(value, dict) and (value.__class__ is dict or not is_record(value)):
         key.append((dict, tuple(value)))
         for name, item in value.items():
             _sign(item, key, tensors, f"{where}.{name}")

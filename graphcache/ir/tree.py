@@ -49,13 +49,13 @@ def strip(value: Any, where: str, names: list[str]) -> Any:
     if isinstance(value, torch.Tensor):
         names.append(where)
         return Leaf(len(names) - 1)
+    if is_record(value):
+        fields = fields_of(value).items()
+        return Record(type(value), {name: strip(item, f"{where}.{name}", names) for name, item in fields})
     if isinstance(value, dict):
         return {key: strip(item, f"{where}.{key}", names) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return sequence_of(type(value), [strip(item, f"{where}[{i}]", names) for i, item in enumerate(value)])
-    if is_record(value):
-        fields = fields_of(value).items()
-        return Record(type(value), {name: strip(item, f"{where}.{name}", names) for name, item in fields})
     return value
 
 
@@ -80,11 +80,11 @@ def refuse_filled(where: str, before: Any, after: Any) -> None:
     Raises:
         CaptureError: forward has changed it.
     """
+    if is_record(before):
+        before, after = fields_of(before), fields_of(after)
     if isinstance(before, (dict, list, tuple)):
         same = len(before) == len(after) and (not isinstance(before, dict) or [*before] == [*after])
         pairs = zip(*((x.values() if isinstance(x, dict) else x) for x in (before, after)), strict=False)
-    elif is_record(before):
-        same, pairs = True, zip(fields_of(before).values(), fields_of(after).values(), strict=True)
     else:
         same, pairs = before is after, zip((), (), strict=True)
     if not same:
