@@ -109,8 +109,8 @@ def transform(
 
     Args:
         model_or_pipe: an nn.Module in eval mode, or a pipeline, whose `transformer` (and `transformer_2`)
-            are replaced and whose scheduler tells the step. The original stays as it is; both share their
-            weights.
+            are replaced. The original stays as it is; both share their weights. The scheduler of whatever
+            pipeline calls tells the step; a loop outside of any pipeline follows that of the one given here.
         plan: what each site does at each step. For a generation with another number of steps a preset is
             evaluated anew, any other plan resampled; the log says so once.
         backend: None runs the graphs as they are, or compiles them with what the model was compiled with;
@@ -169,6 +169,8 @@ def transform(
 
 def restore(model_or_pipe: Target) -> Target:
     """Undo `transform`: the original model, or the pipeline with its original transformers.
+
+    Other pipelines that hold the same transformed model keep it, and its plan, until they are restored too.
 
     Raises:
         GraphCacheError: something else, such as accelerate's offloading, was put around the model since.
