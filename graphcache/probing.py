@@ -176,7 +176,7 @@ class ProbeEngine(Engine):
 
     def __reduce__(self) -> tuple[type["ProbeEngine"], tuple[Any, ...]]:
         """Another process captures by itself."""
-        return ProbeEngine, (self.model, self.options, self.driver.pipe, self.memory, self.ranges)
+        return ProbeEngine, (self.model, self.options, self.driver.given, self.memory, self.ranges)
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():

@@ -14,6 +14,7 @@ import torch
 
 from graphcache.clock import Clock
 from graphcache.ir.errors import StateError
+from graphcache.ir.state import CacheState
 from graphcache.runner import BranchState
 from graphcache.schedulers import Driver
 
@@ -217,12 +218,20 @@ class Session:
         """Take up what `place` found, once the call has everything that it needs."""
         if generation.untouched:
             self._begin(generation)
+        elif not generation.called:
+            self._release_missing(generation)
         self._owner = weakref.ref(runner_now())
         self._lines[generation.line] = generation.by(branch)
         before = self.states.pop(branch, None)
         if before is not None and before is not state:
             state.ran = before.ran
         self.states[branch] = state
+
+    def _release_missing(self, generation: Generation) -> None:
+        """Free what branches had cached that missed a step: they begin anew when they return."""
+        for branch, state in self.states.items():
+            if generation.line in (None, branch[0]) and state.step + 1 < generation.step:
+                state.cache = CacheState()
 
     def _begin(self, generation: Generation) -> None:
         """Drop what the generation replaces: all, or its own context's and what is over."""

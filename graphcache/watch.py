@@ -17,7 +17,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _CONTAINERS = (dict, list, set, tuple)
 _NOT_FOLLOWED = (nn.Module, torch.Tensor, type, types.ModuleType, types.FunctionType, *_PLAIN)
 
-_TENSOR_TRAITS = operator.attrgetter("dtype", "device", "requires_grad")
+_KIND = operator.attrgetter("dtype", "device")
+_NEEDS_GRADIENT = operator.attrgetter("requires_grad")
 _DEEPEST = 4
 """How far containers within containers are followed."""
 
@@ -28,10 +29,10 @@ _SKIPPED = _PASSED_OVER | vars(nn.Module()).keys()
 class Watch:
     """Everything that a capture baked in, held so that no identity is reused, to be compared cheaply.
 
-    Its *structure* are modules, parameters and buffers by identity, tensors also by dtype, device and need of
-    a gradient, and the classes' forwards. Its *surface* are the other attributes, by value where they are
-    plain, the contents of those that are dicts, lists or sets, the attributes of objects such as attention
-    processors, and what stands around forwards. Values inside weights do not count.
+    Its *structure* are modules, parameters and buffers by identity, tensors also by dtype and device, and the
+    classes' forwards. Its *surface* are the other attributes, by value where they are plain, the contents of
+    those that are dicts, lists or sets, the attributes of objects such as attention processors, which tensors
+    need a gradient, and what stands around forwards. Values inside weights do not count.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,7 +43,7 @@ class Watch:
         ]
         self._entries = [*_values(self._tables)]
         self._tensors = [item for item in self._entries if isinstance(item, torch.Tensor)]
-        self._traits = [*map(_TENSOR_TRAITS, self._tensors)]
+        self._kinds = [*map(_KIND, self._tensors)]
         self._methods = {kind: kind.forward for kind in {type(module) for module in self._modules}}
         self._hooks = [state[name] for state in self._states for name in FORWARD_HOOKS]
         self._children = [state["_modules"] for state in self._states if state["_modules"]]
@@ -55,6 +56,7 @@ class Watch:
         self._attributes = [*_values(self._states)]
         self._contents = [*_contents(self._states)]
         self._lively = [*_lively(self._states)]
+        self._gradients = [*map(_NEEDS_GRADIENT, self._tensors)]
         self._worn = [(module, worn(module)) for module in self._modules if "forward" in module.__dict__]
         self._count_forwards()
 
@@ -66,7 +68,7 @@ class Watch:
         """Whether modules, weights or forwards are other ones, so that nothing captured can be used again."""
         return (
             not _same(self._tables, self._entries)
-            or [*map(_TENSOR_TRAITS, self._tensors)] != self._traits
+            or [*map(_KIND, self._tensors)] != self._kinds
             or any(kind.forward is not method for kind, method in self._methods.items())
         )
 
@@ -74,6 +76,7 @@ class Watch:
         """Whether attributes or hooks are other ones; well under a microsecond a module when they are not."""
         return (
             any(self._hooks)
+            or [*map(_NEEDS_GRADIENT, self._tensors)] != self._gradients
             or any(not _equal(live, copy) for live, copy in self._contents)
             or self._wears_others()
             or not (_same(self._states, self._attributes) or self._equal_attributes())

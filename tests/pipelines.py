@@ -50,11 +50,19 @@ class TinyPipeline:
         return pipe
 
     def generate(
-        self, pipe: Any, steps: int, batch: int = 1, guided: bool = True, large: bool = False
+        self,
+        pipe: Any,
+        steps: int,
+        batch: int = 1,
+        guided: bool = True,
+        large: bool = False,
+        callback: Any = None,
     ) -> Tensor:
         """What a fixed seed gives: latents, or pixels where a pipeline always decodes."""
         generator = torch.Generator().manual_seed(0)
         arguments = self.arguments(batch, guided, large)
+        if callback is not None:
+            arguments["callback_on_step_end"] = callback
         with torch.random.fork_rng(devices=[]):
             # SD3's ControlNet pipeline encodes its image without the generator
             torch.manual_seed(0)

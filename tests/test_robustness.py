@@ -135,12 +135,18 @@ def test_a_missing_argument_is_pythons_own_error() -> None:
         graphcache.transform(tiny(), graphcache.presets.compute(1))(**inputs)
 
 
-def test_branches_without_end_do_not_pile_up() -> None:
+def test_branches_that_do_not_return_hold_nothing() -> None:
     cached = graphcache.transform(tiny(), REUSED)
     for number in range(40):
         with cached.cache_context(f"request {number}"):
             cached(**arguments())
-    assert len(cached.summary().branches) == 16
+    (one,) = {branch.held_bytes for branch in cached.summary().branches}
+    assert len(cached.summary().branches) == 40
+    assert one > 0
+    for time in (0.9, 0.8):
+        with cached.cache_context("request 7"):
+            cached(**arguments(time))
+    assert [b.branch for b in cached.summary().branches if b.held_bytes] == ["request 7"]
 
 
 class Fused(nn.Module):
