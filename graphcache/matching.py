@@ -47,13 +47,17 @@ class Matching:
             return self.likest(now, free)
         if len(known) >= limit or (repeats and self.is_called(now) and self.session.branches is None):
             return None
-        if repeats and now.step > now.start and now.clock is not None:
+        if repeats and now.clock is not None and any(self._ran_before(branch, now) for branch in known):
             raise StateError(
-                f"step {now.step}: branches={limit} calls a step were declared and the first step made "
+                f"step {now.step}: branches={limit} calls a step were declared and earlier steps made "
                 f"{len(known)}, so that this call may be another branch's or a second evaluation; wrap each "
                 "call in a model.cache_context(name) of its own"
             )
         return self.call.name, next(i for i in range(limit) if (self.call.name, i) not in known)
+
+    def _ran_before(self, branch: Branch, now: Generation) -> bool:
+        """Whether a branch was called at an earlier step of the generation."""
+        return any(ran.step < now.step for ran in self.session.states[branch].ran[:1])
 
     def _limit(self, now: Generation) -> int:
         """Calls that a step may make under one name."""

@@ -196,8 +196,8 @@ class Session:
         return tasks or not self.opened
 
     def leave(self) -> None:
-        """The model is called outside of its plan: a generation of this thread or task ends there."""
-        if self._owner is not None and self._owner() is runner_now():
+        """The model is called outside of its plan: the generation of whoever calls ends there."""
+        if self.opened or (self._owner is not None and self._owner() is runner_now()):
             if now := self.unfinished:
                 log.warning("a call outside of the plan ends the generation in progress at %s", now.place)
             self.forget()

@@ -109,6 +109,11 @@ class Reference:
         self.memories = {item.node: item for item in memories(step, self.tokens)}
         self.remembered: dict[str, Tensor] = {}
 
+    def goes_on_with(self, captured: Captured) -> None:
+        """From now on for the model in another form, of the same sites."""
+        self.captured = captured
+        self.cuts = {site.name: Range.of(captured.step, *site.blocks) for site in self.ranges}
+
     def sites(self) -> list[Site]:
         """Outermost first."""
         return [*([self.output] if self.output else []), *self.ranges, *self.branches.values()]

@@ -136,7 +136,7 @@ def test_a_missing_argument_is_pythons_own_error() -> None:
 
 
 def test_branches_that_do_not_return_hold_nothing() -> None:
-    cached = graphcache.transform(tiny(), REUSED)
+    cached = graphcache.transform(tiny(), Plan.parse("plan steps=4 preset=none\n@mlp #...\n"))
     for number in range(40):
         with cached.cache_context(f"request {number}"):
             cached(**arguments())
