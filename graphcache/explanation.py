@@ -11,7 +11,7 @@ _OWN = str(Path(__file__).parent)
 
 def explain(error: BaseException) -> str:
     """What went wrong, the line of the model that did, and what to do about it."""
-    place = _user_line(error)
+    place = user_line(error)
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     return (
         f"the model cannot be captured{place}: {reason}. A step must not branch on tensor values; "
@@ -19,7 +19,7 @@ def explain(error: BaseException) -> str:
     )
 
 
-def _user_line(error: BaseException) -> str:
+def user_line(error: BaseException) -> str:
     """The innermost frame of the user's own code behind an export error."""
     seen: set[int] = set()
     chain: BaseException | None = error

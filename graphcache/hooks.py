@@ -34,7 +34,9 @@ def refuse_uncapturable(model: nn.Module) -> None:
         if any(state[hooks] for hooks in FORWARD_HOOKS):
             raise _lost(where, "forward hooks")
         if not is_own(module) and (stateful or not _only_computes(module)):
-            raise _lost(where, "a forward of its own, set on the instance (hooks of libraries do that)")
+            raise _lost(
+                where, "a forward of its own, set on the instance (accelerate's and other hooks do that)"
+            )
 
 
 def _lost(where: str, what: str) -> CaptureError:

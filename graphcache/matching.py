@@ -130,7 +130,7 @@ class Matching:
         declared = f", and branches={self.session.branches} were declared" if self.session.branches else ""
         return StateError(
             f"step {now.step}: {where} was called {calls} times at one timestep{declared}. If a step makes "
-            "several calls (guidance, windows of a clip, tiles, regions), wrap each in a "
+            "several calls (guidance branches, windows of a clip, tiles, regions), wrap each in a "
             "model.cache_context(name) of its own, such as 'cond' and 'uncond', or declare how many they "
             f"are, always in the same order: transform(..., branches={calls} or more). If a generation was "
             "given up, call model.reset() before the next one; if another loop calls the model, give it "

@@ -70,8 +70,8 @@ class _Placement(Matching):
             before, progress = read_progress(now.latest), read_progress(self.call.timestep)
             if progress != before and now.step > now.start:
                 raise StateError(
-                    f"step {now.step}: the pipeline's scheduler stands at timestep {before:g}, but the model was "
-                    f"called for {progress:g}: another loop calls it; give that `with model.session():`"
+                    f"step {now.step}: the pipeline's scheduler stands at timestep {before:g}, but the model "
+                    f"was called for {progress:g}: another loop calls it; give that `with model.session():`"
                 )
             if progress != before:
                 # the pipeline steps copies of its scheduler, which itself stands still

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from graphcache.explanation import user_line
 from graphcache.ir.errors import CaptureError
 
 _AS_THEY_ARE = (CaptureError, MemoryError, torch.OutOfMemoryError)
@@ -39,7 +40,7 @@ def rehearse(call: Callable[[], Any], devices: Iterable[torch.device]) -> Undo:
         if isinstance(error, _AS_THEY_ARE) or not isinstance(error, Exception):
             raise
         reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-        raise CaptureError(f"the model itself fails on this call: {reason}") from error
+        raise CaptureError(f"the model itself fails on this call{user_line(error)}: {reason}") from error
     finally:
         torch.clear_autocast_cache()
     return writes.undo

@@ -262,7 +262,7 @@ def test_diffusers_hooks_fit_regional_compilation_in_no_order() -> None:
                 model.enable_cache(first_block())
             else:
                 model.compile_repeated_blocks(fullgraph=True, backend="eager")
-        with pytest.raises(Unsupported, match=r"torch\.compiler\.disable"):
+        with pytest.raises(Unsupported):  # what it says depends on what was compiled before
             generation(in_context(model), steps=1)
 
 
@@ -299,7 +299,7 @@ def test_guidance_branches_are_kept_apart_or_refused() -> None:
     declared = on.transform(FORA, branches=2)
     assert_same(guided(declared, declared), expected)
     undeclared = on.transform(FORA)
-    with pytest.raises(StateError, match=r"guidance branches.*model\.cache_context\('cond'\).*branches=2"):
+    with pytest.raises(StateError, match=r"guidance branches.*model\.cache_context.*'cond'.*branches=2"):
         guided(undeclared, undeclared)
 
 
