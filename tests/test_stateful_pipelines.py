@@ -3,10 +3,14 @@
 `PIPELINE_ACTIONS=2000 pytest tests/test_stateful_pipelines.py` does more of it.
 """
 
+import contextlib
+import copy
 import functools
+import inspect
 import os
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, ClassVar
 from unittest import mock
@@ -24,7 +28,7 @@ from reference import assert_same
 from reference_pipeline import fresh, parts, reference, untouched
 from test_stateful import in_thread
 
-ACTIONS = int(os.environ.get("PIPELINE_ACTIONS", "40"))
+ACTIONS = int(os.environ.get("PIPELINE_ACTIONS", "60"))
 LENGTH = 10
 NAMES = ("dit", "pixart", "flux", "wan", "chroma", "flux_img2img", "cogvideox_v2v", "sd3_skip_layers")
 SCHEDULERS = {
@@ -78,6 +82,17 @@ def stopping(pipe: Any, after: int, inside: bool) -> Iterator[None]:
 
     with mock.patch.object(target, name, stop):
         yield
+
+
+def cancel(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+    pipe._interrupt = step >= 1
+    return {}
+
+
+def fail(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+    if step == 1:
+        raise Stopped
+    return {}
 
 
 class Pipeline(RuleBasedStateMachine):
@@ -165,6 +180,26 @@ class Pipeline(RuleBasedStateMachine):
     def without_a_session(self, call: dict[str, Any]) -> None:
         self.counts["no session"] += 1
         assert_same(self.tiny.generate(self.another(), **call), self.expected(call))
+
+    @rule(call=CALLS, how=st.sampled_from([cancel, fail]))
+    def given_up_in_a_pool(self, call: dict[str, Any], how: Any) -> None:
+        """A request that its thread does not bring to an end; the next ones come in other threads."""
+        if "callback_on_step_end" not in inspect.signature(self.pipe.__call__).parameters:
+            return
+        self.counts[f"request: {how.__name__}"] += 1
+        with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
+            with contextlib.suppress(Stopped):
+                one.submit(self.tiny.generate, self.pipe, **call, callback=how).result()
+            for pool in (two, one):
+                result = pool.submit(self.tiny.generate, self.pipe, **call).result()
+                assert_same(result, self.expected(call))
+
+    @rule()
+    def copied(self) -> None:
+        """The copy, with a scheduler of its own, goes on in the pipeline's place."""
+        self.counts["copy"] += 1
+        self.pipe = copy.copy(self.pipe)
+        self.pipe.scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
 
 
 def test_a_pipeline_is_right() -> None:
