@@ -1,8 +1,6 @@
 """Finds the program and the branch's state of a call, and runs it: what is behind a transformed model."""
 
-import itertools
 import logging
-import sys
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensor
 
 from graphcache import presets
 from graphcache.caller import Caller
@@ -18,10 +15,11 @@ from graphcache.capture import forward_parameters
 from graphcache.compile import Backend, begin_generation, prior_compilation
 from graphcache.halves import is_doubled
 from graphcache.ir.call import Binder, CallSpec
-from graphcache.ir.errors import CaptureError, PlanError, StateError
+from graphcache.ir.errors import PlanError, StateError
 from graphcache.ir.plan import Plan
 from graphcache.ir.schedule import Role
 from graphcache.matching import Call
+from graphcache.modes import ambient, refuse_conversion, refuse_export
 from graphcache.passes.base import Observer
 from graphcache.placement import Place, place
 from graphcache.program import Captured, Program
@@ -101,7 +99,7 @@ class Engine:
         try:
             bound = self.binder.bind(args, kwargs)
             signature, tensors = self.binder.signature(bound)
-            _refuse_export(tensors)
+            refuse_export(tensors)
             spec = self._spec(signature, bound)
             call = Call(
                 around.name,
@@ -143,7 +141,7 @@ class Engine:
         if begins:
             with self._lock:
                 self.programs.forget_others(self.variants.numbers)
-        return number, *signature, *_ambient()
+        return number, *signature, *ambient()
 
     def evaluate(self, branch: Branch, state: BranchState, tensors: Sequence[torch.Tensor]) -> Any:
         """Run the step that a branch's state is at."""
@@ -267,7 +265,7 @@ class Engine:
         tensors: Sequence[torch.Tensor],
     ) -> BranchState:
         """The state for another signature, or another form of the model, in the middle of a generation."""
-        _refuse_conversion(state.key, call.key)
+        refuse_conversion(state.key, call.key)
         program = self._program(call.key, bound, tensors)
         if state.key[1:] == call.key[1:]:
             role, shared = self._lowered_for(plan, call, program, tensors)
@@ -384,45 +382,3 @@ def original(model: nn.Module) -> nn.Module:
     """The model behind a transformed one; any other model itself."""
     engine = getattr(model, "_graphcache", None)
     return engine.model if isinstance(engine, Engine) else model
-
-
-def _ambient() -> tuple[Hashable, ...]:
-    """What tracing and compiled code depend on besides the arguments."""
-    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-    dtypes = tuple(torch.get_autocast_dtype(d) for d, on in zip(("cpu", "cuda"), autocast, strict=True) if on)
-    return autocast, dtypes, _attention_backend(), torch.is_grad_enabled()
-
-
-def _attention_backend() -> Hashable:
-    """The attention that diffusers dispatches to at present, which tracing bakes in."""
-    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
-    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
-    return getattr(registry, "_active_backend", None)
-
-
-def _refuse_export(tensors: Sequence[torch.Tensor]) -> None:
-    if torch.compiler.is_exporting() and any(isinstance(tensor, FakeTensor) for tensor in tensors):
-        raise CaptureError(
-            "a transformed model cannot be exported, since its steps are different graphs; export the "
-            "original, graphcache.restore(model)"
-        )
-
-
-def _refuse_conversion(before: Key, after: Key) -> None:
-    old, new = _kinds(before), _kinds(after)
-    for name in old.keys() & new.keys():
-        if old[name] != new[name]:
-            raise StateError(
-                f"argument {name} changed from {old[name]} to {new[name]} in the middle of a generation; "
-                "call model.reset() if this is another one"
-            )
-
-
-def _kinds(key: Any) -> dict[str, str]:
-    """Dtype and device of each named tensor of a signature."""
-    pairs = itertools.pairwise(key)
-    return {
-        name: f"{item[1]} on {item[2]}"
-        for name, item in pairs
-        if isinstance(name, str) and isinstance(item, tuple) and item and isinstance(item[0], torch.Size)
-    }

@@ -20,15 +20,14 @@ class Variants:
     def __init__(self, model: nn.Module, everything: bool) -> None:
         self._model = model
         self._everything = everything
-        self._now: Watch | None = None
-        self._number = 0
+        self._now = 0
         self._numbers = itertools.count(1)
         self._known: dict[int, Watch] = {}
 
     @property
     def numbers(self) -> set[int]:
         """The variants whose captures may be used."""
-        return {*self._known, self._number}
+        return {*self._known, self._now}
 
     def look(self, begins: bool) -> int:
         """The number of the form that the model has now.
@@ -40,36 +39,47 @@ class Variants:
         Raises:
             CaptureError: the model has taken a form that no capture can hold.
         """
-        watch = self._now
         thorough = begins or self._everything
-        if watch is not None and not thorough and not watch.is_touched():
-            return self._number
+        number = self._now
+        if self._is(number, thorough):
+            return number
         with COMPILING:  # tracing changes a model for a while
             return self._found(thorough)
 
+    def _is(self, number: int, thorough: bool) -> bool:
+        """Whether the model has the form that was noted under a number."""
+        watch = self._known.get(number)
+        if watch is None:
+            return False
+        try:
+            if not thorough:
+                return not watch.is_touched()
+            return not (watch.has_other_structure() or watch.has_other_surface())
+        except RuntimeError:  # another thread traces just now, and a dict changed its size
+            return False
+
     def _found(self, thorough: bool) -> int:
-        watch = self._now
+        watch = self._known.get(self._now)
         if watch is not None and watch.has_other_structure():
             self._known.clear()
-        for number in dict.fromkeys((self._number, *self._known)):
-            known = self._known.get(number)
-            if known is not None and not (known.has_other_surface() if thorough else known.is_touched()):
-                self._now, self._number = known, number
+        for number in dict.fromkeys((self._now, *self._known)):
+            if self._is(number, thorough):
+                self._now = number
                 return number
         refuse_uncapturable(self._model)
-        if watch is not None or not self._number:
-            self._now, self._number = None, next(self._numbers)
-        return self._number
+        if watch is not None or not self._now:
+            self._now = next(self._numbers)
+        return self._now
 
     def captured(self) -> None:
         """A capture of the present form was made.
 
         What is watched is noted afterwards, because a first forward may fill what later ones only read.
         """
-        if self._now is None:
-            self._now = self._known[self._number] = Watch(self._model)
+        if self._now not in self._known:
+            self._known[self._now] = Watch(self._model)
 
     def keep(self, numbers: Set[Hashable]) -> None:
         """Forget all but these variants and the present one."""
-        for number in self._known.keys() - numbers - {self._number}:
+        for number in self._known.keys() - numbers - {self._now}:
             del self._known[number]
