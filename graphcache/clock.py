@@ -1,6 +1,6 @@
 """Which step a call is, told from nothing but its timestep."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -42,23 +42,24 @@ class Clock:
             StateError: the generation goes on beyond the plan's last step.
         """
         if timestep == self.last:
-            return replace(self._next(timestep), repeats=self.repeats + 1) if self.takes_another else None
+            return self._next(timestep, self.direction, self.repeats + 1) if self.takes_another else None
         if not self.direction and self.step + 1 >= self.steps:
             return None
         direction = 1 if timestep > self.last else -1
         if timestep == self.first or self.direction not in (0, direction):
             return None
-        singles = self.singles + (self.last != self.first and self.repeats == 1)
-        return replace(self._next(timestep), direction=direction, repeats=1, singles=singles)
+        return self._next(timestep, direction, 1)
 
-    def _next(self, timestep: float) -> "Clock":
+    def _next(self, timestep: float, direction: int, repeats: int) -> "Clock":
         if self.step + 1 >= self.steps:
             raise StateError(
                 f"the plan has {self.steps} steps and this generation goes on to another one, at timestep "
                 f"{timestep:g} after {self.last:g}; call model.reset(steps=...) before a generation with "
                 "another number of model evaluations, or reset() if this is a new generation"
             )
-        return replace(self, step=self.step + 1, last=timestep)
+        alone = repeats == 1 and self.last != self.first and self.repeats == 1
+        singles = self.singles + alone
+        return Clock(self.steps, self.step + 1, self.first, timestep, direction, repeats, singles)
 
 
 def read_progress(timestep: torch.Tensor) -> float:

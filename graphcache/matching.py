@@ -78,6 +78,8 @@ class Matching:
         """The branch whose inputs were most like the call's: the same objects, else equal ones, else the
         first in the order of the calls, if that was declared.
         """
+        if len(free) == 1:
+            return free[0]
         best = max(map(self.likeness, free))
         tied = [branch for branch in free if self.likeness(branch) == best]
         if len(tied) == 1 or (self.session.branches and best == self._whole):

@@ -1,5 +1,6 @@
 """A graph that can be called, and what its ports are fed."""
 
+import sys
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -47,6 +48,14 @@ class Runnable:
                 made[port] = table.to(kind.device, kind.dtype)
         return made
 
+    @cached_property
+    def places(self) -> tuple[tuple[InPort, tuple[str, int, int]], ...]:
+        """The input ports; those that read a history with its site, entry and part, others with no site.
+
+        Entries that are changed in place are looked up with care: none of them is in its history's place.
+        """
+        return tuple((port, _place(port)) for port in self.step.inputs)
+
     def blank(self, port: CacheRead) -> torch.Tensor:
         """What is read where nothing was stored yet."""
         kind = self._kinds[port]
@@ -79,3 +88,9 @@ class Runnable:
             made = torch.tensor(values, dtype=kind.dtype, device=kind.device)
             self._coefficients[group, values] = made
         return made
+
+
+def _place(port: InPort) -> tuple[str, int, int]:
+    if not isinstance(port, CacheRead):
+        return "", 0, 0
+    return port.site, sys.maxsize if port.changed else port.entry, port.part

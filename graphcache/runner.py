@@ -52,6 +52,7 @@ class BranchState:
     ready: dict[int, Runnable] = field(default_factory=dict)
     chosen: dict[int, dict[str, Choice]] = field(default_factory=dict)
     ran: list["Ran"] = field(default_factory=list)
+    kept: Mapping[str, int] | None = None
 
     @property
     def now(self) -> Step:
@@ -101,7 +102,9 @@ def run_step(state: BranchState, tensors: Sequence[torch.Tensor], evaluate: Eval
         position += parts
     if step.selections:
         _choose(state)
-    cache.trim(step.keep)
+    if runnable.stored or step.keep != state.kept:
+        cache.trim(step.keep)
+        state.kept = step.keep
     state.ran.append(Ran(state.step, program, state.schedule, state.step - state.start, hoists))
     if state.finished:
         end(state)
@@ -258,20 +261,13 @@ def feed(
             cache.half_hoisted = runnable.half.hoisted_rows(hoisted)
         hoisted = cache.half_hoisted
     tensors: list[torch.Tensor] = []
-    for port in runnable.step.inputs:
+    for port, (site, entry, part) in runnable.places:
         if isinstance(port, CacheRead):
-            history = entries.get(port.site)
-            if history and port.changed and torch.is_grad_enabled():
-                # what a graph saved for its gradient must not change after it
-                history[0] = tuple(part.clone() for part in history[0])
-            if history:
-                # a history that is shorter than the forecast's order is padded with its newest at weight 0
-                index = port.entry if port.entry < len(history) else 0
-                tensors.append(history[index][port.part])
-            elif port.optional:
-                tensors.append(runnable.blank(port))
+            history = entries.get(site)
+            if history and entry < len(history):
+                tensors.append(history[entry][part])
             else:
-                raise StateError(f"{port.site}: nothing is cached that this step could read; call reset()")
+                tensors.append(_read(cache, runnable, port))
         elif isinstance(port, Hoisted):
             tensors.append(hoisted[port.name])
         elif isinstance(port, Input):
@@ -284,6 +280,20 @@ def feed(
         else:
             tensors.append(runnable.coefficients(port.group, step.coefficients[port.group]))
     return tensors if len(set(map(id, tensors))) == len(tensors) else distinct(tensors)
+
+
+def _read(cache: CacheState, runnable: Runnable, port: CacheRead) -> torch.Tensor:
+    """What a port reads that is more than one look-up."""
+    history = cache.entries.get(port.site)
+    if history and port.changed and torch.is_grad_enabled():
+        # what a graph saved for its gradient must not change after it
+        history[0] = tuple(part.clone() for part in history[0])
+    if history:
+        # a history that is shorter than the forecast's order is padded with its newest at weight 0
+        return history[port.entry if port.entry < len(history) else 0][port.part]
+    if port.optional:
+        return runnable.blank(port)
+    raise StateError(f"{port.site}: nothing is cached that this step could read; call reset()")
 
 
 def _version(tensor: torch.Tensor) -> int:

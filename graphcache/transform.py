@@ -131,9 +131,9 @@ def transform(
             device, and so does what tokens are written into.
         signatures: how many captures are kept: one for each size, prompt length or other argument that is no
             tensor, and for each form of the model. The log says when one returns that was dropped.
-        watch: what is looked at in every call: "adapters", which are also hooks, attention processors and
-            exchanged modules, or "everything" that a capture bakes in, which takes a microsecond a module. At
-            the beginning of a generation everything is looked at.
+        watch: what is looked at in every call: "adapters", which are also hooks and attention processors, or
+            "everything" that a capture bakes in, which takes a microsecond a module. At the beginning of a
+            generation everything is looked at.
 
     Returns:
         An instance of the model's class, or the pipeline.

@@ -34,7 +34,7 @@ class Variants:
 
         Args:
             begins: whether a generation begins, at which everything is looked at; within one it is hooks,
-                adapters, processors and exchanged parts, if not everything is wanted.
+                adapters and processors, if not everything is wanted.
 
         Raises:
             CaptureError: the model has taken a form that no capture can hold.

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from graphcache.hooks import BOOKKEEPING, FORWARD_HOOKS, Worn, worn
 
@@ -46,8 +47,6 @@ class Watch:
         self._kinds = [*map(_KIND, self._tensors)]
         self._methods = {kind: kind.forward for kind in {type(module) for module in self._modules}}
         self._hooks = [state[name] for state in self._states for name in FORWARD_HOOKS]
-        self._children = [state["_modules"] for state in self._states if state["_modules"]]
-        self._parts = [*_values(self._children)]
         self._take()
 
     def _take(self) -> None:
@@ -57,6 +56,8 @@ class Watch:
         self._contents = [*_contents(self._states)]
         self._lively = [*_lively(self._states)]
         self._gradients = [*map(_NEEDS_GRADIENT, self._tensors)]
+        # every hook of PyTorch's has a number; as long as none was given, there is none to look for
+        self._registered = RemovableHandle.next_id
         self._worn = [(module, worn(module)) for module in self._modules if "forward" in module.__dict__]
         self._count_forwards()
 
@@ -83,14 +84,14 @@ class Watch:
         )
 
     def is_touched(self) -> bool:
-        """Whether what may change within a generation did: hooks, adapters, processors, parts of the model.
+        """Whether what may change within a generation did: hooks, adapters, processors.
 
         Cheap enough for every call: a twentieth of a microsecond a module.
         """
+        registered = RemovableHandle.next_id
         try:
             return (
-                any(self._hooks)
-                or [*_values(self._children)] != self._parts
+                (registered != self._registered and any(self._hooks))
                 or any(read(state) != seen for read, state, seen in self._lively)
                 or any(live != copy for live, copy in self._contents)
                 or (self._wears_others() if self._is_rearranged() else False)
@@ -174,7 +175,7 @@ def _lively(states: list[dict[str, Any]]) -> Iterator[_Live]:
     """Of modules that keep objects or containers among their attributes, as adapters do: all attributes."""
     for state in states:
         names = [name for name in state if name not in _SKIPPED]
-        kept = [name for name in names if not isinstance(state[name], _NOT_FOLLOWED)]
+        kept = [name for name in names if not isinstance(state[name], (*_NOT_FOLLOWED, tuple))]
         if any(isinstance(state[name], (dict, list, set)) for name in kept):
             kept = names
         if kept:

@@ -226,9 +226,9 @@ def test_what_was_cached_before_an_adapter_changed_is_still_read() -> None:
     assert [step.reused for step in cached.summary().branches[0].steps] == [0, 4, 4, 0, 4, 4]
 
 
-def test_parts_exchanged_within_a_generation_count_at_once() -> None:
+def test_parts_exchanged_within_a_generation_count_at_once_if_everything_is_watched() -> None:
     model = tiny(2)
-    cached: Any = graphcache.transform(model, presets.compute(STEPS))
+    cached: Any = graphcache.transform(model, presets.compute(STEPS), watch="everything")
     others = [nn.Linear(4, 4, bias=False) for _ in range(2)]
 
     def exchanging(run: Any) -> Callable[..., Tensor]:
@@ -239,6 +239,22 @@ def test_parts_exchanged_within_a_generation_count_at_once() -> None:
         return call
 
     assert_same(loop(exchanging(cached)), loop(exchanging(model)))
+
+
+def test_adapters_loaded_within_a_generation_count_at_once() -> None:
+    models = [tiny(2), tiny(2)]
+    cached: Any = graphcache.transform(models[0], presets.compute(STEPS))
+
+    def loading(model: nn.Module, run: Any) -> Callable[..., Tensor]:
+        def call(step: int, **kwargs: Tensor) -> Tensor:
+            if step == 3:
+                torch.manual_seed(5)
+                with_adapters(model)
+            return run(**kwargs)  # type: ignore[no-any-return]
+
+        return call
+
+    assert_same(loop(loading(models[0], cached)), loop(loading(models[1], models[1])))
 
 
 @pytest.mark.parametrize("everything", [True, False])

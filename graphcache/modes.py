@@ -1,0 +1,56 @@
+"""What a program is made for besides a model: a signature, and the modes around the call."""
+
+import itertools
+import sys
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensor
+
+from graphcache.ir.errors import CaptureError, StateError
+from graphcache.runner import Key
+
+
+def ambient() -> tuple[Hashable, ...]:
+    """What tracing and compiled code depend on besides the arguments."""
+    autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    dtypes = tuple(torch.get_autocast_dtype(d) for d, on in zip(("cpu", "cuda"), autocast, strict=True) if on)
+    return autocast, dtypes, _attention_backend(), torch.is_grad_enabled()
+
+
+def _attention_backend() -> Hashable:
+    """The attention that diffusers dispatches to at present, which tracing bakes in."""
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
+    return getattr(registry, "_active_backend", None)
+
+
+def refuse_export(tensors: Sequence[torch.Tensor]) -> None:
+    """Raise CaptureError if the call is itself traced by an export."""
+    if torch.compiler.is_exporting() and any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        raise CaptureError(
+            "a transformed model cannot be exported, since its steps are different graphs; export the "
+            "original, graphcache.restore(model)"
+        )
+
+
+def refuse_conversion(before: Key, after: Key) -> None:
+    """Raise StateError if inputs have another dtype or device than those of the step before."""
+    old, new = _kinds(before), _kinds(after)
+    for name in old.keys() & new.keys():
+        if old[name] != new[name]:
+            raise StateError(
+                f"argument {name} changed from {old[name]} to {new[name]} in the middle of a generation; "
+                "call model.reset() if this is another one"
+            )
+
+
+def _kinds(key: Any) -> dict[str, str]:
+    """Dtype and device of each named tensor of a signature."""
+    pairs = itertools.pairwise(key)
+    return {
+        name: f"{item[1]} on {item[2]}"
+        for name, item in pairs
+        if isinstance(name, str) and isinstance(item, tuple) and item and isinstance(item[0], torch.Size)
+    }
