@@ -28,11 +28,12 @@ class Caller:
         """Look for what holds this model, itself or behind one module around it."""
         self._model = weakref.ref(model)
 
-    def find(self, handed: bool = False) -> Any:
+    def find(self, handed: bool = False, below: int | None = None) -> Any:
         """The pipeline of which a method calls, however far down; None outside of any.
 
         Args:
             handed: whether one that any calling function was given as an argument counts as well.
+            below: the identity of the farthest frame that is looked at, if it is on the stack.
         """
         model = None if self._model is None else self._model()
         frame = None if model is None else _outside()
@@ -40,7 +41,7 @@ class Caller:
             if frame is None:
                 return None
             pipe = _driving(frame, model, _names(frame.f_code, handed))
-            if pipe is not None:
+            if pipe is not None or id(frame) == below:
                 return pipe
             frame = frame.f_back
         return None

@@ -21,9 +21,9 @@ class Compilations:
         self._most = most
         self._made: OrderedDict[Hashable, Compiled] = OrderedDict()
 
-    def under(self, ambient: Hashable) -> Kept:
-        """Those compiled under the same modes, such as autocast, on which code depends beside its graph."""
-        return _Under(self, ambient)
+    def under(self, circumstances: Hashable) -> Kept:
+        """Those compiled for the same signature and modes, such as autocast: code depends on them."""
+        return _Under(self, circumstances)
 
     def find(self, key: Hashable) -> Compiled | None:
         if key in self._made:
@@ -43,13 +43,13 @@ class Compilations:
 @dataclass(frozen=True)
 class _Under(Kept):
     compilations: Compilations
-    ambient: Hashable
+    circumstances: Hashable
 
     def find(self, step: StepGraph) -> Compiled | None:
-        return self.compilations.find((self.ambient, structure(step)))
+        return self.compilations.find((self.circumstances, structure(step)))
 
     def keep(self, step: StepGraph, code: Compiled) -> None:
-        self.compilations.keep((self.ambient, structure(step)), code)
+        self.compilations.keep((self.circumstances, structure(step)), code)
 
 
 def structure(step: StepGraph) -> str:
@@ -58,10 +58,22 @@ def structure(step: StepGraph) -> str:
     numbers: dict[fx.Node, int] = {}
     for node in step.graph.nodes:
         numbers[node] = len(numbers)
-        held = id(attrgetter(str(node.target))(step.root)) if node.op == "get_attr" else node.target
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda other: cast(Any, _Place(numbers[other])))
-        digest.update(repr((node.op, str(held), arguments, _laid(node))).encode())
+        digest.update(repr((node.op, _target(step, node), arguments, _fed(node))).encode())
     return digest.hexdigest()
+
+
+def _target(step: StepGraph, node: fx.Node) -> Any:
+    """An operation by its name; what the model holds by itself, and by what code is made for."""
+    if node.op != "get_attr":
+        return str(node.target)
+    value = attrgetter(str(node.target))(step.root)
+    return id(value), _kind(value) if isinstance(value, torch.Tensor) else None
+
+
+def _kind(value: torch.Tensor) -> Any:
+    strides = value.stride() if value.layout == torch.strided else None
+    return value.shape, strides, value.dtype, value.device, value.requires_grad
 
 
 class _Place:
@@ -74,8 +86,5 @@ class _Place:
         return f"%{self.number}"
 
 
-def _laid(node: fx.Node) -> Any:
-    if node.op != "placeholder" or not is_tensor(node):
-        return None
-    value: torch.Tensor = value_of(node)
-    return value.shape, value.stride(), value.dtype, value.device
+def _fed(node: fx.Node) -> Any:
+    return _kind(value_of(node)) if node.op == "placeholder" and is_tensor(node) else None

@@ -18,7 +18,7 @@ from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import PlanError, StateError
 from graphcache.ir.plan import Plan
 from graphcache.ir.schedule import Role
-from graphcache.matching import Call
+from graphcache.matching import Call, version
 from graphcache.modes import ambient, refuse_conversion, refuse_export
 from graphcache.passes.base import Observer
 from graphcache.placement import Place, place
@@ -101,13 +101,15 @@ class Engine:
             signature, tensors = self.binder.signature(bound)
             refuse_export(tensors)
             spec = self._spec(signature, bound)
+            constants = spec.constants(tensors)
             call = Call(
                 around.name,
                 around.fields,
                 self._key(signature, begins=False),
-                spec.constants(tensors),
+                constants,
                 tensors[spec.timestep],
                 tensors[spec.latent],
+                tuple(map(version, constants)),
             )
             generation, branch = self._placed(session, call)
             if generation.untouched:
@@ -246,13 +248,19 @@ class Engine:
                 f"{generation.step}: what it had cached is dropped, and it begins anew"
             )
             state = None
+        elif state is None and not begins and branch[1]:
+            self._say_once(
+                "a call of a later step fits none of the calls of the steps before, so that its caches begin "
+                "there; where inputs change from step to step, name the calls: model.cache_context(name)"
+            )
         if state is None:
             state = self._begun(plan, generation.step, call, bound, tensors)
         elif state.key != call.key:
             state = self._changed(state, plan, generation.step, call, bound, tensors)
         elif changed := changed_inputs(state, tensors):
             self._leave_prologue(state, changed, tensors)
-        state.step, state.constants = generation.step, call.constants
+        state.step = generation.step
+        state.note(call.constants, call.versions)
         return state
 
     def _changed(
@@ -345,13 +353,12 @@ class Engine:
         twin = self.programs.get((*key[:-1], not key[-1]))
         signature = self.binder.signature(bound)[0]
         captured = twin.captured if twin else self._captured(self._spec(signature, bound), tensors)
-        ambient = key[1 + len(signature) :]
         return Program(
             captured,
             self.compilation(),
             offload=self.options.offload,
             observers=self.options.observers,
-            kept=self.programs.compilations.under(ambient),
+            kept=self.programs.compilations.under(key[1:]),
         ).prepared()
 
     def compilation(self) -> Backend:

@@ -1,6 +1,7 @@
 """Which of the calls of a step a call is: told by its context, its inputs, and the order of the calls."""
 
-import operator
+import itertools
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 
 from graphcache.ir.errors import StateError
 from graphcache.runner import BranchState, Key
-from graphcache.session import Branch, Generation, Session
+from graphcache.session import Branch, Generation, Session, Stamp
 
 UNDECLARED = 4
 """Calls at one step that are taken for branches where the scheduler tells the step."""
@@ -17,7 +18,11 @@ UNDECLARED = 4
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What is known of a call before it is placed; `fields` are those of the cache context."""
+    """What is known of a call before it is placed.
+
+    `fields` are those of the cache context, `constants` the inputs beside latents and timestep, `versions`
+    count how often each of them was written.
+    """
 
     name: str
     fields: Mapping[str, Any]
@@ -25,6 +30,7 @@ class Call:
     constants: tuple[torch.Tensor, ...]
     timestep: torch.Tensor
     latents: torch.Tensor
+    versions: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +47,12 @@ class Matching:
         Raises:
             StateError: it may be a further branch as well as a second evaluation.
         """
-        known, free, limit = self._known(), self.free(now), self._limit(now)
-        repeats = self.repeats(now)
-        if free and not (repeats and not any(map(self._is_like, free))):
-            return self.likest(now, free)
-        if len(known) >= limit or (repeats and self.is_called(now) and self.session.branches is None):
+        known, limit, repeats = self._known(), self.limit(now), self.repeats(now)
+        fitting = self._remaining(now)
+        if fitting and not (repeats and not any(map(self._is_like, fitting))):
+            return self.likest(now, fitting)
+        called = [branch for branch in known if branch in now.called]
+        if len(called) >= limit or (repeats and (len(known) >= limit or self.session.branches is None)):
             return None
         if repeats and now.clock is not None and any(self._ran_before(branch, now) for branch in known):
             raise StateError(
@@ -53,73 +60,136 @@ class Matching:
                 f"{len(known)}, so that this call may be another branch's or a second evaluation; wrap each "
                 "call in a model.cache_context(name) of its own"
             )
-        return self.call.name, next(i for i in range(limit) if (self.call.name, i) not in known)
+        return self.another()
+
+    def another(self) -> Branch:
+        """A branch that nobody has called yet."""
+        known = self._known()
+        return self.call.name, next(i for i in itertools.count() if (self.call.name, i) not in known)
+
+    def following(self, now: Generation) -> Branch | None:
+        """The branch of the first call at an evaluation, None for one that fits no branch of those before.
+
+        Where inputs change from step to step, a call that was alone in the step before goes on.
+        """
+        known = self._known()
+        if not known:
+            return self.call.name, 0
+        if len(known) == 1 and (self.call.name or self.limit(now) == 1):
+            return known[0]
+        fitting = [branch for branch in known if self.fits(branch)]
+        if fitting or not any(self.likeness(branch)[0] for branch in known):
+            return self.likest(now, fitting or known)
+        alone = [branch for branch in now.called if branch in known]
+        if len(alone) == 1 and self.session.states[alone[0]].start == now.step > now.start:
+            return alone[0]
+        return None
+
+    def _remaining(self, now: Generation) -> list[Branch]:
+        """The branches that the evaluation has not seen and that the call may be of.
+
+        What the call is more like has been called already, or the model has taken another form since: then
+        it is of none of them.
+        """
+        states, form = self.session.states, self.call.key[0]
+        changed = any(states[branch].key[0] != form for branch in now.called if branch in states)
+        free = [branch for branch in self.free(now) if self.fits(branch)]
+        free = [branch for branch in free if not changed or states[branch].key[0] == form]
+        called = [self.likeness(branch) for branch in self._known() if branch in now.called]
+        best = max((count for same, count, other in called if same and other), default=0)
+        return [branch for branch in free if self.likeness(branch)[1] >= best]
 
     def _ran_before(self, branch: Branch, now: Generation) -> bool:
         """Whether a branch was called at an earlier step of the generation."""
         return any(ran.step < now.step for ran in self.session.states[branch].ran[:1])
 
-    def _limit(self, now: Generation) -> int:
+    def limit(self, now: Generation) -> int:
         """Calls that a step may make under one name."""
         stands = now.timesteps is not None and now.clock is None
         return self.session.branches or (UNDECLARED if stands else 1)
 
     def _known(self) -> list[Branch]:
-        return [branch for branch in self.session.states if branch[0] == self.call.name]
+        return sorted(branch for branch in self.session.states if branch[0] == self.call.name)
 
     def is_called(self, now: Generation) -> bool:
         return any(branch[0] == self.call.name for branch in now.called)
 
     def free(self, now: Generation) -> list[Branch]:
         """The branches that the evaluation has not seen yet, in their order."""
-        return sorted(branch for branch in self._known() if branch not in now.called)
+        return [branch for branch in self._known() if branch not in now.called]
 
-    def likest(self, now: Generation, free: list[Branch]) -> Branch:
+    def likest(self, now: Generation, among: list[Branch]) -> Branch:
         """The branch whose inputs were most like the call's: the same objects, else equal ones, else the
         first in the order of the calls, if that was declared.
         """
-        if len(free) == 1:
-            return free[0]
-        best = max(map(self.likeness, free))
-        tied = [branch for branch in free if self.likeness(branch) == best]
-        if len(tied) == 1 or (self.session.branches and best == self._whole):
+        if len(among) == 1:
+            return among[0]
+        best = max(map(self.likeness, among))
+        tied = [branch for branch in among if self.likeness(branch) == best]
+        if len(tied) == 1 or (self.session.branches and best[1] == len(self.call.constants)):
             return tied[0]
-        equal = {branch: self._equal_constants(self.session.states[branch]) for branch in tied}
-        best_equal = max(equal.values())
-        tied = [branch for branch in tied if equal[branch] == best_equal]
+        equal = {branch: len(self._equal(self.session.states[branch])) for branch in tied}
+        tied = [branch for branch in tied if equal[branch] == max(equal.values())]
         if len(tied) > 1 and not self.session.branches:
             raise self.several(now)
         return tied[0]
 
-    def _equal_constants(self, state: BranchState) -> int:
-        """How many inputs have the values that a branch was called with; waits for the device."""
-        if state.key != self.call.key:
-            return -1
-        return sum(map(torch.equal, state.constants, self.call.constants))
+    def fits(self, branch: Branch) -> bool:
+        """Whether a branch may be the call's: what stayed the same over its calls is the same, or at least
+        something is. An input written in place in between tells nothing, unless it tells branches apart.
+        """
+        state, count = self.session.states[branch], len(self.call.constants)
+        if state.key[1:] != self.call.key[1:]:
+            return False
+        if not count:
+            return True
+        same = self._same(state)
+        if state.steady:
+            return state.steady <= same or state.steady <= same | self._equal(state) or self._is_rewritten()
+        return bool(same or self._equal(state)) or self._is_rewritten()
 
-    def likeness(self, branch: Branch) -> tuple[bool, int]:
-        """Whether a branch was called with the same signature, and how many inputs are the same objects."""
+    def _same(self, state: BranchState) -> frozenset[int]:
+        """The inputs that are the same objects as in a branch's latest call, and unchanged."""
+        call = self.call
+        pairs = zip(call.constants, state.constants, call.versions, state.versions, strict=False)
+        return frozenset(i for i, (new, old, now, then) in enumerate(pairs) if new is old and now == then)
+
+    def _equal(self, state: BranchState) -> frozenset[int]:
+        """Those that have the values that the branch was called with; waits for the device."""
+        found = set(self._same(state))
+        for i, (new, old) in enumerate(zip(self.call.constants, state.constants, strict=False)):
+            kept = state.versions[i] == version(old)
+            if i not in found and kept and new.shape == old.shape and torch.equal(new, old):
+                found.add(i)
+        return frozenset(found)
+
+    def _is_rewritten(self) -> bool:
+        """Whether some input is the same object for every branch, written in place since."""
+        states = [self.session.states[branch] for branch in self._known()]
+        rewritten = [set(map(id, state.rewritten)) for state in states]
+        return any(all(id(new) in olds for olds in rewritten) for new in self.call.constants)
+
+    def likeness(self, branch: Branch) -> tuple[bool, int, bool]:
+        """Whether a branch was called with the same signature, how many inputs are the same objects, and
+        whether the model had the same form.
+        """
         state = self.session.states[branch]
-        if state.key != self.call.key:
-            return False, 0
-        return True, sum(map(operator.is_, state.constants, self.call.constants))
-
-    @property
-    def _whole(self) -> tuple[bool, int]:
-        return True, len(self.call.constants)
+        if state.key[1:] != self.call.key[1:]:
+            return False, 0, False
+        return True, len(self._same(state)), state.key[0] == self.call.key[0]
 
     def _is_like(self, branch: Branch) -> bool:
-        """Whether all inputs but latents and timestep are those of the branch's latest call."""
-        return self.likeness(branch) == self._whole
+        """Whether all inputs but latents and timestep, and the model, are as in the branch's latest call."""
+        return self.likeness(branch) == (True, len(self.call.constants), True)
 
     def repeats(self, now: Generation) -> bool:
         """Whether one of the step's calls had just these inputs."""
         return any(self._is_like(branch) for branch in self._known() if branch in now.called)
 
     def is_same_call(self, now: Generation) -> bool:
-        """Whether even the latents are those of the call before."""
+        """Whether even the latents are those of the call before; those that keep no version never are."""
         latents, before = now.latents
-        same = latents() is self.call.latents and version(self.call.latents) == before
+        same = latents() is self.call.latents and version(self.call.latents) == before >= 0
         return same and self.repeats(now)
 
     def is_stranger(self, branch: Branch) -> bool:
@@ -144,3 +214,8 @@ class Matching:
 def version(tensor: torch.Tensor) -> int:
     """Counts changes in place; inference tensors have no count."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def stamp(tensor: torch.Tensor) -> Stamp:
+    """By which the same tensor, unchanged, is known again."""
+    return weakref.ref(tensor), version(tensor)

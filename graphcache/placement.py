@@ -1,16 +1,17 @@
 """Where a call stands: its generation, step and branch, by whatever tells them."""
 
 import logging
-import weakref
+import operator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from graphcache.clock import Clock, read_progress
 from graphcache.ir.errors import StateError
-from graphcache.matching import Call, Matching, version
+from graphcache.matching import Call, Matching, stamp, version
 from graphcache.schedulers import Position, belongs, read_timestep
-from graphcache.session import Branch, Generation, Session, Timesteps
+from graphcache.session import Branch, Generation, Session, Stamp, Timesteps
 
 Place = tuple[Generation, Branch]
 
@@ -35,8 +36,9 @@ class _Placement(Matching):
         if position is not None:
             return self._scheduled(position)
         fields = self.call.fields
-        if "step_index" in fields and "num_inference_steps" in fields:
-            return self._announced(fields["num_inference_steps"], fields["step_index"])
+        step, steps = fields.get("step_index"), fields.get("num_inference_steps")
+        if step is not None and steps is not None:
+            return self._announced(_whole_number(steps), _whole_number(step))
         now = self.session.generation()
         return self._timed(now) if self.session.waits else self._counted(now)
 
@@ -141,11 +143,13 @@ class _Placement(Matching):
         """Whether the call belongs to the evaluation at hand; waits for a device where that is in doubt."""
         repeats, free = self.repeats(now), self.free(now)
         if now.timesteps is None:
-            same = self.call.timestep is now.latest and version(now.latest) == now.version
+            before, count = now.stamp
+            same = before() is self.call.timestep and version(self.call.timestep) == count >= 0
             return same and (not repeats or now.step == now.start)
         if not repeats and any(self.likeness(branch)[1] for branch in free):
             return True
-        if repeats and self.session.branches is None and now.step > now.start:
+        called = sum(branch[0] == self.call.name for branch in now.called)
+        if repeats and now.step > now.start and called >= (self.session.branches or 1):
             return False
         return read_timestep(now.latest) == read_timestep(self.call.timestep)
 
@@ -175,17 +179,25 @@ class _Placement(Matching):
     def _next(self, now: Generation, step: int, clock: Clock | None = None) -> Place:
         """A later evaluation of the generation."""
         later = now.at(step, *_marks(self.call), clock)
-        free = self.free(later)
-        branch = self.likest(later, free) if free else (self.call.name, 0)
-        schedule = now.timesteps if clock is None and branch in self.session.states else None
-        if schedule is not None and self.is_stranger(branch):
+        branch = self.following(now)
+        schedule = now.timesteps if clock is None and self.free(later) else None
+        if schedule is not None and (branch is None or self.is_stranger(branch)):
             _refuse_foreign(schedule.tensor, now.step, step, now.latest, self.call.timestep)
-        return later, branch
+        return later, branch or self.another()
 
 
-def _marks(call: Call) -> tuple[torch.Tensor, int, tuple[weakref.ref[torch.Tensor], int]]:
-    """What a generation notes of the first call of an evaluation."""
-    return call.timestep, version(call.timestep), (weakref.ref(call.latents), version(call.latents))
+def _marks(call: Call) -> tuple[torch.Tensor, Stamp, Stamp]:
+    """What a generation notes of the first call of an evaluation; a timestep may be written in place."""
+    return call.timestep.detach().clone(), stamp(call.timestep), stamp(call.latents)
+
+
+def _whole_number(field: Any) -> int:
+    try:
+        return operator.index(field)
+    except TypeError as error:
+        raise StateError(
+            f"cache_context: step_index and num_inference_steps are whole numbers, not {field!r}"
+        ) from error
 
 
 def _refuse_past_end(step: int, steps: int) -> None:

@@ -35,8 +35,9 @@ class BranchState:
 
     `step` is the plan's step of the latest call; the schedule begins at `start`. `watched` are the prologue's
     inputs with their versions: the hoisted values are right for these. `role` says which calls of guidance
-    these are. `constants` are the latest call's other inputs, by which branches are told apart. `ran` is what
-    the branch has done since its generation began.
+    these are. `constants` are the latest call's other inputs, by which branches are told apart, with their
+    `versions`; `steady` are those that were the same in all calls. `ran` is what the branch has done since
+    its generation began, `kept` what its caches were trimmed to.
     """
 
     key: Key
@@ -51,8 +52,24 @@ class BranchState:
     hoisted_bytes: int = 0
     ready: dict[int, Runnable] = field(default_factory=dict)
     chosen: dict[int, dict[str, Choice]] = field(default_factory=dict)
+    versions: tuple[int, ...] = ()
+    steady: frozenset[int] | None = None
     ran: list["Ran"] = field(default_factory=list)
     kept: Mapping[str, int] | None = None
+
+    def note(self, constants: tuple[torch.Tensor, ...], versions: tuple[int, ...]) -> None:
+        """Take up the inputs of a call."""
+        if self.constants:
+            pairs = zip(constants, self.constants, versions, self.versions, strict=False)
+            same = frozenset(i for i, (a, b, now, then) in enumerate(pairs) if a is b and now == then)
+            self.steady = same if self.steady is None else self.steady & same
+        self.constants, self.versions = constants, versions
+
+    @property
+    def rewritten(self) -> list[torch.Tensor]:
+        """The latest call's inputs that were written in place since."""
+        pairs = zip(self.constants, self.versions, strict=True)
+        return [tensor for tensor, then in pairs if _version(tensor) != then]
 
     @property
     def now(self) -> Step:
@@ -112,7 +129,8 @@ def run_step(state: BranchState, tensors: Sequence[torch.Tensor], evaluate: Eval
 
 
 def end(state: BranchState) -> None:
-    """Drop what holds for one generation."""
+    """Drop what holds for one generation, its inputs included."""
+    state.constants, state.versions = (), ()
     state.chosen.clear()
     state.cache.hoisted, state.cache.half_hoisted = {}, None
     state.watched = None

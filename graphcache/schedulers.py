@@ -44,6 +44,7 @@ class Driver:
         self._scheduler = scheduler
         self._given = _weakly(pipe)
         self._caller = caller
+        self.below: int | None = None
 
     @property
     def given(self) -> Any:
@@ -54,7 +55,7 @@ class Driver:
     def pipe(self) -> Any:
         """The pipeline whose scheduler is followed in the present call, None without one."""
         given = self.given
-        calling = None if self._caller is None else self._caller.find(handed=given is not None)
+        calling = None if self._caller is None else self._caller.find(given is not None, self.below)
         if self._scheduler is None:
             return given if calling is None else calling
         return calling if getattr(calling, "scheduler", None) is self._scheduler else None

@@ -21,6 +21,11 @@ from graphcache.schedulers import Driver
 Branch = tuple[str, int]
 """The name of the cache context, and which of the calls it is that a step makes under that name."""
 
+Stamp = tuple[weakref.ref[torch.Tensor], int]
+"""A tensor, which is not kept alive, and how often it had been written; -1 if it does not count that."""
+MOST_LINES = 64
+"""Contexts with step fields that may have a generation in progress; the oldest is given up."""
+
 log = logging.getLogger("graphcache")
 
 
@@ -52,16 +57,16 @@ class Generation:
     `called` are the branches that the step has seen, `before` how many the step before it had, `start` is the
     first step. `timesteps` are the scheduler's, whose identity is the generation's. `line` is the cache
     context that alone has this generation, because its fields tell the step; None for one of all calls.
-    `latest` is the timestep of the step's first call, with its `version`, `latents` are its latents with
-    theirs.
+    Of the step's first call `latest` is the timestep, a copy; `stamp` and `latents` are marks of that tensor
+    and of the latents.
     """
 
     steps: int
     step: int
     start: int
     latest: torch.Tensor
-    version: int
-    latents: tuple[weakref.ref[torch.Tensor], int]
+    stamp: Stamp
+    latents: Stamp
     timesteps: Timesteps | None = None
     clock: Clock | None = None
     line: str | None = None
@@ -73,14 +78,14 @@ class Generation:
         self,
         step: int,
         latest: torch.Tensor,
-        version: int,
-        latents: tuple[weakref.ref[torch.Tensor], int],
+        stamp: Stamp,
+        latents: Stamp,
         clock: Clock | None = None,
     ) -> "Generation":
         """The same generation at a later evaluation."""
         called, before = (), len(self.called)
         return Generation(
-            self.steps, step, self.start, latest, version, latents, self.timesteps, clock, self.line, called,
+            self.steps, step, self.start, latest, stamp, latents, self.timesteps, clock, self.line, called,
             before, begins=False,
         )  # fmt: skip
 
@@ -136,6 +141,7 @@ class Session:
         self.states: dict[Branch, BranchState] = {}
         self._lines: dict[str | None, Generation] = {}
         self._given_up: deque[tuple[weakref.ref[torch.Tensor], int]] = deque(maxlen=8)
+        self._cut_short = 0
         self._lock = threading.Lock()
         self._owner: weakref.ref[Any] | None = None
 
@@ -154,13 +160,16 @@ class Session:
         Raises:
             StateError: another thread or task is in a call, or the session was closed.
         """
-        if self.closed:
-            raise StateError("this session was closed; open another one with model.session()")
+        self._refuse_closed()
         if not self._lock.acquire(blocking=False):
             raise _occupied("is in a call of this model")
         owner = self._owner and self._owner()
         if self._owner is not None and owner is not runner_now() and not self.opened:
             self._take_over(owner is None or not _is_alive(owner))
+
+    def _refuse_closed(self) -> None:
+        if self.closed:
+            raise StateError("this session was closed; open another one with model.session()")
 
     def _take_over(self, is_gone: bool) -> None:
         """Drop what another thread or task has done with, or can no longer go on with.
@@ -215,7 +224,12 @@ class Session:
         self.closed = True
 
     def enter(self, generation: Generation, branch: Branch, state: BranchState) -> None:
-        """Take up what `place` found, once the call has everything that it needs."""
+        """Take up what `place` found, once the call has everything that it needs.
+
+        Raises:
+            StateError: the session was closed in another thread meanwhile.
+        """
+        self._refuse_closed()
         if generation.untouched:
             self._begin(generation)
         elif not generation.called:
@@ -239,15 +253,33 @@ class Session:
         for line, old in list(self._lines.items()):
             is_past = old.finished and old.step != generation.step
             if generation.line is None or line in (None, generation.line) or is_past:
-                self._end(line, old)
+                self._end(line, old, generation)
+        if len(self._lines) >= MOST_LINES:
+            line, old = next(iter(self._lines.items()))
+            log.warning("context '%s' is given up at %s: too many others go on", line, old.place)
+            self._end(line, old, generation)
         self.start_step = 0
 
-    def _end(self, line: str | None, old: Generation) -> None:
+    def _end(self, line: str | None, old: Generation, following: Generation) -> None:
         del self._lines[line]
         for branch in [branch for branch in self.states if line in (None, branch[0])]:
             del self.states[branch]
-        if old.timesteps is not None and not old.finished:
+        if old.timesteps is None or old.finished:
+            return
+        self._say_if_cut_short(old)
+        if following.timesteps is None or following.timesteps.tensor is not old.timesteps.tensor:
             self._given_up.append((weakref.ref(old.timesteps.tensor), old.step))
+
+    def _say_if_cut_short(self, old: Generation) -> None:
+        """Generations that all end at once are no requests that were cancelled."""
+        self._cut_short = self._cut_short + 1 if old.begins else 0
+        if self._cut_short == 3:
+            log.warning(
+                "three generations in a row were given up after their first step, so that nothing is reused: "
+                "does scheduler.timesteps give another tensor at each look, or does something set them anew?"
+            )
+        elif not old.begins:
+            log.info("a generation was given up at %s", old.place)
 
     def _refuse_resumed(self, generation: Generation) -> None:
         """Two generations that take turns would each find the other's caches gone at every call."""

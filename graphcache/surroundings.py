@@ -34,6 +34,8 @@ class Surroundings:
         return now is other
 
 
+_GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
 _here: ContextVar[Mapping["Scopes", Surroundings]] = ContextVar("graphcache", default=MappingProxyType({}))
 
 
@@ -59,8 +61,8 @@ class Scopes:
 
     def enter(self, surroundings: Surroundings) -> Callable[[], None]:
         """Set the surroundings for the code that entered a `with`; returns what puts the old ones back."""
-        frame = next(f for f in _frames() if not _is_contextlib(f) and f.f_code.co_filename != __file__)
-        if _is_resumed_at_will(frame):
+        frame = entering()
+        if frame.f_code.co_flags & _GENERATOR:
             return self._set_for_generator(frame, surroundings)
         token = _here.set({**_here.get(), self: surroundings})
         return lambda: _put_back(token)
@@ -99,12 +101,16 @@ def _is_contextlib(frame: FrameType) -> bool:
     return frame.f_globals.get("__name__") == "contextlib"
 
 
-def _is_resumed_at_will(frame: FrameType) -> bool:
-    """Whether a generator runs in the frame that is not the inside of a context manager."""
-    flags = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-    if not frame.f_code.co_flags & flags:
-        return False
-    return frame.f_back is None or not _is_contextlib(frame.f_back)
+def entering() -> FrameType:
+    """The frame whose `with` is being entered, behind all context managers that do so on its behalf."""
+    frames = (frame for frame in _frames() if frame.f_code.co_filename != __file__)
+    frame = next(frames)
+    for outer in frames:
+        inside = frame.f_code.co_flags & _GENERATOR and _is_contextlib(outer)
+        if not (inside or _is_contextlib(frame) or frame.f_code.co_name in ("__enter__", "__aenter__")):
+            return frame
+        frame = outer
+    return frame
 
 
 class Around:
@@ -152,6 +158,7 @@ class OpenSession(Around):
                     "its steps, so give each request a session of its own"
                 )
             self._inside = runner
+            self._session.driver.below = id(entering())
             super().__enter__()
         return self
 

@@ -18,7 +18,6 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 _CONTAINERS = (dict, list, set, tuple)
 _NOT_FOLLOWED = (nn.Module, torch.Tensor, type, types.ModuleType, types.FunctionType, *_PLAIN)
 
-_KIND = operator.attrgetter("dtype", "device")
 _NEEDS_GRADIENT = operator.attrgetter("requires_grad")
 _DEEPEST = 4
 """How far containers within containers are followed."""
@@ -30,10 +29,11 @@ _SKIPPED = _PASSED_OVER | vars(nn.Module()).keys()
 class Watch:
     """Everything that a capture baked in, held so that no identity is reused, to be compared cheaply.
 
-    Its *structure* are modules, parameters and buffers by identity, tensors also by dtype and device, and the
-    classes' forwards. Its *surface* are the other attributes, by value where they are plain, the contents of
-    those that are dicts, lists or sets, the attributes of objects such as attention processors, which tensors
-    need a gradient, and what stands around forwards. Values inside weights do not count.
+    Its *structure* are modules, parameters and buffers by identity, tensors also by dtype, device and
+    layout, and the classes' forwards. Its *surface* are the other attributes, by value where they are plain,
+    the contents of those that are dicts, lists or sets, the attributes of objects such as attention
+    processors, which tensors need a gradient, and what stands around forwards. Values inside weights do not
+    count.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,7 +44,7 @@ class Watch:
         ]
         self._entries = [*_values(self._tables)]
         self._tensors = [item for item in self._entries if isinstance(item, torch.Tensor)]
-        self._kinds = [*map(_KIND, self._tensors)]
+        self._kinds = [*map(_kind, self._tensors)]
         self._methods = {kind: kind.forward for kind in {type(module) for module in self._modules}}
         self._hooks = [state[name] for state in self._states for name in FORWARD_HOOKS]
         self._take()
@@ -69,7 +69,7 @@ class Watch:
         """Whether modules, weights or forwards are other ones, so that nothing captured can be used again."""
         return (
             not _same(self._tables, self._entries)
-            or [*map(_KIND, self._tensors)] != self._kinds
+            or [*map(_kind, self._tensors)] != self._kinds
             or any(kind.forward is not method for kind, method in self._methods.items())
         )
 
@@ -128,6 +128,11 @@ class Watch:
             return False
         self._take()
         return True
+
+
+def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+    strides = tensor.stride() if tensor.layout == torch.strided else None
+    return tensor.dtype, tensor.device, tensor.shape, strides
 
 
 def _values(tables: Iterable[dict[str, Any]]) -> Iterator[Any]:

@@ -161,6 +161,71 @@ def test_a_context_manager_written_as_a_generator_holds_for_its_body(cached: Any
     assert cached.summary().branches == ()
 
 
+def test_what_a_helper_enters_for_a_generator_is_the_generators(cached: Any) -> None:
+    class Entered:
+        def __enter__(self) -> None:
+            self.session = cached.session()
+            self.session.__enter__()
+
+        def __exit__(self, *error: object) -> None:
+            self.session.__exit__(*error)
+
+    @contextlib.contextmanager
+    def helped() -> Iterator[None]:
+        with cached.session():
+            yield
+
+    @contextlib.contextmanager
+    def twice() -> Iterator[None]:
+        with helped():
+            yield
+
+    def streamed(seed: int, enter: Callable[[], Any]) -> Iterator[Tensor]:
+        request = Request(seed)
+        with enter():
+            while request.step < STEPS:
+                yield request.advance(cached)
+
+    for enter in (helped, twice, Entered):
+        ours, streams = Request(2), [streamed(seed, enter) for seed in range(2)]
+        next(streams[0])  # out of phase
+        for _ in range(STEPS - 1):
+            last = [next(each) for each in streams] + [ours.advance(cached)]
+        last[1], last[2] = next(streams[1]), ours.advance(cached)
+        assert_same(last, expected(3))
+
+
+def test_a_loop_within_a_callback_has_a_session_without_the_pipelines_scheduler(cached: Any) -> None:
+    """A session follows the pipelines that call inside of its `with`."""
+    tiny_pipe = PIPELINES["flux"]
+    pipe = graphcache.transform(tiny_pipe.make(), presets.fora(STEPS))
+    calls: list[dict[str, Any]] = []
+    plain = tiny_pipe.make()
+    plain.transformer.register_forward_pre_hook(lambda _, args, kw: calls.append(kw), with_kwargs=True)
+    tiny_pipe.generate(plain, STEPS)
+    want, found = tiny_pipe.generate(pipe, STEPS), []
+
+    def inner(outer: Any, step: int, *_: Any) -> dict[str, Any]:
+        if step == 2:
+            with pipe.transformer.session():
+                for call in calls:
+                    pipe.transformer(**call)
+                found.append([item.step for item in pipe.transformer.summary().branches[0].steps])
+        return {}
+
+    assert_same(tiny_pipe.generate(pipe, STEPS, callback=inner), want)
+    assert found == [list(range(STEPS))]
+
+
+@pytest.mark.parametrize("fields", [{"step_index": "0"}, {"step_index": 0.5}])
+def test_step_fields_that_are_no_whole_numbers_are_refused(cached: Any, fields: dict[str, Any]) -> None:
+    context = cached.cache_context("named", num_inference_steps=STEPS, **fields)
+    with context, pytest.raises(StateError, match="whole numbers"):
+        Request(0).advance(cached)
+    with cached.cache_context("named", num_inference_steps=None, step_index=None):
+        Request(0).advance(cached)
+
+
 def test_asynchronous_generators_take_turns(cached: Any) -> None:
     async def streamed(seed: int) -> AsyncIterator[Tensor]:
         request = Request(seed)

@@ -180,6 +180,85 @@ def test_a_call_more_than_declared_is_refused(model: Any, driver: Step | None) -
         loop(cached, made(4), [torch.randn(1, 4)] * 4, in_order(4), driver=driver)
 
 
+LATE = {
+    "unconditional first": lambda step: [1, 0] if step else [0],
+    "conditional first": lambda step: [0, 1] if step else [0],
+    "a region joins before the last": lambda step: [0, 2, 1] if step > 1 else [0, 1],
+    "a region takes another's place": lambda step: [0, 2] if step > 1 else [0, 1],
+}
+
+
+@pytest.mark.parametrize("remade", [False, True])
+@pytest.mark.parametrize("order", LATE.values(), ids=LATE)
+@pytest.mark.parametrize(
+    ("driver", "declared"), [(Step(True), None), (Step(True), 3), (Step(False), 3), (None, 3)]
+)
+def test_calls_that_join_late_read_nobodys_caches(
+    model: Any,
+    order: Callable[[int], Sequence[int]],
+    remade: bool,
+    driver: Step | None,
+    declared: int | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each is as if it had begun alone at its first step; the log says that its caches begin late."""
+    clips, texts = made(3), [torch.randn(1, 4) for _ in range(3)]
+    cached: Any = graphcache.transform(model, PLAN, branches=declared)
+    with cached.session(driver):
+        result = loop(cached, clips, texts, order, remade=remade, driver=driver)
+    for k, (clip, text) in enumerate(zip(clips, texts, strict=True)):
+        steps = [step for step in range(STEPS) if k in order(step)]
+        own: Any = graphcache.transform(model, PLAN)
+        if steps:
+            own.reset(start_step=steps[0])
+        for step in steps:
+            time = torch.full((1,), driver.timesteps[step].item() if driver else 1 - step * 0.18)
+            clip = clip - 0.1 * own(x=clip, timestep=time, text=text)
+        assert_same(result[k], clip)
+    assert [r for r in caplog.records if "fits none of the calls of the steps before" in r.getMessage()]
+
+
+@DRIVERS
+def test_texts_written_into_two_buffers_in_turn(
+    model: Any, driver: Step | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No object tells the calls apart: none reads the other's caches, and the log says what is lost."""
+    clips, texts = made(2), [torch.randn(1, 4) for _ in range(2)]
+    buffers = [torch.zeros(1, 4) for _ in range(2)]
+    cached: Any = graphcache.transform(model, PLAN, branches=2)
+    begun: list[list[Any]] = [[], []]
+    if driver:
+        driver.timesteps = torch.linspace(1, 0.1, STEPS)
+    with cached.session(driver):
+        for step in range(STEPS):
+            if driver:
+                driver.at(step)
+            time = torch.full((1,), driver.timesteps[step].item() if driver else 1 - step * 0.18)
+            for k in range(2):
+                begun[k].append(graphcache.transform(model, PLAN))
+                begun[k][-1].reset(start_step=step)
+                allowed = [run(x=clips[k], timestep=time, text=texts[k]) for run in begun[k]]
+                buffer = buffers[(k + step) % 2].copy_(texts[k])
+                result = cached(x=clips[k], timestep=time, text=buffer)
+                assert any(torch.equal(result, other) for other in allowed)
+    assert caplog.records
+
+
+def test_a_timestep_and_latents_that_are_written_in_place(model: Any) -> None:
+    for inference in (False, True):
+        driver = Step(False)
+        with torch.inference_mode(inference):
+            (clip,), text, time = made(1), torch.randn(1, 4), torch.ones(1)
+            expected = alone(model, [clip.clone()], [text], driver=driver)
+            cached: Any = graphcache.transform(model, PLAN)
+            with cached.session(driver):
+                driver.timesteps = torch.linspace(1, 0.1, STEPS)
+                for step in range(STEPS):
+                    time.fill_(driver.timesteps[step])
+                    clip.sub_(0.1 * cached(x=clip, timestep=time, text=text))
+            assert_same([clip], expected)
+
+
 def test_windows_that_begin_late_are_refused(model: Any) -> None:
     cached = graphcache.transform(model, PLAN)
     with pytest.raises(StateError, match="step 3: this model was called 2 times"):

@@ -76,6 +76,20 @@ def test_code_for_other_modes_is_not_taken(caplog: pytest.LogCaptureFixture) -> 
     assert said(caplog) == 1
 
 
+def test_code_for_another_layout_or_without_gradients_is_not_taken() -> None:
+    model = tiny(1)
+    cached: Any = graphcache.transform(model, presets.fora(1), backend="aot_eager")
+    with torch.enable_grad():
+        model.requires_grad_(False)
+        assert not cached(**arguments()).requires_grad
+        assert cached(**{**arguments(), "x": arguments()["x"].requires_grad_()}).requires_grad
+        model.requires_grad_(True)
+        assert cached(**arguments()).requires_grad
+    weight = model.blocks[0].up.weight
+    weight.data = weight.data.t().contiguous().t()
+    assert_same(cached(**arguments()), graphcache.transform(model, presets.fora(1))(**arguments()))
+
+
 def test_a_backend_chosen_later_compiles_anew() -> None:
     first, second = CompileCounter(), CompileCounter()
     cached: Any = graphcache.transform(tiny(1), PLAN, backend=first)

@@ -165,6 +165,8 @@ def with_adapters(model: Any) -> Any:
     for name in ("one", "two"):
         config = LoraConfig(r=1, lora_alpha=2, init_lora_weights=False, target_modules=["out", "up"])
         model = inject_adapter_in_model(config, model, name)
+    for layer in layers(model):
+        layer.set_adapter("one")
     return model
 
 
