@@ -202,7 +202,7 @@ def test_a_loop_within_a_callback_has_a_session_without_the_pipelines_scheduler(
     calls: list[dict[str, Any]] = []
     plain = tiny_pipe.make()
     plain.transformer.register_forward_pre_hook(lambda _, args, kw: calls.append(kw), with_kwargs=True)
-    tiny_pipe.generate(plain, STEPS)
+    tiny_pipe.generate(plain, STEPS, guided=False)
     want, found = tiny_pipe.generate(pipe, STEPS), []
 
     def inner(outer: Any, step: int, *_: Any) -> dict[str, Any]:
