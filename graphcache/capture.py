@@ -19,6 +19,7 @@ from graphcache.functional import Unknown, erase_unread, functional, inlined, is
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, Output, StepGraph
+from graphcache.numeric_time import ADVICE, named_numbers, refuse_unlike_numbers, run_as_tensors
 from graphcache.plain_tensors import Originals
 from graphcache.rehearsal import Undo, random_states_kept, rehearse
 from graphcache.undisturbed import undisturbed
@@ -49,8 +50,14 @@ def capture(
     tensors = tuple([originals.plain(tensor) for tensor in tensors])
     devices = {tensor.device for tensor in (*tensors, *model.parameters())}
 
+    def called() -> None:
+        if call.numbers:
+            refuse_unlike_numbers(call, model, tensors)
+        else:
+            OutputSpec.of(call.run(model, tensors))
+
     def rehearsal() -> Undo:
-        return rehearse(lambda: OutputSpec.of(call.run(model, tensors)), devices)
+        return rehearse(called, devices)
 
     with (
         COMPILING,
@@ -79,7 +86,10 @@ def _traced(
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(explain(error)) from error
+        reason = explain(error)
+        if call.numbers:
+            reason += f". Besides, {named_numbers(call)}. {ADVICE}"
+        raise CaptureError(reason) from error
     _refuse_mutation(program.graph_signature)
     graph, held = _unlifted(program, graph)
     _refuse_ops(graph)
@@ -166,7 +176,7 @@ class _FlatCall(nn.Module):
         self.returned = returned
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        output, leaves = OutputSpec.of(self.call.run(self.model, tensors))
+        output, leaves = OutputSpec.of(run_as_tensors(self.call, self.model, tensors))
         self.returned(output)
         return leaves
 

@@ -17,14 +17,18 @@ UNDECLARED = 4
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What is known of a call before it is placed; `fields` are those of the cache context."""
+    """What is known of a call before it is placed.
+
+    `fields` are those of the cache context, `names` those of the leaves.
+    """
 
     name: str
     fields: Mapping[str, Any]
     key: Key
     constants: tuple[torch.Tensor, ...]
-    timestep: torch.Tensor
-    latents: torch.Tensor
+    timestep: torch.Tensor | None
+    latents: tuple[torch.Tensor, ...]
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +120,18 @@ class Matching:
 
     def is_same_call(self, now: Generation) -> bool:
         """Whether even the latents are those of the call before."""
-        latents, before = now.latents
-        same = latents() is self.call.latents and version(self.call.latents) == before
+        ours, theirs = self.call.latents, now.latents
+        same = len(ours) == len(theirs) and all(
+            tensor() is latents and version(latents) == before
+            for latents, (tensor, before) in zip(ours, theirs, strict=True)
+        )
         return same and self.repeats(now)
+
+    def equals_another(self, now: Generation) -> bool:
+        """Whether one of the step's calls had inputs of just these values; waits for the device."""
+        called = [branch for branch in self._known() if branch in now.called]
+        whole = len(self.call.constants)
+        return any(self._equal_constants(self.session.states[branch]) == whole for branch in called)
 
     def is_stranger(self, branch: Branch) -> bool:
         """Whether none of the inputs is what the branch was called with."""
@@ -139,6 +152,6 @@ class Matching:
         )
 
 
-def version(tensor: torch.Tensor) -> int:
+def version(tensor: torch.Tensor | None) -> int:
     """Counts changes in place; inference tensors have no count."""
-    return -1 if tensor.is_inference() else tensor._version
+    return -1 if tensor is None or tensor.is_inference() else tensor._version

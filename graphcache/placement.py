@@ -10,7 +10,7 @@ from graphcache.clock import Clock, read_progress
 from graphcache.ir.errors import StateError
 from graphcache.matching import Call, Matching, version
 from graphcache.schedulers import Position, belongs, read_timestep
-from graphcache.session import Branch, Generation, Session, Timesteps
+from graphcache.session import Branch, Generation, Marked, Session, Timesteps
 
 Place = tuple[Generation, Branch]
 
@@ -67,18 +67,29 @@ class _Placement(Matching):
         """A further call while the scheduler stands where it stood."""
         branch = self.sibling(now)
         if self.is_called(now) and branch not in self.session.states:
-            before, progress = read_progress(now.latest), read_progress(self.call.timestep)
-            if progress != before and now.step > now.start:
-                raise StateError(
-                    f"step {now.step}: the pipeline's scheduler stands at timestep {before:g}, but the model "
-                    f"was called for {progress:g}: another loop calls it; give that `with model.session():`"
-                )
-            if progress != before:
+            moved = self._moved(now)
+            if moved is not None:
                 # the pipeline steps copies of its scheduler, which itself stands still
-                return self._timed(replace(now, clock=Clock.begin(now.steps, before, now.step)))
+                return self._timed(replace(now, clock=Clock.begin(now.steps, moved, now.step)))
         if branch is None:
             raise self.several(now)
         return now, branch
+
+    def _moved(self, now: Generation) -> float | None:
+        """The evaluation's timestep, if the call has another one; waits for the device.
+
+        Raises:
+            StateError: it has, in the middle of a generation.
+        """
+        if now.latest is None or self.call.timestep is None:
+            return None
+        before, progress = read_progress(now.latest), read_progress(self.call.timestep)
+        if progress != before and now.step > now.start:
+            raise StateError(
+                f"step {now.step}: the pipeline's scheduler stands at timestep {before:g}, but the model "
+                f"was called for {progress:g}: another loop calls it; give that `with model.session():`"
+            )
+        return before if progress != before else None
 
     def _announced(self, steps: int, step: int) -> Place:
         """Placed by what the pipeline says at each call; every context has a generation of its own."""
@@ -98,6 +109,8 @@ class _Placement(Matching):
 
     def _timed(self, now: Generation | None) -> Place:
         """Placed by the timestep alone."""
+        if self.call.timestep is None:
+            raise _untold(self.call)
         timestep = read_progress(self.call.timestep)
         if now is None or now.clock is None:
             return self._begin_untold(now, timestep)
@@ -140,14 +153,17 @@ class _Placement(Matching):
     def _is_another(self, now: Generation) -> bool:
         """Whether the call belongs to the evaluation at hand; waits for a device where that is in doubt."""
         repeats, free = self.repeats(now), self.free(now)
+        timestep = self.call.timestep
         if now.timesteps is None:
-            same = self.call.timestep is now.latest and version(now.latest) == now.version
+            same = timestep is not None and timestep is now.latest and version(timestep) == now.version
             return same and (not repeats or now.step == now.start)
         if not repeats and any(self.likeness(branch)[1] for branch in free):
             return True
         if repeats and self.session.branches is None and now.step > now.start:
             return False
-        return read_timestep(now.latest) == read_timestep(self.call.timestep)
+        if timestep is None or now.latest is None:
+            return not (repeats or self.equals_another(now))
+        return read_timestep(now.latest) == read_timestep(timestep)
 
     def _begin(
         self,
@@ -178,14 +194,25 @@ class _Placement(Matching):
         free = self.free(later)
         branch = self.likest(later, free) if free else (self.call.name, 0)
         schedule = now.timesteps if clock is None and branch in self.session.states else None
-        if schedule is not None and self.is_stranger(branch):
-            _refuse_foreign(schedule.tensor, now.step, step, now.latest, self.call.timestep)
+        last, timestep = now.latest, self.call.timestep
+        if schedule is not None and last is not None and timestep is not None and self.is_stranger(branch):
+            _refuse_foreign(schedule.tensor, now.step, step, last, timestep)
         return later, branch
 
 
-def _marks(call: Call) -> tuple[torch.Tensor, int, tuple[weakref.ref[torch.Tensor], int]]:
+def _marks(call: Call) -> tuple[torch.Tensor | None, int, Marked]:
     """What a generation notes of the first call of an evaluation."""
-    return call.timestep, version(call.timestep), (weakref.ref(call.latents), version(call.latents))
+    latents = tuple([(weakref.ref(tensor), version(tensor)) for tensor in call.latents])
+    return call.timestep, version(call.timestep), latents
+
+
+def _untold(call: Call) -> StateError:
+    return StateError(
+        "nothing tells the step of this call: no scheduler drives it, and none of its arguments looks like a "
+        "timestep. Name that with transform(..., timestep=...), say which scheduler drives these calls with "
+        "`with model.session(scheduler=...):`, or let calls be counted with transform(..., wait='never'): "
+        f"this call has {', '.join(call.names)}"
+    )
 
 
 def _refuse_past_end(step: int, steps: int) -> None:

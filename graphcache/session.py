@@ -20,6 +20,8 @@ from graphcache.schedulers import Driver
 
 Branch = tuple[str, int]
 """The name of the cache context, and which of the calls it is that a step makes under that name."""
+Marked = tuple[tuple[weakref.ref[torch.Tensor], int], ...]
+"""Tensors, which are not kept alive, each with its version."""
 
 log = logging.getLogger("graphcache")
 
@@ -52,16 +54,16 @@ class Generation:
     `called` are the branches that the step has seen, `before` how many the step before it had, `start` is the
     first step. `timesteps` are the scheduler's, whose identity is the generation's. `line` is the cache
     context that alone has this generation, because its fields tell the step; None for one of all calls.
-    `latest` is the timestep of the step's first call, with its `version`, `latents` are its latents with
-    theirs.
+    `latest` is the timestep of the step's first call, if it has one, with its `version`, `latents` are its
+    latents with theirs.
     """
 
     steps: int
     step: int
     start: int
-    latest: torch.Tensor
+    latest: torch.Tensor | None
     version: int
-    latents: tuple[weakref.ref[torch.Tensor], int]
+    latents: Marked
     timesteps: Timesteps | None = None
     clock: Clock | None = None
     line: str | None = None
@@ -72,9 +74,9 @@ class Generation:
     def at(
         self,
         step: int,
-        latest: torch.Tensor,
+        latest: torch.Tensor | None,
         version: int,
-        latents: tuple[weakref.ref[torch.Tensor], int],
+        latents: Marked,
         clock: Clock | None = None,
     ) -> "Generation":
         """The same generation at a later evaluation."""

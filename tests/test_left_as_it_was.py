@@ -413,7 +413,9 @@ class Failing(Network):
 @torch.no_grad()
 def test_a_call_that_the_model_itself_refuses() -> None:
     cached = graphcache.transform(network(Failing), presets.compute(1))
-    with pytest.raises(CaptureError, match=r"itself fails on this call because of .*: ValueError: 5 tokens are"):
+    with pytest.raises(
+        CaptureError, match=r"itself fails on this call because of .*: ValueError: 5 tokens are"
+    ):
         cached(*call(5))
     assert torch.equal(cached(*call(4)), expected(Failing, *call(4)))
 
