@@ -7,22 +7,23 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.overrides import TorchFunctionMode
 
 from graphcache.compile import COMPILING
 from graphcache.explanation import explain
 from graphcache.functional import Unknown, erase_unread, functional, inlined, is_functional
+from graphcache.hooks import is_own
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, Output, StepGraph
+from graphcache.kernels import ChosenKernels
 from graphcache.numeric_time import ADVICE, named_numbers, refuse_unlike_numbers, run_as_tensors
 from graphcache.plain_tensors import Originals
 from graphcache.rehearsal import Undo, random_states_kept, rehearse
 from graphcache.undisturbed import undisturbed
+from graphcache.unseen_writes import SeenWrites
 
 _PURE_RANDOM = {
     torch.ops.aten.scaled_dot_product_attention.default,
@@ -51,10 +52,11 @@ def capture(
     devices = {tensor.device for tensor in (*tensors, *model.parameters())}
 
     def called() -> None:
-        if call.numbers:
-            refuse_unlike_numbers(call, model, tensors)
-        else:
-            OutputSpec.of(call.run(model, tensors))
+        with ChosenKernels():
+            if call.numbers:
+                refuse_unlike_numbers(call, model, tensors)
+            else:
+                OutputSpec.of(call.run(model, tensors))
 
     def rehearsal() -> Undo:
         return rehearse(called, devices)
@@ -79,7 +81,7 @@ def _traced(
             _without_stack_traces(),
             # export writes code for modules that nobody calls, which takes a seventh of the time
             _use_lazy_graph_module(True),
-            _ChosenKernels(),
+            SeenWrites(),
         ):
             program = torch.export.export(wrapper, tensors, strict=False)
             program, graph = _functional(program)
@@ -136,33 +138,6 @@ def _without_stack_traces() -> Iterator[None]:
         yield
     finally:
         config.do_not_emit_stack_traces = before
-
-
-class _ChosenKernels(TorchFunctionMode):
-    """Refuses a kernel that the model chooses by itself: a graph's attention asks for it when it runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.outside = _attention_kernels()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and _attention_kernels() != self.outside:
-            raise CaptureError(
-                "the model restricts attention to some of PyTorch's kernels inside its forward, which a "
-                "graph would lose; choose them around the whole generation: "
-                "`with torch.nn.attention.sdpa_kernel(...):` (diffusers: model.reset_attention_backend())"
-            )
-        return func(*args, **(kwargs or {}))
-
-
-def _attention_kernels() -> tuple[bool, ...]:
-    cuda: Any = torch.backends.cuda
-    return (
-        cuda.flash_sdp_enabled(),
-        cuda.mem_efficient_sdp_enabled(),
-        cuda.math_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(),
-    )
 
 
 class _FlatCall(nn.Module):
@@ -267,6 +242,9 @@ def _place(node: fx.Node) -> str:
 
 
 def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """The parameters of the class's forward, without self."""
+    """The parameters of the model's forward, without self."""
+    own = model.__dict__.get("forward")
+    if own is not None and is_own(model):
+        return inspect.signature(own).parameters
     signature = inspect.signature(type(model).forward)
     return dict(list(signature.parameters.items())[1:])

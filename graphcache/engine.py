@@ -22,6 +22,7 @@ from graphcache.ir.errors import CaptureError, PlanError, StateError
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Role
+from graphcache.kernels import attention_kernels
 from graphcache.matching import Call
 from graphcache.passes.base import Observer
 from graphcache.placement import Place, place
@@ -400,7 +401,7 @@ def _ambient() -> tuple[Hashable, ...]:
     """What tracing and compiled code depend on besides the arguments."""
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     dtypes = tuple(torch.get_autocast_dtype(d) for d, on in zip(("cpu", "cuda"), autocast, strict=True) if on)
-    return autocast, dtypes, _attention_backend(), torch.is_grad_enabled()
+    return autocast, dtypes, attention_kernels(), _attention_backend(), torch.is_grad_enabled()
 
 
 def _attention_backend() -> Hashable:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
-from graphcache.capture import _attention_kernels
 from graphcache.engine import _ambient
 from graphcache.ir.call import CallSpec
+from graphcache.kernels import attention_kernels
 from graphcache.program import Captured
 
 _PLAIN = (
@@ -143,7 +143,7 @@ class _Likeness:
 
 
 def _surroundings() -> Hashable:
-    return _ambient(), _attention_kernels(), torch.get_default_dtype()
+    return _ambient(), attention_kernels(), torch.get_default_dtype()
 
 
 def _laid(tensor: Tensor) -> Hashable:
