@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from graphcache.compile import COMPILING
-from graphcache.explanation import explain
+from graphcache.explanation import Stopped, explain
 from graphcache.functional import Unknown, erase_unread, functional, inlined, is_functional
 from graphcache.hooks import is_own
 from graphcache.ir.call import CallSpec, OutputSpec
@@ -21,6 +20,7 @@ from graphcache.ir.graph import Input, Output, StepGraph
 from graphcache.kernels import ChosenKernels
 from graphcache.numeric_time import ADVICE, named_numbers, refuse_unlike_numbers, run_as_tensors
 from graphcache.plain_tensors import Originals
+from graphcache.quiet import quiet_tracing
 from graphcache.rehearsal import Undo, random_states_kept, rehearse
 from graphcache.undisturbed import undisturbed
 from graphcache.unseen_writes import SeenWrites
@@ -78,6 +78,7 @@ def _traced(
     wrapper = _FlatCall(model, call, outputs.append)
     try:
         with (
+            quiet_tracing(),
             _without_stack_traces(),
             # export writes code for modules that nobody calls, which takes a seventh of the time
             _use_lazy_graph_module(True),
@@ -91,7 +92,7 @@ def _traced(
         reason = explain(error)
         if call.numbers:
             reason += f". Besides, {named_numbers(call)}. {ADVICE}"
-        raise CaptureError(reason) from error
+        raise CaptureError(reason) from (error.__cause__ if isinstance(error, Stopped) else error)
     _refuse_mutation(program.graph_signature)
     graph, held = _unlifted(program, graph)
     _refuse_ops(graph)
@@ -103,17 +104,6 @@ def _traced(
         tuple(Output(index) for index in range(output.count)),
     )
     return step, output
-
-
-@contextlib.contextmanager
-def quiet_shapes() -> Iterator[None]:
-    """Where sizes are tried, those that do not fit are an answer: PyTorch's log of them stays empty."""
-    tracer = logging.getLogger("torch._subclasses.fake_tensor")
-    before, tracer.disabled = tracer.disabled, True
-    try:
-        yield
-    finally:
-        tracer.disabled = before
 
 
 @contextlib.contextmanager
@@ -151,7 +141,12 @@ class _FlatCall(nn.Module):
         self.returned = returned
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        output, leaves = OutputSpec.of(run_as_tensors(self.call, self.model, tensors))
+        try:
+            output, leaves = OutputSpec.of(run_as_tensors(self.call, self.model, tensors))
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise Stopped from error
         self.returned(output)
         return leaves
 

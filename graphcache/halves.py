@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphcache.capture import quiet_shapes
 from graphcache.ir.call import CallSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, StepGraph, has_static_shape
+from graphcache.quiet import quiet_shapes
 
 _SAMPLED = 1024
 """Elements of each row that are compared."""

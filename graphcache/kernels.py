@@ -11,7 +11,7 @@ from graphcache.ir.errors import CaptureError
 
 
 def attention_kernels() -> tuple[Any, ...]:
-    """What PyTorch's attention may use at present, and which it prefers; half a microsecond."""
+    """What PyTorch's attention may use at present, and which it prefers."""
     cuda: Any = torch.backends.cuda
     return (
         cuda.flash_sdp_enabled(),

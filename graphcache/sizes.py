@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from graphcache.analysis.symbolic import BATCH, CostError, Sized, solve
-from graphcache.capture import quiet_shapes
 from graphcache.engine import Engine
 from graphcache.ir.call import CallSpec
 from graphcache.ir.errors import GraphCacheError
 from graphcache.program import Program
+from graphcache.quiet import quiet_shapes
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 Place = tuple[int, int]
