@@ -280,8 +280,8 @@ class Engine:
             made = halved(state, call.key, program, plan, step)
         if made is None:
             self._say_once(
-                f"another form of the model, or inputs of other sizes, at step {step} of a generation: what "
-                "the steps before have cached does not fit, so the caches begin anew"
+                f"{_what_changed(state.key, call.key)} at step {step} of a generation: what the steps before "
+                "have cached does not fit, so the caches begin anew"
             )
             return self._begun(plan, step, call, bound, tensors)
         return made
@@ -427,6 +427,34 @@ def _refuse_conversion(before: Key, after: Key) -> None:
                 f"argument {name} changed from {old[name]} to {new[name]} in the middle of a generation; "
                 "call model.reset() if this is another one"
             )
+
+
+def _what_changed(before: Key, after: Key) -> str:
+    names = _other_numbers(before, after)
+    if not names:
+        return "another form of the model, or inputs of other sizes,"
+    return (
+        f"argument {', '.join(names)} is a number, of which each value is captured by itself (pass it as a "
+        "tensor if it changes from step to step, or name it with transform(..., timestep=...) if it tells "
+        "the time), and is another one"
+    )
+
+
+def _other_numbers(before: Key, after: Key) -> list[str]:
+    """The arguments in which two signatures differ, if it is by numbers alone."""
+    found: dict[str, None] = {}
+    argument = ""
+    for old, new in zip(before, after, strict=False):
+        argument = old if isinstance(old, str) else argument
+        if old != new:
+            if not (_is_number(old) and _is_number(new)):
+                return []
+            found[argument] = None
+    return list(found) if len(before) == len(after) else []
+
+
+def _is_number(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and item[0] in (int, float)
 
 
 def _kinds(key: Any) -> dict[str, str]:

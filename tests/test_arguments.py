@@ -265,6 +265,47 @@ def test_a_whole_number_that_is_a_size_stays_one() -> None:
         assert_same(cached(**call), model(**call))
 
 
+def test_another_number_that_changes_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Progressing(Plain):
+        def forward(self, x: Tensor, timestep: Tensor, text: Tensor, progress: float) -> Tensor:
+            return self.plain(x * progress, timestep, text)
+
+    cached = graphcache.transform(tiny(1, Progressing), CACHING)
+    for step in range(2):
+        cached(latents(step, 2, 3, 4), full(step), TEXT, step / STEPS)
+    said = "\n".join(record.getMessage() for record in caplog.records if record.name == "graphcache")
+    assert "argument progress is a number" in said
+    assert "pass it as a tensor" in said
+
+
+def test_a_released_model_that_takes_lists() -> None:
+    model: Any = diffusers.ZImageTransformer2DModel(
+        all_patch_size=(2,),
+        all_f_patch_size=(1,),
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[64, 64, 64],
+    ).eval()
+    texts = [latents(7, 5, 16), latents(8, 9, 16)]
+
+    def call(step: int) -> dict[str, Any]:
+        samples = [latents(step, 4, 1, 8, 8), latents(step, 4, 1, 8, 12)]
+        return {"x": samples, "t": full(step), "cap_feats": texts, "return_dict": False}
+
+    plan = Plan.parse(f"plan steps={STEPS} preset=none\n@self #.#.\n@mlp ##..")
+    run = Reference(capture_call(model, call(0), None), plan)
+    exact, cached = graphcache.transform(model, EAGER), graphcache.transform(model, plan)
+    for step in range(STEPS):
+        assert_same(exact(**call(step)), model(**call(step)))
+        assert_same(cached(**call(step)), run(runner_tensors(model, call(step))))
+
+
 def test_paths_name_what_is_not_found() -> None:
     class Other(Plain):
         def forward(self, context: Tensor, noisy: list[Tensor], clock: dict[str, Tensor]) -> Tensor:
