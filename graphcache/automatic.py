@@ -47,7 +47,7 @@ def auto(
     reference: Literal["uncached", "converged"] = "uncached",
     conditional: str | None = None,
     backend: Backend = "inductor",
-    timestep: str = "timestep",
+    timestep: str | None = None,
     data_range: float = 2.0,
     seed: int = 0,
     memory: int = MEMORY,
@@ -70,7 +70,7 @@ def auto(
         reference: what tuning aims at, see `tune`.
         conditional: the conditional half of a doubled batch.
         backend: of the timed steps and of the result.
-        timestep: the name of the timestep argument.
+        timestep: the name of the timestep argument, if it is not found.
         data_range: largest minus smallest value of a result.
         seed: of the profile.
         memory: bytes that profiling and tuning may take for intermediate results.
@@ -128,7 +128,9 @@ def auto(
     return Automatic(made, plan, measured, found, tuned, held_out)
 
 
-def checker(sampling: Sampling, samples: Sequence[Any], steps: int, timestep: str) -> Callable[[Plan], float]:
+def checker(
+    sampling: Sampling, samples: Sequence[Any], steps: int, timestep: str | None
+) -> Callable[[Plan], float]:
     """Measures a plan's root mean square error on some samples; the uncached ones are made once."""
     references = [sampling.generate(sampling.model, sample, steps) for sample in samples]
 
@@ -144,7 +146,9 @@ def checker(sampling: Sampling, samples: Sequence[Any], steps: int, timestep: st
     return check
 
 
-def judged(sampling: Sampling, plan: Plan, samples: Sequence[Any], timestep: str, data_range: float) -> float:
+def judged(
+    sampling: Sampling, plan: Plan, samples: Sequence[Any], timestep: str | None, data_range: float
+) -> float:
     """A plan's mean PSNR to the uncached run in decibels."""
     model = sampling.planned(plan, timestep)
     results = [sampling.generate(model, sample, plan.steps) for sample in samples]

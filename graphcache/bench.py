@@ -14,8 +14,9 @@ from torch import nn
 from graphcache.analysis.cost import graph_flops
 from graphcache.compile import Backend, compile_plainly
 from graphcache.engine import Engine
-from graphcache.ir.errors import PlanError
+from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan
+from graphcache.ir.roles import Names, find_times
 from graphcache.runner import BranchState
 from graphcache.transform import transform
 
@@ -61,13 +62,16 @@ class Timing:
 class Generation:
     """One generation's calls: the example inputs with a falling timestep, so that every step is its own."""
 
-    def __init__(self, inputs: Mapping[str, Any], timestep: str, steps: int) -> None:
-        first = inputs[timestep]
+    def __init__(self, inputs: Mapping[str, Any], timestep: str | None, steps: int) -> None:
+        name = _time_argument(inputs, timestep)
+        first = torch.as_tensor(inputs[name])
         self.steps = steps
         whole = not first.is_floating_point()
         ends = torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64)
         scaled = (ends * 999).round() if whole else ends * max(float(first.max()), 1e-3)
-        self.calls = [{**inputs, timestep: torch.full_like(first, float(value))} for value in scaled]
+        times = [torch.full_like(first, float(value)) for value in scaled]
+        is_tensor = isinstance(inputs[name], torch.Tensor)
+        self.calls = [{**inputs, name: time if is_tensor else time.item()} for time in times]
 
     def run(self, model: Call) -> list[float]:
         """Seconds of each step, in order.
@@ -96,13 +100,23 @@ class Generation:
         return times
 
 
+def _time_argument(inputs: Mapping[str, Any], timestep: str | None) -> str:
+    times = find_times(inputs, Names(timestep))
+    if not times or times[0].path not in inputs:
+        raise GraphCacheError(
+            "calls can be timed whose timestep is an argument of its own, a tensor or a number; name it with "
+            f"timestep=...: this call has {', '.join(inputs)}"
+        )
+    return times[0].path
+
+
 def benchmark(
     model: nn.Module,
     inputs: Mapping[str, Any],
     plans: Mapping[str, Plan],
     *,
     backend: Backend = "inductor",
-    timestep: str = "timestep",
+    timestep: str | None = None,
     rounds: int = 7,
     beside: Mapping[str, Call] | None = None,
     progress: Callable[[str], None] = lambda text: None,
@@ -114,7 +128,7 @@ def benchmark(
         inputs: keyword arguments of one call.
         plans: contenders by name; all of one number of steps.
         backend: of the plans' phases; the plain model is compiled by the same.
-        timestep: the name of the timestep argument.
+        timestep: the name of the timestep argument, if it is not found.
         rounds: generations of each contender that count; one before them warms up.
         beside: further callables to time in the same run.
         progress: told what is done now.

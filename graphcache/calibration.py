@@ -33,7 +33,7 @@ def step_seconds(
     families: Mapping[str, Sequence[str]],
     *,
     backend: Backend,
-    timestep: str,
+    timestep: str | None,
     rounds: int = 5,
 ) -> dict[str, float]:
     """Median seconds of a step: `plain`, `compute`, and every family's from the cache.

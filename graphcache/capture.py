@@ -2,26 +2,28 @@
 
 import contextlib
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.overrides import TorchFunctionMode
 
 from graphcache.compile import COMPILING
-from graphcache.explanation import explain
+from graphcache.explanation import Stopped, explain
 from graphcache.functional import Unknown, erase_unread, functional, inlined, is_functional
+from graphcache.hooks import is_own
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, Output, StepGraph
+from graphcache.kernels import ChosenKernels
+from graphcache.numeric_time import ADVICE, named_numbers, refuse_unlike_numbers, run_as_tensors
 from graphcache.plain_tensors import Originals
+from graphcache.quiet import quiet_tracing
 from graphcache.rehearsal import Undo, random_states_kept, rehearse
 from graphcache.undisturbed import undisturbed
+from graphcache.unseen_writes import SeenWrites
 
 _PURE_RANDOM = {
     torch.ops.aten.scaled_dot_product_attention.default,
@@ -49,8 +51,15 @@ def capture(
     tensors = tuple([originals.plain(tensor) for tensor in tensors])
     devices = {tensor.device for tensor in (*tensors, *model.parameters())}
 
+    def called() -> None:
+        with ChosenKernels():
+            if call.numbers:
+                refuse_unlike_numbers(call, model, tensors)
+            else:
+                OutputSpec.of(call.run(model, tensors))
+
     def rehearsal() -> Undo:
-        return rehearse(lambda: OutputSpec.of(call.run(model, tensors)), devices)
+        return rehearse(called, devices)
 
     with (
         COMPILING,
@@ -69,17 +78,21 @@ def _traced(
     wrapper = _FlatCall(model, call, outputs.append)
     try:
         with (
+            quiet_tracing(),
             _without_stack_traces(),
             # export writes code for modules that nobody calls, which takes a seventh of the time
             _use_lazy_graph_module(True),
-            _ChosenKernels(),
+            SeenWrites(),
         ):
             program = torch.export.export(wrapper, tensors, strict=False)
             program, graph = _functional(program)
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(explain(error)) from error
+        reason = explain(error)
+        if call.numbers:
+            reason += f". Besides, {named_numbers(call)}. {ADVICE}"
+        raise CaptureError(reason) from (error.__cause__ if isinstance(error, Stopped) else error)
     _refuse_mutation(program.graph_signature)
     graph, held = _unlifted(program, graph)
     _refuse_ops(graph)
@@ -91,17 +104,6 @@ def _traced(
         tuple(Output(index) for index in range(output.count)),
     )
     return step, output
-
-
-@contextlib.contextmanager
-def quiet_shapes() -> Iterator[None]:
-    """Where sizes are tried, those that do not fit are an answer: PyTorch's log of them stays empty."""
-    tracer = logging.getLogger("torch._subclasses.fake_tensor")
-    before, tracer.disabled = tracer.disabled, True
-    try:
-        yield
-    finally:
-        tracer.disabled = before
 
 
 @contextlib.contextmanager
@@ -128,33 +130,6 @@ def _without_stack_traces() -> Iterator[None]:
         config.do_not_emit_stack_traces = before
 
 
-class _ChosenKernels(TorchFunctionMode):
-    """Refuses a kernel that the model chooses by itself: a graph's attention asks for it when it runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.outside = _attention_kernels()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and _attention_kernels() != self.outside:
-            raise CaptureError(
-                "the model restricts attention to some of PyTorch's kernels inside its forward, which a "
-                "graph would lose; choose them around the whole generation: "
-                "`with torch.nn.attention.sdpa_kernel(...):` (diffusers: model.reset_attention_backend())"
-            )
-        return func(*args, **(kwargs or {}))
-
-
-def _attention_kernels() -> tuple[bool, ...]:
-    cuda: Any = torch.backends.cuda
-    return (
-        cuda.flash_sdp_enabled(),
-        cuda.mem_efficient_sdp_enabled(),
-        cuda.math_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(),
-    )
-
-
 class _FlatCall(nn.Module):
     """The model behind a flat signature; remembers the structure of what it returned."""
 
@@ -166,7 +141,12 @@ class _FlatCall(nn.Module):
         self.returned = returned
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        output, leaves = OutputSpec.of(self.call.run(self.model, tensors))
+        try:
+            output, leaves = OutputSpec.of(run_as_tensors(self.call, self.model, tensors))
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise Stopped from error
         self.returned(output)
         return leaves
 
@@ -257,6 +237,9 @@ def _place(node: fx.Node) -> str:
 
 
 def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """The parameters of the class's forward, without self."""
+    """The parameters of the model's forward, without self."""
+    own = model.__dict__.get("forward")
+    if own is not None and is_own(model):
+        return inspect.signature(own).parameters
     signature = inspect.signature(type(model).forward)
     return dict(list(signature.parameters.items())[1:])

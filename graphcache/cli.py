@@ -51,7 +51,7 @@ Inputs = Annotated[
     typer.Option(help="package.module:function that takes the model and returns its keyword arguments"),
 ]
 Call = Annotated[str | None, typer.Option(help="a pipeline folder's call, as JSON", metavar="JSON")]
-Timestep = Annotated[str, typer.Option(help="forward's timestep argument")]
+Timestep = Annotated[str | None, typer.Option(help="forward's timestep argument, if it is not found")]
 
 _COLOURS = {"#": "bold white on blue", ".": "bright_black"}
 _LETTER_COLOURS = ("green", "magenta", "yellow", "cyan", "red")
@@ -62,7 +62,7 @@ def inspect(
     model: ModelName,
     inputs: Inputs = None,
     call: Call = None,
-    timestep: Timestep = "timestep",
+    timestep: Timestep = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -138,7 +138,7 @@ def bench(
     ] = None,
     inputs: Inputs = None,
     call: Call = None,
-    timestep: Timestep = "timestep",
+    timestep: Timestep = None,
     threads: Annotated[int | None, typer.Option(help="torch threads")] = None,
     device: Device = None,
     dtype: Dtype = None,

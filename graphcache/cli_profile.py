@@ -44,7 +44,7 @@ Subject = Annotated[
 Call = Annotated[str | None, typer.Option(help="a pipeline folder's call, as JSON", metavar="JSON")]
 Count = Annotated[int, typer.Option("--samples", help="a pipeline's samples: the call with seeds 0, 1, …")]
 Steps = Annotated[int, typer.Option(help="model evaluations of one generation")]
-Timestep = Annotated[str, typer.Option(help="forward's timestep argument")]
+Timestep = Annotated[str | None, typer.Option(help="forward's timestep argument, if it is not found")]
 Threads = Annotated[int | None, typer.Option(help="torch threads")]
 Memory = Annotated[
     int, typer.Option(help="bytes for intermediate results; what does not fit is computed again")
@@ -71,7 +71,7 @@ def profile(
     backend: Backend = "inductor",
     call: Call = None,
     samples: Count = 2,
-    timestep: Timestep = "timestep",
+    timestep: Timestep = None,
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -113,7 +113,7 @@ def search(
     ] = None,
     call: Call = None,
     samples: Count = 2,
-    timestep: Timestep = "timestep",
+    timestep: Timestep = None,
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -151,7 +151,7 @@ def tune(
     memory: Memory = MEMORY,
     call: Call = None,
     samples: Count = 4,
-    timestep: Timestep = "timestep",
+    timestep: Timestep = None,
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -198,7 +198,7 @@ def compare(
     output: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
     call: Call = None,
     samples: Count = 2,
-    timestep: Timestep = "timestep",
+    timestep: Timestep = None,
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,

@@ -79,7 +79,7 @@ def compare(
     sampler: Sampler | None = None,
     fewer: Mapping[str, tuple[Sampler | None, int]] | None = None,
     backend: Backend = "inductor",
-    timestep: str = "timestep",
+    timestep: str | None = None,
     data_range: float = 2.0,
     features: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[str], None] = lambda text: None,
@@ -95,7 +95,7 @@ def compare(
         sampler: runs a bare module through a generation.
         fewer: the plain model with other numbers of steps, by name: a sampler, None for the same, and steps.
         backend: compiles the plain model and the plans' phases.
-        timestep: the name of the timestep argument.
+        timestep: the name of the timestep argument, if it is not found.
         data_range: largest minus smallest value of a result.
         features: results -> (N, D), for Fréchet distances.
         progress: told what is done now.
@@ -136,7 +136,7 @@ class _Contest:
     steps: int
     fewer: dict[str, tuple[Sampler | None, int]]
     backend: Backend
-    timestep: str
+    timestep: str | None
     runs: dict[str, Callable[[Any], Tensor]] = field(default_factory=dict)
     planned: dict[str, Any] = field(default_factory=dict)
 

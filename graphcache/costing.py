@@ -252,7 +252,7 @@ class Device:
 def cost_model(
     model: nn.Module,
     example_inputs: Example,
-    timestep: str = "timestep",
+    timestep: str | None = None,
     sizes: Mapping[str, tuple[int, int] | None] | None = None,
     calls: Mapping[str, Example] | None = None,
 ) -> CostModel:
@@ -270,7 +270,7 @@ def cost_model(
     Args:
         model: an nn.Module in eval mode, transformed or not.
         example_inputs: arguments of one call, as a mapping of keywords or a tuple of positions.
-        timestep: the name of forward's timestep argument.
+        timestep: the name of forward's timestep argument, if it is not found.
         sizes: by symbol, the two further sizes to capture at (one alone, one with all the others), by
             default twice and three times the example's (twice again where three times is refused); None
             leaves the symbol fixed.

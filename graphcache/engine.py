@@ -13,13 +13,14 @@ from graphcache import presets
 from graphcache.caller import Caller
 from graphcache.capture import forward_parameters
 from graphcache.compile import Backend, begin_generation, prior_compilation
-from graphcache.halves import is_doubled
+from graphcache.halves import is_doubled, is_listed_twice
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import PlanError, StateError
 from graphcache.ir.plan import Plan
+from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Role
 from graphcache.matching import Call, version
-from graphcache.modes import ambient, refuse_conversion, refuse_export
+from graphcache.modes import ambient, refuse_conversion, refuse_export, what_changed
 from graphcache.passes.base import Observer
 from graphcache.placement import Place, place
 from graphcache.program import Captured, Program
@@ -55,13 +56,14 @@ class Options:
 
     plan: Plan
     backend: Backend = None
-    timestep: str = "timestep"
+    timestep: str | None = None
     branches: int | None = None
     waits: bool = True
     offload: bool = False
     observers: Sequence[Observer] = ()
     signatures: int = SIGNATURES
     watches_all: bool = False
+    latents: tuple[str, ...] = ()
 
 
 class Engine:
@@ -74,7 +76,7 @@ class Engine:
         self.model = model
         self.options = options
         self.backend = options.backend
-        self.binder = Binder(forward_parameters(model))
+        self.binder = Binder(forward_parameters(model), Names(options.timestep, options.latents))
         self.caller = Caller()
         self.driver = Driver(pipe=pipe, caller=self.caller)
         self.scopes = Scopes(Surroundings(self.new_session(self.driver)))
@@ -107,9 +109,10 @@ class Engine:
                 around.fields,
                 self._key(signature, begins=False),
                 constants,
-                tensors[spec.timestep],
-                tensors[spec.latent],
+                spec.timestep(tensors),
+                spec.given_latents(tensors),
                 tuple(map(version, constants)),
+                spec.leaf_names,
             )
             generation, branch = self._placed(session, call)
             if generation.untouched:
@@ -224,7 +227,7 @@ class Engine:
         if spec is None:
             if len(self._specs) >= 8 * self.options.signatures:
                 self._specs.clear()
-            spec = self._specs[signature] = CallSpec.of(self.binder, bound, self.options.timestep)
+            spec = self._specs[signature] = CallSpec.of(self.binder, bound)
         return spec
 
     def _state(
@@ -282,8 +285,8 @@ class Engine:
             made = halved(state, call.key, program, plan, step)
         if made is None:
             self._say_once(
-                f"another form of the model, or inputs of other sizes, at step {step} of a generation: what "
-                "the steps before have cached does not fit, so the caches begin anew"
+                f"{what_changed(state.key, call.key)} at step {step} of a generation: what the steps before "
+                "have cached does not fit, so the caches begin anew"
             )
             return self._begun(plan, step, call, bound, tensors)
         return made
@@ -312,7 +315,7 @@ class Engine:
         """Which calls of guidance these are, and whether tokens are chosen for both halves of a batch."""
         role = self._role(plan, call.name, program, tensors)
         shares = role == "only" and any(item.is_measured for item in plan.letters)
-        return role, shares and is_doubled(tensors[program.captured.call.latent])
+        return role, shares and is_doubled(program.captured.call.given_latents(tensors))
 
     def _role(self, plan: Plan, name: str, program: Program, tensors: Sequence[torch.Tensor]) -> Role:
         """Which calls of guidance these are, by the cache context and by the latents."""
@@ -320,7 +323,14 @@ class Engine:
             return "only"
         if name in _ROLES:
             return _ROLES[name]
-        if not is_doubled(tensors[program.captured.call.latent]):
+        latents = program.captured.call.given_latents(tensors)
+        if not is_doubled(latents):
+            if is_listed_twice(latents):
+                raise PlanError(
+                    "row guidance: the latents are a list that holds each sample twice, whose halves cannot "
+                    "be told apart within the graph; make two calls a step, in model.cache_context('cond') "
+                    "and ('uncond')"
+                )
             self._say_once(
                 "the halves of the batch are not the same latents: row guidance has no effect here"
             )

@@ -112,7 +112,7 @@ class _Functional:
 
     def _change(self, node: fx.Node) -> None:
         view: Any = node.args[0]
-        if not is_tensor(view):
+        if not isinstance(view, fx.Node) or not is_tensor(view):
             raise Unknown(node)
         memory = _storage(value_of(view))
         base, *others = self.sharing[memory]
@@ -164,16 +164,21 @@ def _geometry(node: fx.Node) -> tuple[Any, ...]:
 def _out_of_place(node: fx.Node) -> OpOverload:
     """The operation that gives as its result what this one writes into its first operand."""
     target: Any = node.target
-    schema, name = target._schema, target._overloadname
+    schema = target._schema
     packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
     written = [bool(argument.alias_info and argument.alias_info.is_write) for argument in schema.arguments]
-    if packet is None or name not in packet.overloads() or written != [True] + [False] * (len(written) - 1):
+    if packet is None or written != [True] + [False] * (len(written) - 1):
         raise Unknown(node)
-    found: OpOverload = getattr(packet, name)
-    wanted, given = ([argument.name for argument in one.arguments] for one in (schema, found._schema))
-    if found._schema.is_mutable or wanted != given:
-        raise Unknown(node)
-    return found
+    wanted = _arguments(target)
+    for name in packet.overloads():
+        found: OpOverload = getattr(packet, name)
+        if not found._schema.is_mutable and _arguments(found) == wanted:
+            return found
+    raise Unknown(node)
+
+
+def _arguments(target: OpOverload) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in target._schema.arguments]
 
 
 def _views(node: fx.Node, memory: int) -> bool:

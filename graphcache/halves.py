@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphcache.capture import quiet_shapes
 from graphcache.ir.call import CallSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, StepGraph, has_static_shape
+from graphcache.quiet import quiet_shapes
 
 _SAMPLED = 1024
 """Elements of each row that are compared."""
@@ -79,12 +79,22 @@ Capture = Callable[[Sequence[torch.Tensor]], Any]
 """Captures the model's step for other inputs of the same structure."""
 
 
-def is_doubled(latents: torch.Tensor) -> bool:
+def is_doubled(latents: Sequence[torch.Tensor]) -> bool:
     """Whether both halves of a batch are the same latents, as guidance makes them; waits for the device."""
+    return all(map(_is_doubled, latents))
+
+
+def _is_doubled(latents: torch.Tensor) -> bool:
     if not latents.dim() or latents.shape[0] % 2:
         return False
     first, second = latents.chunk(2)
     return torch.equal(first, second)
+
+
+def is_listed_twice(latents: Sequence[torch.Tensor]) -> bool:
+    """Whether the latents are a list of samples of which the second half repeats the first."""
+    count = len(latents) // 2
+    return len(latents) == 2 * count > 0 and all(map(torch.equal, latents[:count], latents[count:]))
 
 
 def capture_half(
@@ -112,7 +122,7 @@ def capture_half(
     Raises:
         CaptureError: the half cannot run alone.
     """
-    batch = tensors[call.latent].shape[0]
+    batch = tensors[call.latents[0]].shape[0]
     reason = None
     for carriers in _hypotheses(call, tensors):
         rows = Rows(frozenset(carriers), conditional == "first")
@@ -131,16 +141,17 @@ def capture_half(
 
 def _hypotheses(call: CallSpec, tensors: Sequence[torch.Tensor]) -> Iterator[set[int]]:
     """All inputs of the batch's size carry it; all but those of one or two arguments; larger ones as well."""
-    batch = tensors[call.latent].shape[0]
-    outer = {i: tensor.shape[0] for i, tensor in enumerate(tensors) if tensor.dim() and i != call.latent}
+    latents = set(call.latents)
+    batch = tensors[call.latents[0]].shape[0]
+    outer = {i: tensor.shape[0] for i, tensor in enumerate(tensors) if tensor.dim() and i not in latents}
     likely = {i for i, size in outer.items() if size == batch}
     folded = {i for i, size in outer.items() if size % batch == 0} - likely
-    yield likely | {call.latent}
+    yield likely | latents
     for count in (1, 2):
         for chosen in combinations(_by_argument(call, likely), count):
-            yield (likely | {call.latent}).difference(*chosen)
+            yield (likely | latents).difference(*chosen)
         for chosen in combinations(_by_argument(call, folded), count):
-            yield (likely | {call.latent}).union(*chosen)
+            yield (likely | latents).union(*chosen)
 
 
 def _by_argument(call: CallSpec, leaves: set[int]) -> list[set[int]]:

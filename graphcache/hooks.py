@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -49,17 +50,41 @@ def _lost(where: str, what: str) -> CaptureError:
 
 
 def is_own(module: nn.Module) -> bool:
-    """Whether the module runs its class's forward (removed hooks leave that behind on the instance)."""
+    """Whether the module runs a forward of its class, or one that its class's author chose for it.
+
+    Removed hooks leave the class's own behind on the instance. A model chooses one by setting a method of
+    its own, or a function of the package that its class is from; what others set is a hook.
+    """
     own = module.__dict__.get("forward")
     if own is None:
         return True
-    return getattr(own, "__func__", None) is type(module).forward and own.__self__ is module
+    if isinstance(own, types.MethodType):
+        return own.__self__ is module and _is_method(own.__func__, type(module))
+    return isinstance(own, types.FunctionType) and not _wraps(own) and _package(own) == _package(type(module))
+
+
+def _is_method(function: Any, kind: type) -> bool:
+    name = getattr(function, "__name__", "")
+    return any(vars(base).get(name) is function for base in kind.__mro__)
+
+
+def _wraps(function: Any) -> bool:
+    """Whether it stands around another one, as hooks do."""
+    return hasattr(function, "__wrapped__")
+
+
+def _package(thing: Any) -> str:
+    return str(thing.__module__).partition(".")[0]
 
 
 def worn(module: nn.Module) -> Worn:
     """What stands around the module's forward, comparable with what stands there at another time."""
-    if is_own(module):
+    own = module.__dict__.get("forward")
+    chosen = getattr(own, "__func__", own)
+    if chosen is None or chosen is type(module).forward:
         return ()
+    if is_own(module):
+        return ((chosen, {}),)
     hooks = _hooks(module)
     if not hooks:
         return ((module.__dict__["forward"], {}),)

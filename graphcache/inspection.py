@@ -1,7 +1,7 @@
 """`inspect`: what graphcache sees in a model."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,19 +64,25 @@ class Inspection:
 
 
 def inspect(
-    model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], *, timestep: str = "timestep"
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...],
+    *,
+    timestep: str | None = None,
+    latents: str | Sequence[str] = (),
 ) -> Inspection:
     """Capture a model and report its sites: names, roles, shapes, FLOPs.
 
     Args:
         model: an nn.Module in eval mode, transformed or not.
         example_inputs: arguments of one call, as a mapping of keywords or a tuple of positions.
-        timestep: the name of forward's timestep argument.
+        timestep: forward's timestep argument, and
+        latents: those that hold the latents, as for `transform`.
 
     Raises:
         CaptureError: the model cannot be captured; the message says why.
     """
-    engine = Engine(original(model), Options(Plan(1), timestep=timestep))
+    named = (latents,) if isinstance(latents, str) else tuple(latents)
+    engine = Engine(original(model), Options(Plan(1), timestep=timestep, latents=named))
     program = engine.prepare(example_inputs)
     step = program.step
     total = graph_flops(step)

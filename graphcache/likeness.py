@@ -10,6 +10,7 @@ from torch._dynamo.decorators import skip
 
 from graphcache.compile import active_compilation
 from graphcache.engine import Engine
+from graphcache.hooks import is_own
 from graphcache.ir.errors import GraphCacheError
 
 
@@ -86,7 +87,8 @@ class _Forward:
             model._graphcache.outer = value
             return
         # a hook is removed: one that stood around the original is in the attributes shared with it
-        model.__dict__.pop("forward", None)
+        if not is_own(model._graphcache.model):
+            model.__dict__.pop("forward", None)
         model._graphcache.outer = None
 
     def __delete__(self, model: Any) -> None:

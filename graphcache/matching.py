@@ -21,16 +21,17 @@ class Call:
     """What is known of a call before it is placed.
 
     `fields` are those of the cache context, `constants` the inputs beside latents and timestep, `versions`
-    count how often each of them was written.
+    count how often each of them was written, `names` are those of the leaves.
     """
 
     name: str
     fields: Mapping[str, Any]
     key: Key
     constants: tuple[torch.Tensor, ...]
-    timestep: torch.Tensor
-    latents: torch.Tensor
+    timestep: torch.Tensor | None
+    latents: tuple[torch.Tensor, ...]
     versions: tuple[int, ...]
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +189,18 @@ class Matching:
 
     def is_same_call(self, now: Generation) -> bool:
         """Whether even the latents are those of the call before; those that keep no version never are."""
-        latents, before = now.latents
-        same = latents() is self.call.latents and version(self.call.latents) == before >= 0
+        ours, theirs = self.call.latents, now.latents
+        same = len(ours) == len(theirs) and all(
+            tensor() is latents and version(latents) == before >= 0
+            for latents, (tensor, before) in zip(ours, theirs, strict=True)
+        )
         return same and self.repeats(now)
+
+    def equals_another(self, now: Generation) -> bool:
+        """Whether one of the step's calls had inputs of just these values; waits for the device."""
+        called = [branch for branch in self._known() if branch in now.called]
+        whole = len(self.call.constants)
+        return any(len(self._equal(self.session.states[branch])) == whole for branch in called)
 
     def is_stranger(self, branch: Branch) -> bool:
         """Whether none of the inputs is what the branch was called with."""
@@ -211,9 +221,9 @@ class Matching:
         )
 
 
-def version(tensor: torch.Tensor) -> int:
+def version(tensor: torch.Tensor | None) -> int:
     """Counts changes in place; inference tensors have no count."""
-    return -1 if tensor.is_inference() else tensor._version
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def stamp(tensor: torch.Tensor) -> Stamp:

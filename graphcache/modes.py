@@ -9,6 +9,7 @@ import torch
 from torch._subclasses import FakeTensor
 
 from graphcache.ir.errors import CaptureError, StateError
+from graphcache.kernels import attention_kernels
 from graphcache.runner import Key
 
 
@@ -16,7 +17,7 @@ def ambient() -> tuple[Hashable, ...]:
     """What tracing and compiled code depend on besides the arguments."""
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     dtypes = tuple(torch.get_autocast_dtype(d) for d, on in zip(("cpu", "cuda"), autocast, strict=True) if on)
-    return autocast, dtypes, _attention_backend(), torch.is_grad_enabled()
+    return autocast, dtypes, attention_kernels(), _attention_backend(), torch.is_grad_enabled()
 
 
 def _attention_backend() -> Hashable:
@@ -44,6 +45,35 @@ def refuse_conversion(before: Key, after: Key) -> None:
                 f"argument {name} changed from {old[name]} to {new[name]} in the middle of a generation; "
                 "call model.reset() if this is another one"
             )
+
+
+def what_changed(before: Key, after: Key) -> str:
+    """In which way two calls of a generation differ, for a message."""
+    names = _other_numbers(before, after)
+    if not names:
+        return "another form of the model, or inputs of other sizes,"
+    return (
+        f"argument {', '.join(names)} is a number, of which each value is captured by itself (pass it as a "
+        "tensor if it changes from step to step, or name it with transform(..., timestep=...) if it tells "
+        "the time), and is another one"
+    )
+
+
+def _other_numbers(before: Key, after: Key) -> list[str]:
+    """The arguments in which two signatures differ, if it is by numbers alone."""
+    found: dict[str, None] = {}
+    argument = ""
+    for old, new in zip(before, after, strict=False):
+        argument = old if isinstance(old, str) else argument
+        if old != new:
+            if not (_is_number(old) and _is_number(new)):
+                return []
+            found[argument] = None
+    return list(found) if len(before) == len(after) else []
+
+
+def _is_number(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and item[0] in (int, float)
 
 
 def _kinds(key: Any) -> dict[str, str]:

@@ -69,18 +69,29 @@ class _Placement(Matching):
         """A further call while the scheduler stands where it stood."""
         branch = self.sibling(now)
         if self.is_called(now) and branch not in self.session.states:
-            before, progress = read_progress(now.latest), read_progress(self.call.timestep)
-            if progress != before and now.step > now.start:
-                raise StateError(
-                    f"step {now.step}: the pipeline's scheduler stands at timestep {before:g}, but the model "
-                    f"was called for {progress:g}: another loop calls it; give that `with model.session():`"
-                )
-            if progress != before:
+            moved = self._moved(now)
+            if moved is not None:
                 # the pipeline steps copies of its scheduler, which itself stands still
-                return self._timed(replace(now, clock=Clock.begin(now.steps, before, now.step)))
+                return self._timed(replace(now, clock=Clock.begin(now.steps, moved, now.step)))
         if branch is None:
             raise self.several(now)
         return now, branch
+
+    def _moved(self, now: Generation) -> float | None:
+        """The evaluation's timestep, if the call has another one; waits for the device.
+
+        Raises:
+            StateError: it has, in the middle of a generation.
+        """
+        if now.latest is None or self.call.timestep is None:
+            return None
+        before, progress = read_progress(now.latest), read_progress(self.call.timestep)
+        if progress != before and now.step > now.start:
+            raise StateError(
+                f"step {now.step}: the pipeline's scheduler stands at timestep {before:g}, but the model "
+                f"was called for {progress:g}: another loop calls it; give that `with model.session():`"
+            )
+        return before if progress != before else None
 
     def _announced(self, steps: int, step: int) -> Place:
         """Placed by what the pipeline says at each call; every context has a generation of its own."""
@@ -100,6 +111,8 @@ class _Placement(Matching):
 
     def _timed(self, now: Generation | None) -> Place:
         """Placed by the timestep alone."""
+        if self.call.timestep is None:
+            raise _untold(self.call)
         timestep = read_progress(self.call.timestep)
         if now is None or now.clock is None:
             return self._begin_untold(now, timestep)
@@ -142,16 +155,19 @@ class _Placement(Matching):
     def _is_another(self, now: Generation) -> bool:
         """Whether the call belongs to the evaluation at hand; waits for a device where that is in doubt."""
         repeats, free = self.repeats(now), self.free(now)
+        timestep = self.call.timestep
         if now.timesteps is None:
-            before, count = now.stamp
-            same = before() is self.call.timestep and version(self.call.timestep) == count >= 0
+            before, count = now.stamp or (lambda: None, -1)
+            same = timestep is not None and before() is timestep and version(timestep) == count >= 0
             return same and (not repeats or now.step == now.start)
         if not repeats and any(self.likeness(branch)[1] for branch in free):
             return True
         called = sum(branch[0] == self.call.name for branch in now.called)
         if repeats and now.step > now.start and called >= (self.session.branches or 1):
             return False
-        return read_timestep(now.latest) == read_timestep(self.call.timestep)
+        if timestep is None or now.latest is None:
+            return not (repeats or self.equals_another(now))
+        return read_timestep(now.latest) == read_timestep(timestep)
 
     def _begin(
         self,
@@ -181,14 +197,31 @@ class _Placement(Matching):
         later = now.at(step, *_marks(self.call), clock)
         branch = self.following(now)
         schedule = now.timesteps if clock is None and self.free(later) else None
-        if schedule is not None and (branch is None or self.is_stranger(branch)):
-            _refuse_foreign(schedule.tensor, now.step, step, now.latest, self.call.timestep)
+        last, timestep = now.latest, self.call.timestep
+        told = schedule is not None and last is not None and timestep is not None
+        if told and (branch is None or self.is_stranger(branch)):
+            assert schedule is not None
+            assert last is not None
+            assert timestep is not None
+            _refuse_foreign(schedule.tensor, now.step, step, last, timestep)
         return later, branch or self.another()
 
 
-def _marks(call: Call) -> tuple[torch.Tensor, Stamp, Stamp]:
+def _marks(call: Call) -> tuple[torch.Tensor | None, Stamp | None, tuple[Stamp, ...]]:
     """What a generation notes of the first call of an evaluation; a timestep may be written in place."""
-    return call.timestep.detach().clone(), stamp(call.timestep), stamp(call.latents)
+    latents = tuple(map(stamp, call.latents))
+    if call.timestep is None:
+        return None, None, latents
+    return call.timestep.detach().clone(), stamp(call.timestep), latents
+
+
+def _untold(call: Call) -> StateError:
+    return StateError(
+        "nothing tells the step of this call: no scheduler drives it, and none of its arguments looks like a "
+        "timestep. Name that with transform(..., timestep=...), say which scheduler drives these calls with "
+        "`with model.session(scheduler=...):`, or let calls be counted with transform(..., wait='never'): "
+        f"this call has {', '.join(call.names)}"
+    )
 
 
 def _whole_number(field: Any) -> int:

@@ -204,7 +204,7 @@ class ProbeEngine(Engine):
             fed,
             captured.output.count,
             self.asked or {},
-            _autocast(tensors[captured.call.latent]),
+            _autocast(tensors[captured.call.latents[0]]),
         )
         results, values, _ = self._run(self.latest)
         values = _detached(values)

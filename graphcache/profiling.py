@@ -56,7 +56,7 @@ def profile(
     probes: int = 2,
     window: int = 12,
     conditional: str | None = None,
-    timestep: str = "timestep",
+    timestep: str | None = None,
     seed: int = 0,
     memory: int = MEMORY,
     backend: Backend = None,
@@ -78,7 +78,7 @@ def profile(
         probes: random vectors carried back through each generation.
         window: steps back to which effects are followed.
         conditional: "first" or "last", the conditional half of a doubled batch; two calls tell by context.
-        timestep: the name of the timestep argument.
+        timestep: the name of the timestep argument, if it is not found.
         seed: of the probes and the sketch.
         memory: bytes that evaluations' intermediate results may take, in each worker of a cluster; changes no
             result on a CPU.
@@ -146,7 +146,7 @@ class Task:
     probes: int
     seed: int
     conditional: str | None
-    timestep: str
+    timestep: str | None
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,9 @@ def describe(engine: Engine, inputs: Mapping[str, Any], conditional: str | None)
         program = engine.prepare(inputs)
     step = program.step
     tensors = engine.flat(inputs)
-    if conditional is not None and not is_doubled(tensors[program.captured.call.latent]):
+    call = program.captured.call
+    call.sole_latent(tensors, "profile")
+    if conditional is not None and not is_doubled(call.given_latents(tensors)):
         raise GraphCacheError(
             f"conditional={conditional!r} is for a model that one call a step runs on both halves of a "
             "doubled batch; here the halves are not the same latents: leave it out without guidance, and "

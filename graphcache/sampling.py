@@ -84,7 +84,7 @@ class Sampling:
             )
         return inputs
 
-    def planned(self, plan: Plan, timestep: str = "timestep") -> nn.Module:
+    def planned(self, plan: Plan, timestep: str | None = None) -> nn.Module:
         """The model under a plan, run eagerly; to be given to `generate`."""
         return wrapped(self.model, Engine(self.model, Options(plan, timestep=timestep), self.pipe))
 

@@ -96,19 +96,22 @@ class Driver:
         """Whether only the pipeline that calls can be the driver."""
         return self._scheduler is None and self.given is None
 
-    def first_step(self, timesteps: torch.Tensor, timestep: torch.Tensor) -> int:
+    def first_step(self, timesteps: torch.Tensor, timestep: torch.Tensor | None) -> int:
         """The index at which a generation begins when its scheduler does not tell.
 
         Reads the timestep, which waits for the device. What the pipeline announces and the beginning are
-        asked first, since a scaled timestep may equal another one of the schedule.
+        asked first, since a scaled timestep may equal another one of the schedule. A model that is given no
+        timestep is told by the pipeline alone.
 
         Raises:
             StateError: the timestep is one of the schedule, or the first one counted the other way.
         """
+        pipe = self.pipe
+        announced = max(0, len(timesteps) - getattr(pipe, "_num_timesteps", len(timesteps)))
+        if timestep is None:
+            return announced
         values: list[float] = timesteps.tolist()
         now = read_timestep(timestep)
-        pipe = self.pipe
-        announced = max(0, len(values) - getattr(pipe, "_num_timesteps", len(values)))
         found = values.index(now) if now in values else None
         for scales in (_SCALED, _REVERSED):
             for index in (announced, 0):

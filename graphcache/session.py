@@ -20,7 +20,6 @@ from graphcache.schedulers import Driver
 
 Branch = tuple[str, int]
 """The name of the cache context, and which of the calls it is that a step makes under that name."""
-
 Stamp = tuple[weakref.ref[torch.Tensor], int]
 """A tensor, which is not kept alive, and how often it had been written; -1 if it does not count that."""
 MOST_LINES = 64
@@ -57,16 +56,16 @@ class Generation:
     `called` are the branches that the step has seen, `before` how many the step before it had, `start` is the
     first step. `timesteps` are the scheduler's, whose identity is the generation's. `line` is the cache
     context that alone has this generation, because its fields tell the step; None for one of all calls.
-    Of the step's first call `latest` is the timestep, a copy; `stamp` and `latents` are marks of that tensor
-    and of the latents.
+    Of the step's first call `latest` is the timestep, if it has one, as a copy; `stamp` and `latents` are
+    marks of that tensor and of the latents.
     """
 
     steps: int
     step: int
     start: int
-    latest: torch.Tensor
-    stamp: Stamp
-    latents: Stamp
+    latest: torch.Tensor | None
+    stamp: Stamp | None
+    latents: tuple[Stamp, ...]
     timesteps: Timesteps | None = None
     clock: Clock | None = None
     line: str | None = None
@@ -77,9 +76,9 @@ class Generation:
     def at(
         self,
         step: int,
-        latest: torch.Tensor,
-        stamp: Stamp,
-        latents: Stamp,
+        latest: torch.Tensor | None,
+        stamp: Stamp | None,
+        latents: tuple[Stamp, ...],
         clock: Clock | None = None,
     ) -> "Generation":
         """The same generation at a later evaluation."""

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from graphcache.analysis.symbolic import BATCH, CostError, Sized, solve
-from graphcache.capture import quiet_shapes
 from graphcache.engine import Engine
 from graphcache.ir.call import CallSpec
 from graphcache.ir.errors import GraphCacheError
 from graphcache.program import Program
+from graphcache.quiet import quiet_shapes
 
 Example = Mapping[str, Any] | tuple[Any, ...]
 Place = tuple[int, int]
@@ -103,10 +103,10 @@ class _Search:
         self.tensors = self._tensors(example)
         self.program = self.engine.prepare(example)
         self.spec = self.program.captured.call
-        latent = self.tensors[self.spec.latent]
-        self._vary(BATCH, [(self.spec.latent, 0)], calls)
-        for name, dims in _AXES.get(latent.dim(), {}).items():
-            self._vary(name, [(self.spec.latent, dim) for dim in dims], calls)
+        latent = self.spec.sole_latent(self.tensors, "a cost model")
+        self._vary(BATCH, [(latent, 0)], calls)
+        for name, dims in self._axes.items():
+            self._vary(name, [(latent, dim) for dim in dims], calls)
         for name, place in self._texts():
             self._vary(name, [place], calls)
         unknown = sorted((calls.keys() | self.wanted.keys()) - {ALL, *self.base})
@@ -240,15 +240,13 @@ class _Search:
                     continue
                 if other == size:
                     likely.add((leaf, dim))
-                elif other % size == 0 and (
-                    name == BATCH or (name in self._latent_names and other in streams)
-                ):
+                elif other % size == 0 and (name == BATCH or (name in self._axes and other in streams)):
                     folded.add((leaf, dim))
         return likely, folded
 
     @property
-    def _latent_names(self) -> Iterable[str]:
-        return _AXES.get(self.tensors[self.spec.latent].dim(), {})
+    def _axes(self) -> Mapping[str, Sequence[int]]:
+        return _AXES.get(self.tensors[self.spec.latents[0]].dim(), {})
 
     def _streams(self) -> set[int]:
         """Numbers of tokens that the latents' streams have."""

@@ -1,7 +1,7 @@
 """`transform`: a model that looks and behaves like the original and runs under a plan."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -98,7 +98,8 @@ def transform(
     *,
     backend: Backend = None,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
-    timestep: str = "timestep",
+    timestep: str | None = None,
+    latents: str | Sequence[str] = (),
     branches: int | None = None,
     wait: Literal["step", "never"] = "step",
     offload: bool = False,
@@ -119,7 +120,12 @@ def transform(
             generation at a time: the next one overwrites what this one has cached.
         example_inputs: arguments of one call. With them the capture happens now, and a plan that does not
             fit is an error now; without, at the first call.
-        timestep: the name of forward's timestep argument, a tensor.
+        timestep: the argument that tells the time, or its path: `batch.sigma` is an entry of a dict or
+            dataclass. None finds it by its name (timestep, t, sigma and others). A number is as good as a
+            tensor if forward computes the same with either. Where a scheduler tells the step, a model needs
+            none.
+        latents: the argument or arguments that hold the latents, or their paths, where they are not in the
+            first one that holds floating-point tensors.
         branches: how many calls a step makes without a `cache_context`, or under one name, each with a cache
             of its own: guidance branches, windows of a clip, tiles, regions, always in the same order. Needed
             where calls cannot be told apart by what they are given.
@@ -156,6 +162,7 @@ def transform(
         offload,
         signatures=signatures,
         watches_all=watch == "everything",
+        latents=(latents,) if isinstance(latents, str) else tuple(latents),
     )
     if isinstance(model_or_pipe, nn.Module):
         made: Any = _transformed(model_or_pipe, options)

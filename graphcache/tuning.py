@@ -64,7 +64,7 @@ def tune(
     every: int = 10,
     patience: int = 4,
     data_range: float = 2.0,
-    timestep: str = "timestep",
+    timestep: str | None = None,
     memory: int = MEMORY,
     progress: Callable[[Iteration], None] = lambda iteration: None,
 ) -> Tuned:
@@ -232,7 +232,7 @@ class TuningEngine(Engine):
     What gradients need is held for the first evaluations, within `budget`; of others the inputs alone.
     """
 
-    def __init__(self, model: nn.Module, weights: Weights, timestep: str, pipe: Any = None) -> None:
+    def __init__(self, model: nn.Module, weights: Weights, timestep: str | None, pipe: Any = None) -> None:
         super().__init__(model, Options(weights.given, timestep=timestep), pipe)
         self.weights = weights
         self.budget = Budget(0)
@@ -242,9 +242,9 @@ class TuningEngine(Engine):
         if not torch.is_grad_enabled():
             return super().__call__(args, kwargs)
         bound = self.binder.bind(args, kwargs)
-        key, _ = self.binder.signature(bound)
+        key, tensors = self.binder.signature(bound)
         spec = self._spec(key, bound)
-        latent = spec.leaf_names[spec.latent]
+        latent = spec.leaf_names[spec.sole_latent(tensors, "tune")]
         if not bound[latent].requires_grad:
             # whether a gradient is needed is part of a signature, and at later steps it is
             bound[latent] = bound[latent].clone().requires_grad_()

@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from graphcache.ir.errors import GraphCacheError
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from graphcache.ir.errors import CaptureError, GraphCacheError
 from graphcache.ir.graph import StepGraph
 
 
@@ -19,10 +21,21 @@ Observer = Callable[[str, StepGraph, StepGraph], None]
 
 
 def run(passes: Sequence[Pass], step: StepGraph, observers: Sequence[Observer] = ()) -> StepGraph:
-    """Apply passes in order, record each in the history, and verify what it made."""
+    """Apply passes in order, record each in the history, and verify what it made.
+
+    Raises:
+        CaptureError: a pass would compare sizes that depend on values.
+    """
     for item in passes:
         name = type(item).__name__
-        after = item(step)
+        try:
+            after = item(step)
+        except GuardOnDataDependentSymNode as error:
+            reason = str(error).partition(" (unhinted")[0]
+            raise CaptureError(
+                f"the model's step has sizes that depend on tensor values, and {name} has to know them "
+                f"({reason}). Use operations that keep the size, such as torch.where and masks"
+            ) from error
         after = replace(after, history=(*step.history, name))
         verify(after, name)
         for observe in observers:

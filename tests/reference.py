@@ -23,6 +23,7 @@ from graphcache.ir.graph import StepGraph
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
 from graphcache.ir.resolve import resolve
+from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Selection
 from graphcache.ir.state import Choice
 from graphcache.program import Captured, Program
@@ -413,11 +414,11 @@ def subject(name: str, batch: int = 2, dtype: torch.dtype = torch.float32, devic
     return Subject(case, model, capture_call(model, call, case.timestep), batch, dtype, device)
 
 
-def capture_call(model: nn.Module, kwargs: Mapping[str, Any], timestep: str) -> Captured:
+def capture_call(model: nn.Module, kwargs: Mapping[str, Any], timestep: str | None) -> Captured:
     """The model's step for one call, before any plan."""
-    binder = Binder(forward_parameters(model))
+    binder = Binder(forward_parameters(model), Names(timestep))
     bound = binder.bind((), dict(kwargs))
-    return Captured.of(model, CallSpec.of(binder, bound, timestep), binder.signature(bound)[1])
+    return Captured.of(model, CallSpec.of(binder, bound), binder.signature(bound)[1])
 
 
 def runner_tensors(model: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:

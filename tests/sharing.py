@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
-from graphcache.capture import _attention_kernels
 from graphcache.ir.call import CallSpec
+from graphcache.kernels import attention_kernels
 from graphcache.modes import ambient
 from graphcache.program import Captured
 
@@ -143,7 +143,7 @@ class _Likeness:
 
 
 def _surroundings() -> Hashable:
-    return ambient(), _attention_kernels(), torch.get_default_dtype()
+    return ambient(), attention_kernels(), torch.get_default_dtype()
 
 
 def _laid(tensor: Tensor) -> Hashable:

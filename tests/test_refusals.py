@@ -184,15 +184,23 @@ def test_a_diffusers_model_that_cannot_be_exported_names_its_line() -> None:
         graphcache.transform(case.make(), plan, timestep=case.timestep, example_inputs=case.kwargs())
 
 
-@pytest.mark.parametrize(("given", "found"), [({}, "absent"), ({"timestep": 0.5}, "a float")])
-def test_a_timestep_that_is_no_tensor(given: dict[str, Any], found: str) -> None:
+@pytest.mark.parametrize(("given", "found"), [({}, "absent"), ({"timestep": "now"}, "a str")])
+def test_a_named_timestep_that_is_no_tensor(given: dict[str, Any], found: str) -> None:
     kwargs = arguments()
     del kwargs["timestep"]
-    cached = graphcache.transform(tiny(kind=Optional), presets.compute(3))
+    cached = graphcache.transform(tiny(kind=Optional), presets.compute(3), timestep="timestep")
     with refused(
         CaptureError, f"the timestep argument 'timestep' is {found}", "transform(..., timestep=...)", "x"
     ):
         cached(**kwargs, **given)
+
+
+def test_a_timestep_that_is_not_found() -> None:
+    kwargs = arguments()
+    del kwargs["timestep"]
+    cached = graphcache.transform(tiny(kind=Optional), presets.compute(3))
+    with refused(StateError, "nothing tells the step", "looks like a timestep", "this call has x, text"):
+        cached(**kwargs)
 
 
 def test_a_timestep_under_another_name() -> None:
@@ -201,11 +209,17 @@ def test_a_timestep_under_another_name() -> None:
 
 
 def test_no_latents() -> None:
-    whole = {name: value.long() for name, value in arguments().items() if name != "timestep"}
+    class Classes(nn.Module):
+        def forward(self, classes: Tensor, timestep: Tensor) -> Tensor:
+            return classes * timestep
+
+    model = graphcache.transform(Classes().eval(), presets.compute(3))
     with refused(
-        CaptureError, "no argument of this call is a floating-point tensor that could be the latents"
+        CaptureError,
+        "no argument of this call is a floating-point tensor that could be the latents",
+        "transform(..., latents=...): this call has classes, timestep",
     ):
-        attempt(tiny(), **whole)
+        model(torch.arange(3), torch.ones(3))
 
 
 def test_variadic_positional_arguments() -> None:

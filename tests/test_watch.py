@@ -8,10 +8,11 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import graphcache
@@ -208,6 +209,49 @@ def test_a_backend_that_diffusers_dispatches_to_is_part_of_the_signature() -> No
     with attention_backend("_native_math"), pytest.raises(CaptureError, match="sdpa_kernel"):
         cached(**kwargs)
     assert_same(cached(**kwargs), model(**kwargs))
+
+
+class Restricting(nn.Module):
+    """Its attention may only run some of PyTorch's kernels."""
+
+    def __init__(self, kernels: list[SDPBackend]) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.kernels = kernels
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        heads = self.inner(x)[:, None]
+        with sdpa_kernel(self.kernels):
+            found = F.scaled_dot_product_attention(heads, heads, heads)
+        return found[:, 0] * timestep
+
+
+@pytest.mark.parametrize(
+    ("kernels", "changes"),
+    [
+        ([SDPBackend.FLASH_ATTENTION], False),
+        ([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION], False),
+        ([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], False),
+        ([SDPBackend.MATH], True),
+        ([SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION], True),
+    ],
+)
+def test_kernels_chosen_inside_are_refused_where_another_one_runs(
+    kernels: list[SDPBackend], changes: bool
+) -> None:
+    model, x, time = Restricting(kernels).eval(), torch.randn(2, 5, 8), torch.rand(2, 1, 1)
+    cached = graphcache.transform(model, presets.compute(1))
+    if changes:
+        with pytest.raises(CaptureError, match=r"restricts attention.*would run another one"):
+            cached(x, time)
+    else:
+        assert_same(cached(x, time), model(x, time))
+    with sdpa_kernel([SDPBackend.MATH]):
+        if SDPBackend.MATH in kernels and not changes:
+            with pytest.raises(CaptureError, match="restricts attention"):
+                cached(x, time)
+        elif changes:
+            assert_same(cached(x, time), model(x, time))
 
 
 def test_kernels_chosen_around_a_generation_hold_inside() -> None:

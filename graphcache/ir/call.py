@@ -5,16 +5,17 @@ import enum
 import inspect
 import numbers
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import InputKind
+from graphcache.ir.roles import Names, Place, find_latents, find_times, may_be_time
 from graphcache.ir.tree import (
     INSTEAD_OF_A_CACHE,
-    Leaf,
     fields_of,
     fill,
     is_record,
@@ -27,18 +28,28 @@ _BY_IDENTITY = (torch.dtype, torch.device, torch.layout, torch.memory_format, en
 _BY_VALUE = (type(None), bool, int, float, complex, str, bytes)
 _PLAIN = (*_BY_VALUE, *_BY_IDENTITY, numbers.Number, range, slice)
 """Of a result: what a graph hands out at every step as it was at capture."""
+_UNNAMED = Names()
+_KNOWN_NUMBERS = 256
+"""Tensors of numbers that are kept."""
 
 
 class Binder:
-    """Turns one forward's positional and keyword arguments into flat tensors and a signature."""
+    """Turns one forward's positional and keyword arguments into flat tensors and a signature.
 
-    def __init__(self, parameters: Mapping[str, inspect.Parameter]) -> None:
+    Args:
+        parameters: those of forward, without self.
+        names: which arguments are latents and timestep, if they are to be found under names of their own.
+    """
+
+    def __init__(self, parameters: Mapping[str, inspect.Parameter], names: Names = _UNNAMED) -> None:
         kinds = {p.kind for p in parameters.values()}
         if inspect.Parameter.VAR_POSITIONAL in kinds:
             raise CaptureError("the model's forward takes *args; give its arguments names")
+        self.roles = names
         self.names = [n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         self.required = {n for n in self.names if parameters[n].default is inspect.Parameter.empty}
         self._position = {name: i for i, name in enumerate(self.names)}
+        self._numbers: dict[tuple[type, float], torch.Tensor] = {}
         self.positional_only = {
             n for n, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY
         }
@@ -61,42 +72,88 @@ class Binder:
         """The key under which a capture is valid, and the tensor leaves in order.
 
         The key holds the tree, each tensor's shape, dtype, device and need of a gradient, and every other
-        leaf's value.
+        leaf's value. A number that tells the time is a tensor, since it is another one at each step.
         """
-        key: list[Hashable] = []
-        tensors: list[torch.Tensor] = []
+        signer = _Signer(self.roles)
+        signer.sign(bound)
+        if signer.doubtful:
+            numbers = self.numbers(bound)
+            if numbers:
+                signer = _Signer(self.roles, {path: self._as_tensor(n) for path, n in numbers.items()})
+                signer.sign(bound)
+        return tuple(signer.key), signer.tensors
+
+    def numbers(self, bound: Mapping[str, Any]) -> dict[str, float]:
+        """The numbers that tell the time, by their paths."""
+        times = find_times(bound, self.roles)
+        return {place.path: place.value for place in times if not place.is_tensor}
+
+    def _as_tensor(self, number: float) -> torch.Tensor:
+        """A number as PyTorch computes with it; the same object for the same number."""
+        known = self._numbers.get((type(number), number))
+        if known is None:
+            if len(self._numbers) >= _KNOWN_NUMBERS:
+                self._numbers.clear()
+            dtype = torch.int64 if isinstance(number, int) else torch.float64
+            with torch.inference_mode(False):
+                known = self._numbers[type(number), number] = torch.tensor(number, dtype=dtype, device="cpu")
+        return known
+
+
+@dataclass
+class _Signer:
+    """Makes a signature; `numbers` are the tensors in the place of numbers, by path.
+
+    It is `doubtful` whether other numbers tell the time.
+    """
+
+    roles: Names
+    numbers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    key: list[Hashable] = field(default_factory=list)
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    doubtful: bool = False
+
+    def sign(self, bound: Mapping[str, Any]) -> None:
         for name, value in bound.items():
-            key.append(name)
-            _sign(value, key, tensors, name)
-        return tuple(key), tensors
+            self.key.append(name)
+            self._sign(value, name)
 
+    def _sign(self, value: Any, where: str) -> None:
+        key = self.key
+        if isinstance(value, torch.Tensor):
+            self.tensors.append(value)
+            key.append((value.shape, value.dtype, value.device, value.requires_grad))
+        elif isinstance(value, _BY_VALUE):
+            self._sign_value(value, where)
+        elif isinstance(value, (list, tuple)):
+            key.append((value.__class__, len(value)))
+            for i, item in enumerate(value):
+                self._sign(item, f"{where}[{i}]")
+        elif isinstance(value, dict) and (value.__class__ is dict or not is_record(value)):
+            key.append((dict, tuple(value)))
+            for name, item in value.items():
+                self._sign(item, f"{where}.{name}")
+        elif isinstance(value, _BY_IDENTITY):
+            key.append(value)
+        elif is_record(value):
+            key.append(value.__class__)
+            for name, item in fields_of(value).items():
+                self._sign(item, f"{where}.{name}")
+        else:
+            raise CaptureError(
+                f"argument {where} is a {type(value).__name__}, whose value cannot be compared between "
+                "calls; pass tensors, numbers, strings, lists, dicts or dataclasses of them. If it is a "
+                f"cache of keys and values, {INSTEAD_OF_A_CACHE}"
+            )
 
-def _sign(value: Any, key: list[Hashable], tensors: list[torch.Tensor], where: str) -> None:
-    if isinstance(value, torch.Tensor):
-        tensors.append(value)
-        key.append((value.shape, value.dtype, value.device, value.requires_grad))
-    elif isinstance(value, _BY_VALUE):
-        key.append((value.__class__, value))
-    elif isinstance(value, (list, tuple)):
-        key.append((value.__class__, len(value)))
-        for i, item in enumerate(value):
-            _sign(item, key, tensors, f"{where}[{i}]")
-    elif isinstance(value, dict) and (value.__class__ is dict or not is_record(value)):
-        key.append((dict, tuple(value)))
-        for name, item in value.items():
-            _sign(item, key, tensors, f"{where}.{name}")
-    elif isinstance(value, _BY_IDENTITY):
-        key.append(value)
-    elif is_record(value):
-        key.append(value.__class__)
-        for name, item in fields_of(value).items():
-            _sign(item, key, tensors, f"{where}.{name}")
-    else:
-        raise CaptureError(
-            f"argument {where} is a {type(value).__name__}, whose value cannot be compared between "
-            "calls; pass tensors, numbers, strings, lists, dicts or dataclasses of them. If it is a cache of "
-            f"keys and values, {INSTEAD_OF_A_CACHE}"
-        )
+    def _sign_value(self, value: Any, where: str) -> None:
+        if where in self.numbers:
+            self.tensors.append(self.numbers[where])
+            self.key.append(("number", value.__class__))
+            return
+        if isinstance(value, (int, float)) and value.__class__ is not bool:
+            self.doubtful = self.doubtful or may_be_time(where, self.roles)
+        self.key.append((value.__class__, value))
 
 
 @dataclass(frozen=True)
@@ -106,53 +163,71 @@ class CallSpec:
     template: dict[str, Any]
     positional_only: frozenset[str]
     leaf_names: tuple[str, ...]
-    latent: int
-    timestep: int
+    latents: tuple[int, ...]
+    times: tuple[int, ...]
+    numbers: tuple[int, ...] = ()
 
     @staticmethod
-    def of(binder: Binder, bound: Mapping[str, Any], timestep: str) -> "CallSpec":
-        """Describe one call.
+    def of(binder: Binder, bound: Mapping[str, Any]) -> "CallSpec":
+        """Describe one call: `times` tell when it is, `numbers` are leaves that the caller gives as numbers.
 
         Raises:
-            CaptureError: the timestep is missing or no tensor, or nothing looks like latents.
+            CaptureError: nothing looks like latents, or what was named is not there.
         """
+        times = find_times(bound, binder.roles)
+        latents = find_latents(bound, times, binder.roles)
         names: list[str] = []
-        template = {name: strip(value, name, names) for name, value in bound.items()}
-        step = template.get(timestep)
-        if not isinstance(step, Leaf):
-            raise CallSpec.missing_timestep(bound, timestep)
-        latent = next(
-            (
-                leaf.index
-                for name, leaf in template.items()
-                if isinstance(leaf, Leaf) and name != timestep and bound[name].is_floating_point()
-            ),
-            None,
-        )
-        if latent is None:
-            raise CaptureError(
-                "no argument of this call is a floating-point tensor that could be the latents"
-            )
-        return CallSpec(template, frozenset(binder.positional_only), tuple(names), latent, step.index)
+        numbers = frozenset(place.path for place in times if not place.is_tensor)
+        template = {name: strip(value, name, names, numbers) for name, value in bound.items()}
 
-    @staticmethod
-    def missing_timestep(bound: Mapping[str, Any], timestep: str) -> CaptureError:
-        """The error for a call whose timestep is absent or no tensor."""
-        found = "absent" if timestep not in bound else f"a {type(bound[timestep]).__name__}"
-        return CaptureError(
-            f"the timestep argument '{timestep}' is {found}, a tensor is needed; "
-            f"name it with transform(..., timestep=...): this call has {', '.join(bound) or 'no arguments'}"
+        def leaves(places: Sequence[Place]) -> tuple[int, ...]:
+            return tuple([names.index(place.path) for place in places])
+
+        only_numbers = [place for place in times if not place.is_tensor]
+        positional_only = frozenset(binder.positional_only)
+        return CallSpec(
+            template, positional_only, tuple(names), leaves(latents), leaves(times), leaves(only_numbers)
         )
+
+    def timestep(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """What tells the step, if anything does."""
+        return tensors[self.times[0]] if self.times else None
+
+    def given_latents(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple([tensors[index] for index in self.latents])
+
+    def sole_latent(self, tensors: Sequence[torch.Tensor], purpose: str) -> int:
+        """The leaf of the latents, where they must be one floating-point tensor that is an argument itself.
+
+        Raises:
+            CaptureError: they are not; `purpose` says what needs that.
+        """
+        names = [self.leaf_names[index] for index in self.latents]
+        if len(names) > 1 or names[0] not in self.template:
+            raise CaptureError(
+                f"{purpose} needs latents that are one tensor, and an argument of forward; this model takes "
+                f"{', '.join(names)}: wrap it in a module that takes one tensor and cuts it up"
+            )
+        if not tensors[self.latents[0]].is_floating_point():
+            raise CaptureError(
+                f"{purpose} needs latents with gradients, and {names[0]} holds whole numbers; use a preset, "
+                "or a plan written by hand"
+            )
+        return self.latents[0]
+
+    @cached_property
+    def _varying(self) -> frozenset[int]:
+        return frozenset((*self.latents, *self.times))
 
     def constants(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The inputs that a generation is expected to keep."""
-        varies = (self.latent, self.timestep)
+        varies = self._varying
         return tuple([tensor for index, tensor in enumerate(tensors) if index not in varies])
 
     def kind(self, index: int) -> InputKind:
-        if index == self.latent:
+        if index in self.latents:
             return "latent"
-        return "timestep" if index == self.timestep else "constant"
+        return "timestep" if index in self.times else "constant"
 
     def arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         filled = {name: fill(value, tensors) for name, value in self.template.items()}

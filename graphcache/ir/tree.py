@@ -1,7 +1,7 @@
 """A call's arguments taken apart into tensors and what is around them, and put together again."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,19 +44,28 @@ def fields_of(record: Any) -> dict[str, Any]:
     return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
-def strip(value: Any, where: str, names: list[str]) -> Any:
-    """An argument with leaves in the place of its tensors, whose names are appended to `names`."""
-    if isinstance(value, torch.Tensor):
+def strip(value: Any, where: str, names: list[str], numbers: Collection[str] = ()) -> Any:
+    """An argument with leaves in the place of its tensors, whose names are appended to `names`.
+
+    `numbers` are the paths of numbers that are leaves too.
+    """
+    if isinstance(value, torch.Tensor) or where in numbers:
         names.append(where)
         return Leaf(len(names) - 1)
     if is_record(value):
-        fields = fields_of(value).items()
-        return Record(type(value), {name: strip(item, f"{where}.{name}", names) for name, item in fields})
+        return Record(type(value), _stripped(fields_of(value), where, names, numbers))
     if isinstance(value, dict):
-        return {key: strip(item, f"{where}.{key}", names) for key, item in value.items()}
+        return _stripped(value, where, names, numbers)
     if isinstance(value, (list, tuple)):
-        return sequence_of(type(value), [strip(item, f"{where}[{i}]", names) for i, item in enumerate(value)])
+        items = [strip(item, f"{where}[{i}]", names, numbers) for i, item in enumerate(value)]
+        return sequence_of(type(value), items)
     return value
+
+
+def _stripped(
+    entries: dict[str, Any], where: str, names: list[str], numbers: Collection[str]
+) -> dict[str, Any]:
+    return {key: strip(item, f"{where}.{key}", names, numbers) for key, item in entries.items()}
 
 
 def fill(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
