@@ -11,9 +11,11 @@ from torch import fx
 from graphcache.analysis import ops
 from graphcache.analysis.dataflow import LATENT, Dataflow
 from graphcache.analysis.layout import Layout, axes, layouts
-from graphcache.analysis.residual import Residual, residuals, unwrap
+from graphcache.analysis.residual import residuals
 from graphcache.analysis.rows import rows_depend
-from graphcache.ir.graph import Branch, Input, StepGraph, is_tensor
+from graphcache.analysis.spread import Spread
+from graphcache.analysis.ways import Residual, beginning, unwrap
+from graphcache.ir.graph import Branch, Input, StepGraph, is_tensor, value_of
 
 
 def find_branches(step: StepGraph) -> tuple[Branch, ...]:
@@ -27,7 +29,19 @@ class _Sites:
 
     @cached_property
     def found(self) -> list[Residual]:
-        return residuals(self.flow)
+        """Without updates of one vector a sample, such as an embedding, where there are streams of tokens.
+
+        A text of a single token is one too; attention tells it apart.
+        """
+        spread = Spread(int(value_of(self.latent).shape[0]) if value_of(self.latent).dim() else 1)
+        found = residuals(self.flow, spread)
+        merges = {residual.merge: residual for residual in found}
+        vectors = [residual for residual in found if spread.is_vector(residual.merge)]
+        if len(vectors) == len(found):
+            return found
+        mixed = {beginning(self.flow, r.merge, merges) for r in vectors if self.attention(r)}
+        plain = {r.merge for r in vectors if beginning(self.flow, r.merge, merges) not in mixed}
+        return [residual for residual in found if residual.merge not in plain]
 
     @cached_property
     def merges(self) -> dict[fx.Node, Residual]:
@@ -76,11 +90,10 @@ class _Sites:
         return not rows_depend(self.flow, residual.stream, LATENT)
 
     def role(self, residual: Residual) -> str:
-        inside = self.flow.between(residual.source, residual.value)
-        attention = [node for node in inside if self.is_attention(node)]
+        attention = self.attention(residual)
         if not attention:
             return "mlp"
-        if self.is_fused(residual, inside, attention):
+        if self.is_fused(residual, self.flow.between(residual.source, residual.value), attention):
             return "parallel"
         own = {residual.stream, residual.source, unwrap(residual.stream)}
         reads = [self.read_streams(item) for node in attention for item in ops.operands(node)]
@@ -89,6 +102,10 @@ class _Sites:
         if any(streams - own for streams in reads):
             return "joint"
         return f"self{self.factor(attention)}"
+
+    def attention(self, residual: Residual) -> list[fx.Node]:
+        inside = self.flow.between(residual.source, residual.value)
+        return [node for node in inside if self.is_attention(node)]
 
     def is_attention(self, node: fx.Node) -> bool:
         """A product of two activations; one with a weight is a projection."""
