@@ -34,6 +34,7 @@ class Roles:
         return layouts(self.flow.nodes, self.latent)
 
     def role(self, residual: Residual) -> str:
+        """`cross` only if no attention of the branch has keys and values of the branch's own stream."""
         work = self.work(residual)
         attention = [node for node in work if self.is_attention(node)]
         if not attention:
@@ -41,12 +42,13 @@ class Roles:
         if self.is_fused(residual, work, attention):
             return "parallel"
         own = {residual.stream, residual.source, unwrap(residual.stream)}
-        reads = [self.read_streams(item) for node in attention for item in ops.operands(node)]
-        if any(not streams & own for streams in reads):
+        reads = {node: [self.read_streams(item) for item in ops.operands(node)] for node in attention}
+        inner = [node for node in attention if all(streams & own for streams in reads[node])]
+        if not inner:
             return "cross"
-        if any(streams - own for streams in reads):
+        if any(streams - own for node in inner for streams in reads[node]):
             return "joint"
-        return f"self{self.factor(attention)}"
+        return f"self{self.factor(inner)}"
 
     def work(self, residual: Residual) -> list[fx.Node]:
         """The nodes from a branch's source to its value, without those of another branch added on the way."""
