@@ -7,7 +7,7 @@ from dataclasses import replace
 from graphcache.analysis.frequency import factors
 from graphcache.analysis.tracks import Track, remembered, select, simulate
 from graphcache.ir.errors import PlanError
-from graphcache.ir.graph import Branch
+from graphcache.ir.graph import Branch, block_count
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
 from graphcache.ir.resolve import Resolution, resolve
@@ -51,7 +51,7 @@ def lower(
     Raises:
         PlanError: rows that match nothing, actions without the history they need, overlapping ranges.
     """
-    blocks = len({branch.block for branch in branches})
+    blocks = block_count(branches)
     resolution = resolve(plan, branches, blocks)
     _refuse_split_values(resolution, branches)
     letters = {letter.symbol: letter for letter in plan.letters}

@@ -72,6 +72,9 @@ SLICES = frozenset(
 )
 """Some of the elements."""
 
+ADDS = frozenset({aten.add.Tensor, aten.addcmul.default})
+"""Sums, of which a residual add is one."""
+
 WRITES = frozenset({aten.index_put_.default, aten.copy_.default})
 """What writes into cache entries; captured graphs have no such operation."""
 

@@ -1,58 +1,74 @@
 """Residual branches, found by structure: a residual add is `x + f(x)`, whatever the modules are called."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import networkx
 from torch import fx
 
 from graphcache.analysis import ops
 from graphcache.analysis.dataflow import LATENT, Dataflow
-from graphcache.ir.graph import is_tensor
+from graphcache.analysis.spread import Spread
+from graphcache.analysis.ways import Residual, is_branch, starts_inside, unwrap
+from graphcache.ir.graph import is_tensor, value_of
+
+_SAME_ROWS = ops.VIEWS | ops.COPIES | ops.BROADCASTS
 
 
-@dataclass(frozen=True)
-class Residual:
-    """One residual add.
-
-    `merge` adds `branch` to `stream`; `source` is the stream's value that the branch starts from (the
-    stream itself before casts and views); `value` is what the branch produced before gate and casts.
-    """
-
-    merge: fx.Node
-    stream: fx.Node
-    branch: fx.Node
-    source: fx.Node
-    value: fx.Node
-
-
-def residuals(flow: Dataflow) -> list[Residual]:
+def residuals(flow: Dataflow, spread: Spread) -> list[Residual]:
     """Every residual add on a stream of the graph, in execution order."""
     found: dict[fx.Node, Residual] = {}
     for node in flow.nodes:
-        split = _split(flow, node, found)
+        split = _split(flow, node, found, spread)
         if split is None:
             continue
         stream, branch, source = split
-        found[node] = Residual(node, stream, branch, source, _produced(flow, source, branch))
+        value = _produced(flow, source, branch)
+        if value in found and unwrap(found[value].stream) is source:
+            value = found[value].value  # x + gate * (x + f(x))
+        found[node] = Residual(node, stream, branch, source, value)
     return _outermost(flow, found)
 
 
-def unwrap(node: fx.Node) -> fx.Node:
-    """A stream's value before views, casts and dropped dropout."""
-    return ops.behind(node, ops.VIEWS | ops.COPIES)
-
-
 def _split(
-    flow: Dataflow, node: fx.Node, found: dict[fx.Node, Residual]
+    flow: Dataflow, node: fx.Node, found: dict[fx.Node, Residual], spread: Spread
 ) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """(stream, branch, source) when the node is a residual add, else None."""
     for stream, branch in _operands(node):
-        if not flow.depends[branch] & LATENT or not is_tensor(stream):
+        if not flow.depends[branch] & LATENT or not _can_be_stream(flow, stream, node, spread):
             continue
-        source = _source(flow, stream, branch, found)
-        if source is not None and any(ops.is_product(n) for n in flow.between(source, branch)):
-            return stream, branch, source
+        for source in _sources(flow, stream, branch, found):
+            if is_branch(flow, node, source, branch, found):
+                return stream, branch, source
     return None
+
+
+def _can_be_stream(flow: Dataflow, stream: fx.Node, node: fx.Node, spread: Spread) -> bool:
+    """A stream is as large as the sum, has rows of its own for the tokens, and is added to no other stream.
+
+    Shifts, biases, positions and embeddings of the time, shared by several blocks, are added to values that
+    are not computed from them.
+    """
+    if not is_tensor(stream) or value_of(stream).shape != value_of(node).shape:
+        return False
+    if spread(stream) and not spread.is_vector(stream):
+        return False
+    return bool(flow.depends[stream] & LATENT) or not _is_injected(flow, stream)
+
+
+def _is_injected(flow: Dataflow, stream: fx.Node) -> bool:
+    """Whether a value is added to one that depends on the latents and is not computed from it."""
+    origin = ops.behind(stream, _SAME_ROWS)
+    todo = [origin]
+    while todo:
+        value = todo.pop()
+        for user in value.users:
+            if user.target in _SAME_ROWS:
+                todo.append(user)
+            elif user.target in ops.ADDS and user.args[0] is not user.args[1]:
+                others = [item for item in user.all_input_nodes if item is not value]
+                if any(flow.depends[n] & LATENT and not flow.reaches(origin, n) for n in others):
+                    return True
+    return False
 
 
 def _operands(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -67,17 +83,13 @@ def _operands(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
     return [(left, right)] if scaled else [(left, right), (right, left)]
 
 
-def _source(
+def _sources(
     flow: Dataflow, stream: fx.Node, branch: fx.Node, found: dict[fx.Node, Residual]
-) -> fx.Node | None:
-    """The value on the stream that the branch starts from; in `x + a(x) + b(x)` that is x for both."""
-    for candidate in (stream, unwrap(stream)):
-        if flow.reaches(candidate, branch):
-            return candidate
+) -> Iterator[fx.Node]:
+    """The values on the stream that the branch may start from; in `x + a(x) + b(x)` that is x for both."""
     earlier = found.get(unwrap(stream))
-    if earlier is not None and flow.reaches(earlier.source, branch):
-        return earlier.source
-    return None
+    candidates = [stream, unwrap(stream), *([earlier.source] if earlier else [])]
+    return (item for item in dict.fromkeys(candidates) if flow.reaches(item, branch))
 
 
 def _produced(flow: Dataflow, source: fx.Node, branch: fx.Node) -> fx.Node:
@@ -120,21 +132,11 @@ def _outermost(flow: Dataflow, found: dict[fx.Node, Residual]) -> list[Residual]
             for node in flow.members(inside)
             if node is not outer.merge
             and node is not outer.source
-            and _starts_inside(flow, outer, node, found)
+            and starts_inside(flow, outer.source, node, found)
         ]
         if len(nested) > 1:
             dropped.add(outer.merge)
         else:
             dropped.update(nested)
+            dropped.update(n for n in flow.members(inside) if found[n].value is outer.value)
     return [residual for residual in found.values() if residual.merge not in dropped]
-
-
-def _starts_inside(flow: Dataflow, outer: Residual, node: fx.Node, found: dict[fx.Node, Residual]) -> bool:
-    """Whether the stream that `node` adds to begins within the outer branch.
-
-    A text stream that is updated before the image attends to it lies between the two, but began before.
-    """
-    base = node
-    while base in found:
-        base = ops.behind(found[base].stream, ops.VIEWS | ops.COPIES | ops.SLICES)
-    return base is not outer.source and flow.reaches(outer.source, base)

@@ -135,6 +135,8 @@ class Reuse:
 
     def _outside(self, block: int) -> str | None:
         inside = [branch for branch in self.step.branches if branch.block == block]
+        if block < 0:
+            return f"{inside[0].name} stands in no block"
         computed = [branch.name for branch in inside if branch not in self.reused]
         if computed:
             return f"{computed[0]} of the same block computes"

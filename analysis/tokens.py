@@ -8,8 +8,8 @@ from functools import cached_property
 from torch import fx
 
 from graphcache.analysis.dataflow import Dataflow
-from graphcache.analysis.residual import unwrap
 from graphcache.analysis.token_rules import Axis, Untokenised, demands
+from graphcache.analysis.ways import unwrap
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Branch, Hoisted, StepGraph, has_static_shape, is_tensor, value_of
 from graphcache.ir.schedule import Memory, memory

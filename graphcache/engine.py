@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from graphcache import presets
+from graphcache.analysis.coverage import coverage
 from graphcache.caller import Caller
 from graphcache.capture import forward_parameters
 from graphcache.compile import Backend, begin_generation, prior_compilation
@@ -87,6 +88,7 @@ class Engine:
         self.outer: Any = None
         self.calls = 0
         self._said: set[str] = set()
+        self._looked_at: set[str] = set()
         self._specs: dict[Key, CallSpec] = {}
         self._lock = threading.RLock()
 
@@ -208,6 +210,7 @@ class Engine:
         program = self._program(self._key(signature, begins=True), bound, tensors)
         plan, name = self.options.plan, self.surroundings.name
         program.check(plan, self._role(plan, name, program, tensors))
+        self._say_what_is_left(plan, program)
         return program
 
     def flat(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -296,6 +299,20 @@ class Engine:
             self._said.add(text)
             log.warning("%s", text)
 
+    def _say_what_is_left(self, plan: Plan, program: Program) -> None:
+        """Warn once of a preset that speaks of little of what it is meant for, in this model."""
+        if plan.preset is None or plan.preset.name in self._looked_at:
+            return
+        self._looked_at.add(plan.preset.name)
+        for part in coverage(program.captured.step, plan):
+            if part.share < 0.5:
+                log.warning(
+                    "preset %s speaks of %s; what is left computes at every step: graphcache.inspect lists "
+                    "the sites and their roles, for rows of your own",
+                    plan.preset.name,
+                    part,
+                )
+
     def _begun(
         self,
         plan: Plan,
@@ -307,7 +324,9 @@ class Engine:
         """A state whose history begins with this call."""
         program = self._program(call.key, bound, tensors)
         role, shared = self._lowered_for(plan, call, program, tensors)
-        return begun(call.key, program, plan, step, role, shared)
+        state = begun(call.key, program, plan, step, role, shared)
+        self._say_what_is_left(plan, program)
+        return state
 
     def _lowered_for(
         self, plan: Plan, call: Call, program: Program, tensors: Sequence[torch.Tensor]

@@ -228,7 +228,7 @@ class ProbeEngine(Engine):
     def _probe(self, program: Program) -> _Probed:
         known = self._probes.get(id(program))
         if known is None:
-            branches = tuple(branch.name for branch in program.captured.step.branches)
+            branches = tuple(branch.name for branch in program.captured.step.block_branches)
             with COMPILING:
                 step = run((Probe(branches, self.ranges),), program.step)
                 made = Runnable(step, build(step, None))

@@ -200,7 +200,7 @@ def describe(engine: Engine, inputs: Mapping[str, Any], conditional: str | None)
             seconds[b.name],
             _token_bytes(flow, b),
         )
-        for b in step.branches
+        for b in step.block_branches
     ]
     total, result = graph_flops(step), sum(storage_bytes(value_of(node)) for node in step.results())
     ranges = []

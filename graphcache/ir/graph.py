@@ -1,6 +1,6 @@
 """The one container of a graph, captured and specialised alike."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.selector import STEM
 
 InputKind = Literal["latent", "timestep", "constant"]
 
@@ -129,7 +130,8 @@ class Branch:
 
     `value` is the node that the branch itself produced, before gate, dropout and casts; `merge` the
     residual add; `stream` the add's other operand. `block` counts blocks in execution order and
-    `depth` is its fraction, 0 for the first block and 1 for the last.
+    `depth` is its fraction, 0 for the first block and 1 for the last. A stem, outside of the blocks, has
+    block −1 and depth 0 before them or 1 behind.
     """
 
     name: str
@@ -140,6 +142,11 @@ class Branch:
     value: str
     merge: str
     stream: str
+
+
+def block_count(branches: Iterable[Branch]) -> int:
+    """Number of blocks that hold one of the branches; stems are in none."""
+    return len({branch.block for branch in branches if branch.role != STEM})
 
 
 @dataclass(frozen=True)
@@ -162,9 +169,14 @@ class StepGraph:
         return fx.GraphModule(self.root, self.graph)
 
     @property
+    def block_branches(self) -> tuple[Branch, ...]:
+        """The branches that stand in blocks: all but stems."""
+        return tuple(branch for branch in self.branches if branch.role != STEM)
+
+    @property
     def blocks(self) -> int:
         """Number of blocks that hold a branch."""
-        return len({branch.block for branch in self.branches})
+        return block_count(self.branches)
 
     def placeholders(self) -> list[fx.Node]:
         return list(self.graph.find_nodes(op="placeholder"))

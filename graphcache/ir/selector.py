@@ -7,6 +7,9 @@ from typing import Literal, Protocol
 
 from graphcache.ir.errors import PlanError
 
+STEM = "stem"
+"""The role of a residual branch outside of the repeated blocks, which globs do not match."""
+
 ROLES = (
     "self",
     "self.spatial",
@@ -17,6 +20,7 @@ ROLES = (
     "parallel.attention",
     "parallel.mlp",
     "mlp",
+    STEM,
 )
 SelectorKind = Literal["role", "glob", "name", "range", "guidance", "output"]
 
@@ -105,11 +109,11 @@ class Selector:
         return not (self.is_guidance or self.is_output or self.is_range)
 
     def matches(self, site: BranchLike) -> bool:
-        """Whether the row speaks of this branch; ranges and pseudo-sites match no branch."""
+        """Whether the row speaks of this branch; ranges and pseudo-sites match none, and globs no stem."""
         if self.kind == "name":
             return site.name == self.name
         if self.kind == "glob":
-            return fnmatchcase(site.name, self.name)
+            return site.role != STEM and fnmatchcase(site.name, self.name)
         if self.kind != "role":
             return False
         role = self.name.removesuffix(".context")
