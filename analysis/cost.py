@@ -36,7 +36,8 @@ def flops(node: fx.Node) -> int:
 
 
 def _attention(node: fx.Node) -> int:
-    query, key, value = (tuple(value_of(item).shape) for item in node.all_input_nodes[:3])
+    operands = (item for item in node.args[:3] if isinstance(item, fx.Node))
+    query, key, value = (tuple(value_of(item).shape) for item in operands)
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 

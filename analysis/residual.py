@@ -9,7 +9,7 @@ from graphcache.analysis import ops
 from graphcache.analysis.dataflow import LATENT, Dataflow
 from graphcache.analysis.spread import Spread
 from graphcache.analysis.ways import Residual, is_branch, starts_inside, unwrap
-from graphcache.ir.graph import is_tensor, value_of
+from graphcache.ir.graph import is_tensor, same_sizes, value_of
 
 _SAME_ROWS = ops.VIEWS | ops.COPIES | ops.BROADCASTS
 
@@ -48,7 +48,7 @@ def _can_be_stream(flow: Dataflow, stream: fx.Node, node: fx.Node, spread: Sprea
     Shifts, biases, positions and embeddings of the time, shared by several blocks, are added to values that
     are not computed from them.
     """
-    if not is_tensor(stream) or value_of(stream).shape != value_of(node).shape:
+    if not is_tensor(stream) or not same_sizes(value_of(stream).shape, value_of(node).shape):
         return False
     if spread(stream) and not spread.is_vector(stream):
         return False

@@ -58,7 +58,9 @@ class Spread:
 
     def is_vector(self, node: fx.Node) -> bool:
         """Whether the shape has room for no more than one row a sample, or one for all samples."""
-        sizes = [size for size in value_of(node).shape if size != 1]
+        # a size that depends on values is none that could be compared
+        sizes = [size if isinstance(size, int) else None for size in value_of(node).shape]
+        sizes = [size for size in sizes if size != 1]
         if self.batch in sizes:
             sizes.remove(self.batch)
         return len(sizes) <= 1

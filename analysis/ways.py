@@ -7,7 +7,7 @@ from torch import fx
 
 from graphcache.analysis import ops
 from graphcache.analysis.dataflow import LATENT, Dataflow
-from graphcache.ir.graph import is_tensor, value_of
+from graphcache.ir.graph import is_tensor, same_sizes, value_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def _added_to(flow: Dataflow, node: fx.Node, streams: Set[fx.Node | None]) -> fx
     if node.target not in ops.ADDS:
         return None
     shape = value_of(node).shape
-    wide = [item for item in node.all_input_nodes if is_tensor(item) and value_of(item).shape == shape]
+    wide = [
+        item for item in node.all_input_nodes if is_tensor(item) and same_sizes(value_of(item).shape, shape)
+    ]
     moving = [item for item in wide if flow.depends[item] & LATENT]
     if len(moving) > 1:
         moving = [item for item in moving if _whole(item) in streams]
@@ -103,7 +105,7 @@ def _is_later(flow: Dataflow, source: fx.Node, stream: fx.Node) -> bool:
 
 def _carries(source: fx.Node, branch: fx.Node, between: set[fx.Node], streams: set[fx.Node]) -> bool:
     """Whether the branch is another value of a stream, normed or modulated: no product made it."""
-    size = value_of(branch).numel()
+    size = [value_of(branch).numel()]
     todo, seen = [branch], {source}
     while todo:
         node = todo.pop()
@@ -115,7 +117,7 @@ def _carries(source: fx.Node, branch: fx.Node, between: set[fx.Node], streams: s
         todo.extend(
             item
             for item in node.all_input_nodes
-            if item in between and is_tensor(item) and value_of(item).numel() == size
+            if item in between and is_tensor(item) and same_sizes([value_of(item).numel()], size)
         )
     return False
 

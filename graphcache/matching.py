@@ -89,16 +89,12 @@ class Matching:
     def _remaining(self, now: Generation) -> list[Branch]:
         """The branches that the evaluation has not seen and that the call may be of.
 
-        What the call is more like has been called already, or the model has taken another form since: then
-        it is of none of them.
+        Where the model takes other forms between the calls of a step, a branch has the form that it had.
         """
         states, form = self.session.states, self.call.key[0]
         changed = any(states[branch].key[0] != form for branch in now.called if branch in states)
         free = [branch for branch in self.free(now) if self.fits(branch)]
-        free = [branch for branch in free if not changed or states[branch].key[0] == form]
-        called = [self.likeness(branch) for branch in self._known() if branch in now.called]
-        best = max((count for same, count, other in called if same and other), default=0)
-        return [branch for branch in free if self.likeness(branch)[1] >= best]
+        return [branch for branch in free if not changed or states[branch].key[0] == form]
 
     def _ran_before(self, branch: Branch, now: Generation) -> bool:
         """Whether a branch was called at an earlier step of the generation."""

@@ -1,14 +1,11 @@
 """Drop what an inference graph does not need, changing no bit of its results."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphcache.analysis import ops
-from graphcache.ir.graph import Branch, StepGraph, is_tensor, value_of
+from graphcache.ir.graph import Branch, StepGraph, is_tensor, same_sizes, value_of
 from graphcache.passes.prune import sweep
 
 aten = ops.aten
@@ -62,21 +59,14 @@ def _identical(node: fx.Node) -> fx.Node | None:
         return None
     before, after = value_of(source), value_of(node)
     if node.target is aten.copy.default:
-        return source if before.dtype == after.dtype and _are_equal(before.shape, after.shape) else None
+        return source if before.dtype == after.dtype and same_sizes(before.shape, after.shape) else None
     same = (
         before.dtype == after.dtype
         and before.device == after.device
-        and _are_equal(before.shape, after.shape)
-        and _are_equal(before.stride(), after.stride())
+        and same_sizes(before.shape, after.shape)
+        and same_sizes(before.stride(), after.stride())
     )
     return source if same else None
-
-
-def _are_equal(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
-    """Whether sizes are known to be equal; of those that depend on data that may be unknown."""
-    return len(ours) == len(theirs) and all(
-        statically_known_true(one == other) for one, other in zip(ours, theirs, strict=True)
-    )
 
 
 def _repeats(node: fx.Node) -> bool:

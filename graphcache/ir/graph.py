@@ -1,6 +1,6 @@
 """The one container of a graph, captured and specialised alike."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.selector import STEM
@@ -240,3 +241,10 @@ def has_static_shape(node: fx.Node) -> bool:
 def storage_bytes(value: torch.Tensor) -> int:
     """Bytes of a tensor kept dense: a kept view is cloned, so its own elements count."""
     return value.numel() * value.element_size()
+
+
+def same_sizes(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    """Whether sizes are known to be equal; of those that depend on data that may be unknown."""
+    return len(ours) == len(theirs) and all(
+        statically_known_true(one == other) for one, other in zip(ours, theirs, strict=True)
+    )
