@@ -50,7 +50,7 @@ class Matching:
         """
         known, limit, repeats = self._known(), self.limit(now), self.repeats(now)
         fitting = self._remaining(now)
-        if fitting and not (repeats and not any(map(self._is_like, fitting))):
+        if fitting and not (repeats and not any(map(self._has_these_inputs, fitting))):
             return self.likest(now, fitting)
         called = [branch for branch in known if branch in now.called]
         if len(called) >= limit or (repeats and (len(known) >= limit or self.session.branches is None)):
@@ -92,7 +92,8 @@ class Matching:
         Where the model takes other forms between the calls of a step, a branch has the form that it had.
         """
         states, form = self.session.states, self.call.key[0]
-        changed = any(states[branch].key[0] != form for branch in now.called if branch in states)
+        called = [branch for branch in self._known() if branch in now.called]
+        changed = any(states[branch].key[0] != form for branch in called)
         free = [branch for branch in self.free(now) if self.fits(branch)]
         return [branch for branch in free if not changed or states[branch].key[0] == form]
 
@@ -175,9 +176,13 @@ class Matching:
             return False, 0, False
         return True, len(self._same(state)), state.key[0] == self.call.key[0]
 
+    def _has_these_inputs(self, branch: Branch) -> bool:
+        """Whether all inputs but latents and timestep are those of the branch's latest call."""
+        return self.likeness(branch)[:2] == (True, len(self.call.constants))
+
     def _is_like(self, branch: Branch) -> bool:
-        """Whether all inputs but latents and timestep, and the model, are as in the branch's latest call."""
-        return self.likeness(branch) == (True, len(self.call.constants), True)
+        """Whether the model's form is that of the branch's latest call, too."""
+        return self._has_these_inputs(branch) and self.likeness(branch)[2]
 
     def repeats(self, now: Generation) -> bool:
         """Whether one of the step's calls had just these inputs."""

@@ -347,3 +347,21 @@ def test_a_guider_that_puts_hooks_on_for_some_calls(name: str) -> None:
     reused = [[step.reused > 0 for step in branch.steps] for branch in transformer.summary().branches]
     third = [[False, False, True]] * (name == "skip layers")  # that one begins at the second step
     assert reused == [[False, True, False, True]] * 2 + third
+
+
+def test_windows_go_on_after_a_fade_beside_a_context_that_wears_hooks() -> None:
+    """What another context's calls find the model to be like says nothing about these."""
+    torch.manual_seed(5)
+    model = with_adapters(tiny(2))
+    cached: Any = graphcache.transform(model, PLAN, branches=2)
+    own = {(name, k): graphcache.transform(model, PLAN) for name in ("hooked", "cond") for k in range(2)}
+    text = torch.randn(1, 4)
+    for step in range(STEPS):
+        for layer in layers(model):
+            layer.set_scale("one", 0.25 if step > 1 else 1.0)
+        for (name, _), alone in own.items():
+            call = {"x": torch.randn(1, 3, 4), "timestep": torch.full((1,), 1 - 0.15 * step), "text": text}
+            with hooked(model, *([Louder(0.5)] if name == "hooked" else [])):
+                with cached.cache_context(name):
+                    result = cached(**call)
+                assert_same(result, alone(**call))
