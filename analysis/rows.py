@@ -58,7 +58,9 @@ def taken_rows(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
     dims = value_of(node).dim()
     if node.target is aten.slice.Tensor:
         source, dim, start, stop = (*arguments, *(0, 0, 2**62)[len(arguments) - 1 :])[:4]
-        size = int(value_of(source).shape[dim])
+        size = value_of(source).shape[dim]
+        if not all(isinstance(number, int) for number in (start or 0, stop, size)):
+            return None  # which rows these are depends on data
         first, last = (min(b + size if b < 0 else b, size) for b in (start or 0, stop))
         return source, dim % dims, first, last
     split = arguments[0] if arguments else None
