@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from graphcache.compile import Compiled, Kept
-from graphcache.ir.graph import StepGraph, is_tensor, value_of
+from graphcache.ir.graph import StepGraph, is_tensor, layout, value_of
 
 
 class Compilations:
@@ -68,12 +68,7 @@ def _target(step: StepGraph, node: fx.Node) -> Any:
     if node.op != "get_attr":
         return str(node.target)
     value = attrgetter(str(node.target))(step.root)
-    return id(value), _kind(value) if isinstance(value, torch.Tensor) else None
-
-
-def _kind(value: torch.Tensor) -> Any:
-    strides = value.stride() if value.layout == torch.strided else None
-    return value.shape, strides, value.dtype, value.device, value.requires_grad
+    return id(value), (layout(value), value.requires_grad) if isinstance(value, torch.Tensor) else None
 
 
 class _Place:
@@ -87,4 +82,4 @@ class _Place:
 
 
 def _fed(node: fx.Node) -> Any:
-    return _kind(value_of(node)) if node.op == "placeholder" and is_tensor(node) else None
+    return layout(value_of(node)) if node.op == "placeholder" and is_tensor(node) else None

@@ -52,8 +52,9 @@ class Matching:
         fitting = self._remaining(now)
         if fitting and not (repeats and not any(map(self._has_these_inputs, fitting))):
             return self.likest(now, fitting)
-        called = [branch for branch in known if branch in now.called]
-        if len(called) >= limit or (repeats and (len(known) >= limit or self.session.branches is None)):
+        if len(self._called(now)) >= limit or (
+            repeats and (len(known) >= limit or self.session.branches is None)
+        ):
             return None
         if repeats and now.clock is not None and any(self._ran_before(branch, now) for branch in known):
             raise StateError(
@@ -81,7 +82,7 @@ class Matching:
         fitting = [branch for branch in known if self.fits(branch)]
         if fitting or not any(self.likeness(branch)[0] for branch in known):
             return self.likest(now, fitting or known)
-        alone = [branch for branch in now.called if branch in known]
+        alone = self._called(now)
         if len(alone) == 1 and self.session.states[alone[0]].start == now.step > now.start:
             return alone[0]
         return None
@@ -92,8 +93,7 @@ class Matching:
         Where the model takes other forms between the calls of a step, a branch has the form that it had.
         """
         states, form = self.session.states, self.call.key[0]
-        called = [branch for branch in self._known() if branch in now.called]
-        changed = any(states[branch].key[0] != form for branch in called)
+        changed = any(states[branch].key[0] != form for branch in self._called(now))
         free = [branch for branch in self.free(now) if self.fits(branch)]
         return [branch for branch in free if not changed or states[branch].key[0] == form]
 
@@ -109,8 +109,12 @@ class Matching:
     def _known(self) -> list[Branch]:
         return sorted(branch for branch in self.session.states if branch[0] == self.call.name)
 
+    def _called(self, now: Generation) -> list[Branch]:
+        """The branches of this name that the evaluation has seen."""
+        return [branch for branch in now.called if branch[0] == self.call.name]
+
     def is_called(self, now: Generation) -> bool:
-        return any(branch[0] == self.call.name for branch in now.called)
+        return bool(self._called(now))
 
     def free(self, now: Generation) -> list[Branch]:
         """The branches that the evaluation has not seen yet, in their order."""
@@ -181,12 +185,12 @@ class Matching:
         return self.likeness(branch)[:2] == (True, len(self.call.constants))
 
     def _is_like(self, branch: Branch) -> bool:
-        """Whether the model's form is that of the branch's latest call, too."""
-        return self._has_these_inputs(branch) and self.likeness(branch)[2]
+        """Whether, beside these inputs, the model's form is that of the branch's latest call."""
+        return self.likeness(branch) == (True, len(self.call.constants), True)
 
     def repeats(self, now: Generation) -> bool:
         """Whether one of the step's calls had just these inputs."""
-        return any(self._is_like(branch) for branch in self._known() if branch in now.called)
+        return any(map(self._is_like, self._called(now)))
 
     def is_same_call(self, now: Generation) -> bool:
         """Whether even the latents are those of the call before; those that keep no version never are."""
@@ -199,9 +203,8 @@ class Matching:
 
     def equals_another(self, now: Generation) -> bool:
         """Whether one of the step's calls had inputs of just these values; waits for the device."""
-        called = [branch for branch in self._known() if branch in now.called]
         whole = len(self.call.constants)
-        return any(len(self._equal(self.session.states[branch])) == whole for branch in called)
+        return any(len(self._equal(self.session.states[branch])) == whole for branch in self._called(now))
 
     def is_stranger(self, branch: Branch) -> bool:
         """Whether none of the inputs is what the branch was called with."""
@@ -209,7 +212,7 @@ class Matching:
 
     def several(self, now: Generation) -> StateError:
         where = f"branch '{self.call.name}'" if self.call.name else "this model"
-        calls = sum(branch[0] == self.call.name for branch in now.called) + 1
+        calls = len(self._called(now)) + 1
         declared = f", and branches={self.session.branches} were declared" if self.session.branches else ""
         return StateError(
             f"step {now.step}: {where} was called {calls} times at one timestep{declared}. If a step makes "

@@ -162,8 +162,7 @@ class _Placement(Matching):
             return same and (not repeats or now.step == now.start)
         if not repeats and any(self.likeness(branch)[1] for branch in free):
             return True
-        called = sum(branch[0] == self.call.name for branch in now.called)
-        if repeats and now.step > now.start and called >= (self.session.branches or 1):
+        if repeats and now.step > now.start and len(self._called(now)) >= (self.session.branches or 1):
             return False
         if timestep is None or now.latest is None:
             return not (repeats or self.equals_another(now))

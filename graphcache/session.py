@@ -265,8 +265,10 @@ class Session:
             del self.states[branch]
         if old.timesteps is None or old.finished:
             return
-        self._say_if_cut_short(old)
-        if following.timesteps is None or following.timesteps.tensor is not old.timesteps.tensor:
+        if following.timesteps is not None and following.timesteps.tensor is old.timesteps.tensor:
+            log.warning("the scheduler went back from %s: the caches begin anew", old.place)
+        else:
+            self._say_if_cut_short(old)
             self._given_up.append((weakref.ref(old.timesteps.tensor), old.step))
 
     def _say_if_cut_short(self, old: Generation) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from graphcache.compile import Backend, refuse_unknown, unwrapped
 from graphcache.engine import SIGNATURES, Engine, Options, original
+from graphcache.hooks import REGISTRY
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan
 from graphcache.likeness import alike
@@ -249,9 +250,9 @@ def _restored(model: nn.Module) -> nn.Module:
 
 def _drop_empty_registry(model: nn.Module) -> None:
     """Forget a registry of diffusers' hooks that a pipeline made for the result and never filled."""
-    registry = model.__dict__.get("_diffusers_hook")
+    registry = model.__dict__.get(REGISTRY)
     if registry is not None and not registry.hooks:
-        del model.__dict__["_diffusers_hook"]
+        del model.__dict__[REGISTRY]
 
 
 def _wrap(model: nn.Module, options: Options, pipe: Any = None) -> nn.Module:

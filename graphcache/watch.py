@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from graphcache.hooks import BOOKKEEPING, FORWARD_HOOKS, Worn, worn
+from graphcache.ir.graph import layout
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 """Values that are the same when they are equal; all others are compared by identity."""
@@ -44,7 +45,7 @@ class Watch:
         ]
         self._entries = [*_values(self._tables)]
         self._tensors = [item for item in self._entries if isinstance(item, torch.Tensor)]
-        self._kinds = [*map(_kind, self._tensors)]
+        self._layouts = [*map(layout, self._tensors)]
         self._methods = {kind: kind.forward for kind in {type(module) for module in self._modules}}
         self._hooks = [state[name] for state in self._states for name in FORWARD_HOOKS]
         self._take()
@@ -69,7 +70,7 @@ class Watch:
         """Whether modules, weights or forwards are other ones, so that nothing captured can be used again."""
         return (
             not _same(self._tables, self._entries)
-            or [*map(_kind, self._tensors)] != self._kinds
+            or [*map(layout, self._tensors)] != self._layouts
             or any(kind.forward is not method for kind, method in self._methods.items())
         )
 
@@ -88,10 +89,9 @@ class Watch:
 
         Cheap enough for every call: a twentieth of a microsecond a module.
         """
-        registered = RemovableHandle.next_id
         try:
             return (
-                (registered != self._registered and any(self._hooks))
+                (RemovableHandle.next_id != self._registered and any(self._hooks))
                 or any(read(state) != seen for read, state, seen in self._lively)
                 or any(live != copy for live, copy in self._contents)
                 or (self._wears_others() if self._is_rearranged() else False)
@@ -128,11 +128,6 @@ class Watch:
             return False
         self._take()
         return True
-
-
-def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
-    strides = tensor.stride() if tensor.layout == torch.strided else None
-    return tensor.dtype, tensor.device, tensor.shape, strides
 
 
 def _values(tables: Iterable[dict[str, Any]]) -> Iterator[Any]:

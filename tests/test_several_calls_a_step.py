@@ -259,6 +259,24 @@ def test_a_timestep_and_latents_that_are_written_in_place(model: Any) -> None:
             assert_same([clip], expected)
 
 
+def test_a_scheduler_that_goes_back_begins_anew_and_the_log_says_so(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Restart sampling: each stretch is as if it had begun alone, mid-schedule."""
+    driver, (clip,), text = Step(True), made(1), torch.randn(1, 4)
+    cached: Any = graphcache.transform(model, PLAN)
+    stretches = ([0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5])
+    with cached.session(driver):
+        for steps in stretches:
+            alone: Any = graphcache.transform(model, PLAN)
+            alone.reset(start_step=steps[0])
+            for step in steps:
+                driver.at(step)
+                call = {"x": clip, "timestep": driver.timesteps[step].expand(1), "text": text}
+                assert_same(cached(**call), alone(**call))
+    assert sum("the scheduler went back from step" in r.getMessage() for r in caplog.records) == 2
+
+
 def test_windows_that_begin_late_are_refused(model: Any) -> None:
     cached = graphcache.transform(model, PLAN)
     with pytest.raises(StateError, match="step 3: this model was called 2 times"):

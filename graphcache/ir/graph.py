@@ -243,6 +243,12 @@ def storage_bytes(value: torch.Tensor) -> int:
     return value.numel() * value.element_size()
 
 
+def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What code is made for of a tensor: dtype, device, shape and strides."""
+    strides = tensor.stride() if tensor.layout == torch.strided else None
+    return tensor.dtype, tensor.device, tensor.shape, strides
+
+
 def same_sizes(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
     """Whether sizes are known to be equal; of those that depend on data that may be unknown."""
     return len(ours) == len(theirs) and all(
