@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from graphcache.explanation import user_line
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
+from graphcache.rehearsal import random_states_kept
 
 _OTHERWISE = 0.99990123
 """Makes another time nearby, one that no short binary fraction holds: rounding shows with it."""
@@ -59,7 +60,7 @@ def refuse_unlike_numbers(call: CallSpec, model: Callable[..., Any], tensors: Se
     numbers: list[Any] = list(given)
     for index in call.numbers:
         numbers[index] = given[index].item()
-    with torch.random.fork_rng():
+    with random_states_kept(tensor.device for tensor in tensors):
         expected = OutputSpec.of(call.run(model, numbers))[1]
     try:
         found = OutputSpec.of(run_as_tensors(call, model, given))[1]

@@ -10,7 +10,7 @@ import torch
 from graphcache.clock import Clock, read_progress
 from graphcache.ir.errors import StateError
 from graphcache.matching import Call, Matching, stamp, version
-from graphcache.schedulers import Position, belongs, read_timestep
+from graphcache.schedulers import Position, belongs, read_timestep, weakly
 from graphcache.session import Branch, Generation, Session, Stamp, Timesteps
 
 Place = tuple[Generation, Branch]
@@ -63,7 +63,7 @@ class _Placement(Matching):
         if step is None:
             step = self.session.driver.first_step(position.timesteps, self.call.timestep)
         _refuse_past_end(step, steps)
-        return self._begin(steps, step, Timesteps.of(self.session.driver.scheduler, position.timesteps))
+        return self._begin(steps, step, Timesteps(position.timesteps, weakly(self.session.driver.scheduler)))
 
     def _beside(self, now: Generation) -> Place:
         """A further call while the scheduler stands where it stood."""

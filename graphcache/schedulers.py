@@ -42,7 +42,7 @@ class Driver:
 
     def __init__(self, scheduler: Any = None, pipe: Any = None, caller: Caller | None = None) -> None:
         self._scheduler = scheduler
-        self._given = _weakly(pipe)
+        self._given = weakly(pipe)
         self._caller = caller
         self.below: int | None = None
 
@@ -124,10 +124,13 @@ class Driver:
                         "scheduler with a begin index"
                     )
                 return index
+        nearest = min(range(len(values)), key=lambda index: abs(values[index] / 1000 - now))
+        if found is None and belongs(values, nearest, now, _SCALED[1:]):
+            return nearest
         return announced if found is None else found
 
 
-def _weakly(thing: Any) -> Callable[[], Any]:
+def weakly(thing: Any) -> Callable[[], Any]:
     """Returns a thing for as long as someone else holds it, or for good if its class allows nothing else."""
     try:
         return weakref.ref(thing)

@@ -35,13 +35,6 @@ class Timesteps:
     tensor: torch.Tensor
     scheduler: Callable[[], Any]
 
-    @staticmethod
-    def of(scheduler: Any, tensor: torch.Tensor) -> "Timesteps":
-        try:
-            return Timesteps(tensor, weakref.ref(scheduler))
-        except TypeError:  # its class has no place for weak references
-            return Timesteps(tensor, lambda: scheduler)
-
     @property
     def replaced(self) -> bool:
         """Whether the scheduler was given others since, or is gone: what ran by these is over."""

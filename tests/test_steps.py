@@ -274,6 +274,27 @@ def test_a_session_follows_the_scheduler_that_it_is_given() -> None:
         assert [step.reused for step in cached.summary().branches[0].steps] == [0, 2, 2, 0]
 
 
+@pytest.mark.parametrize("scale", [1, 1000])
+@pytest.mark.parametrize(
+    "kind", ["DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"]
+)
+def test_a_loop_of_ones_own_may_start_in_the_middle_of_a_schedule(kind: str, scale: int) -> None:
+    """Also where the model is given a thousandth of the timestep, and no begin index was set."""
+    scheduler = getattr(diffusers, kind)()
+    scheduler.set_timesteps(6)
+    cached = graphcache.transform(tiny(), presets.fora(6))
+    alone = graphcache.transform(tiny(), presets.fora(6))
+    alone.reset(start_step=3)
+    with cached.session(scheduler=scheduler):
+        for t in scheduler.timesteps[3:]:
+            kwargs = {**arguments(), "timestep": (t / scale).float().expand(2)}
+            noise = cached(**kwargs)
+            assert_same(noise, alone(**kwargs))
+            scheduler.step(noise, t, arguments()["x"])
+        (branch,) = cached.summary().branches
+    assert [step.step for step in branch.steps] == [3, 4, 5]
+
+
 def test_a_copied_pipeline_follows_its_own_scheduler() -> None:
     tiny_pipe = PIPELINES["pixart"]
     pipe = transformed(tiny_pipe, presets.fora(6))
