@@ -177,7 +177,7 @@ class _Placement(Matching):
         line: str | None = None,
     ) -> Place:
         call = self.call
-        made = Generation(steps, step, step, *_marks(call), timesteps, clock, line)
+        made = Generation(steps, step, step, *_marks(call, timesteps), timesteps, clock, line)
         return made, (call.name, 0)
 
     def _begin_untold(self, now: Generation | None, timestep: float | None = None) -> Place:
@@ -193,25 +193,28 @@ class _Placement(Matching):
 
     def _next(self, now: Generation, step: int, clock: Clock | None = None) -> Place:
         """A later evaluation of the generation."""
-        later = now.at(step, *_marks(self.call), clock)
+        later = now.at(step, *_marks(self.call, now.timesteps), clock)
         branch = self.following(now)
         schedule = now.timesteps if clock is None and self.free(later) else None
         last, timestep = now.latest, self.call.timestep
-        told = schedule is not None and last is not None and timestep is not None
-        if told and (branch is None or self.is_stranger(branch)):
-            assert schedule is not None
-            assert last is not None
-            assert timestep is not None
+        if (schedule is not None and last is not None and timestep is not None) and (
+            branch is None or self.is_stranger(branch)
+        ):
             _refuse_foreign(schedule.tensor, now.step, step, last, timestep)
         return later, branch or self.another()
 
 
-def _marks(call: Call) -> tuple[torch.Tensor | None, Stamp | None, tuple[Stamp, ...]]:
-    """What a generation notes of the first call of an evaluation; a timestep may be written in place."""
-    latents = tuple(map(stamp, call.latents))
-    if call.timestep is None:
+def _marks(
+    call: Call, timesteps: Timesteps | None
+) -> tuple[torch.Tensor | None, Stamp | None, tuple[Stamp, ...]]:
+    """What a generation notes of the first call of an evaluation.
+
+    A timestep may be written in place, so that it is copied where a scheduler's position is held against it.
+    """
+    latents, timestep = tuple(map(stamp, call.latents)), call.timestep
+    if timestep is None:
         return None, None, latents
-    return call.timestep.detach().clone(), stamp(call.timestep), latents
+    return None if timesteps is None else timestep.detach().clone(), stamp(timestep), latents
 
 
 def _untold(call: Call) -> StateError:

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,8 +49,8 @@ class Generation:
     `called` are the branches that the step has seen, `before` how many the step before it had, `start` is the
     first step. `timesteps` are the scheduler's, whose identity is the generation's. `line` is the cache
     context that alone has this generation, because its fields tell the step; None for one of all calls.
-    Of the step's first call `latest` is the timestep, if it has one, as a copy; `stamp` and `latents` are
-    marks of that tensor and of the latents.
+    Of the step's first call `latest` is the timestep, a copy, if there is one and a scheduler drives; `stamp`
+    and `latents` are marks of that tensor and of the latents.
     """
 
     steps: int
@@ -82,7 +82,10 @@ class Generation:
         )  # fmt: skip
 
     def by(self, branch: Branch) -> "Generation":
-        return replace(self, called=(*self.called, branch))
+        return Generation(
+            self.steps, self.step, self.start, self.latest, self.stamp, self.latents, self.timesteps,
+            self.clock, self.line, (*self.called, branch), self.before, self.begins,
+        )  # fmt: skip
 
     @property
     def untouched(self) -> bool:
@@ -136,6 +139,7 @@ class Session:
         self._cut_short = 0
         self._lock = threading.Lock()
         self._owner: weakref.ref[Any] | None = None
+        self._runner: Any = None
 
     def generation(self, line: str | None = None) -> Generation | None:
         """The generation in progress, or the one that the context's own fields tell of."""
@@ -155,8 +159,9 @@ class Session:
         self._refuse_closed()
         if not self._lock.acquire(blocking=False):
             raise _occupied("is in a call of this model")
+        self._runner = runner_now()
         owner = self._owner and self._owner()
-        if self._owner is not None and owner is not runner_now() and not self.opened:
+        if self._owner is not None and owner is not self._runner and not self.opened:
             self._take_over(owner is None or not _is_alive(owner))
 
     def _refuse_closed(self) -> None:
@@ -176,6 +181,7 @@ class Session:
 
     def release(self) -> None:
         """Leave a call."""
+        self._runner = None
         self._lock.release()
 
     def refuse_others(self, following: Generation | None) -> None:
@@ -184,7 +190,7 @@ class Session:
         Args:
             following: the generation that the call belongs to, None if it fits nowhere.
         """
-        owner, runner = self._owner and self._owner(), runner_now()
+        owner, runner = self._owner and self._owner(), self._runner
         if owner is None or owner is runner or not _is_alive(owner) or not self._competes(owner, runner):
             return
         now = self._lines.get(following.line) if following else self.unfinished
@@ -226,7 +232,7 @@ class Session:
             self._begin(generation)
         elif not generation.called:
             self._release_missing(generation)
-        self._owner = weakref.ref(runner_now())
+        self._owner = weakref.ref(self._runner)
         self._lines[generation.line] = generation.by(branch)
         before = self.states.pop(branch, None)
         if before is not None and before is not state:

@@ -36,6 +36,9 @@ class CacheState:
 
     def trim(self, keep: Mapping[str, int]) -> None:
         """Drop what no later step reads."""
+        if not any(keep.values()):
+            self.entries.clear()
+            return
         for site, history in self.entries.items():
             del history[keep.get(site, 0) :]
 
