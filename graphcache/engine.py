@@ -115,11 +115,13 @@ class Engine:
                 spec.given_latents(tensors),
                 tuple(map(version, constants)),
                 spec.leaf_names,
+                bound,
+                tensors,
             )
             generation, branch = self._placed(session, call)
             if generation.untouched:
                 call = replace(call, key=self._key(signature, begins=True))
-            state = self._state(session, generation, branch, call, bound, tensors)
+            state = self._state(session, generation, branch, call)
             if state.role == "uncond":
                 hand_over(session.states.get(("cond", branch[1])), state)
             if generation.untouched:
@@ -233,15 +235,7 @@ class Engine:
             spec = self._specs[signature] = CallSpec.of(self.binder, bound)
         return spec
 
-    def _state(
-        self,
-        session: Session,
-        generation: Generation,
-        branch: Branch,
-        call: Call,
-        bound: Mapping[str, Any],
-        tensors: Sequence[torch.Tensor],
-    ) -> BranchState:
+    def _state(self, session: Session, generation: Generation, branch: Branch, call: Call) -> BranchState:
         """The branch's state at this step; one that did not run the step before begins empty."""
         begins = generation.untouched
         plan = self.plan_for(generation.steps)
@@ -260,29 +254,21 @@ class Engine:
                 "there; where inputs change from step to step, name the calls: model.cache_context(name)"
             )
         if state is None:
-            state = self._begun(plan, generation.step, call, bound, tensors)
+            state = self._begun(plan, generation.step, call)
         elif state.key != call.key:
-            state = self._changed(state, plan, generation.step, call, bound, tensors)
-        elif changed := changed_inputs(state, tensors):
-            self._leave_prologue(state, changed, tensors)
+            state = self._changed(state, plan, generation.step, call)
+        elif changed := changed_inputs(state, call.tensors):
+            self._leave_prologue(state, changed, call.tensors)
         state.step = generation.step
         state.note(call.constants, call.versions)
         return state
 
-    def _changed(
-        self,
-        state: BranchState,
-        plan: Plan,
-        step: int,
-        call: Call,
-        bound: Mapping[str, Any],
-        tensors: Sequence[torch.Tensor],
-    ) -> BranchState:
+    def _changed(self, state: BranchState, plan: Plan, step: int, call: Call) -> BranchState:
         """The state for another signature, or another form of the model, in the middle of a generation."""
         refuse_conversion(state.key, call.key)
-        program = self._program(call.key, bound, tensors)
+        program = self._program(call.key, call.bound, call.tensors)
         if state.key[1:] == call.key[1:]:
-            role, shared = self._lowered_for(plan, call, program, tensors)
+            role, shared = self._lowered_for(plan, call, program)
             made = carried(state, call.key, program, program.schedule(plan, state.start, role, shared))
         else:
             made = halved(state, call.key, program, plan, step)
@@ -291,7 +277,7 @@ class Engine:
                 f"{what_changed(state.key, call.key)} at step {step} of a generation: what the steps before "
                 "have cached does not fit, so the caches begin anew"
             )
-            return self._begun(plan, step, call, bound, tensors)
+            return self._begun(plan, step, call)
         return made
 
     def _say_once(self, text: str) -> None:
@@ -313,28 +299,19 @@ class Engine:
                     part,
                 )
 
-    def _begun(
-        self,
-        plan: Plan,
-        step: int,
-        call: Call,
-        bound: Mapping[str, Any],
-        tensors: Sequence[torch.Tensor],
-    ) -> BranchState:
+    def _begun(self, plan: Plan, step: int, call: Call) -> BranchState:
         """A state whose history begins with this call."""
-        program = self._program(call.key, bound, tensors)
-        role, shared = self._lowered_for(plan, call, program, tensors)
+        program = self._program(call.key, call.bound, call.tensors)
+        role, shared = self._lowered_for(plan, call, program)
         state = begun(call.key, program, plan, step, role, shared)
         self._say_what_is_left(plan, program)
         return state
 
-    def _lowered_for(
-        self, plan: Plan, call: Call, program: Program, tensors: Sequence[torch.Tensor]
-    ) -> tuple[Role, bool]:
+    def _lowered_for(self, plan: Plan, call: Call, program: Program) -> tuple[Role, bool]:
         """Which calls of guidance these are, and whether tokens are chosen for both halves of a batch."""
-        role = self._role(plan, call.name, program, tensors)
+        role = self._role(plan, call.name, program, call.tensors)
         shares = role == "only" and any(item.is_measured for item in plan.letters)
-        return role, shares and is_doubled(program.captured.call.given_latents(tensors))
+        return role, shares and is_doubled(call.latents)
 
     def _role(self, plan: Plan, name: str, program: Program, tensors: Sequence[torch.Tensor]) -> Role:
         """Which calls of guidance these are, by the cache context and by the latents."""

@@ -2,7 +2,7 @@
 
 import itertools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,9 @@ UNDECLARED = 4
 class Call:
     """What is known of a call before it is placed.
 
-    `fields` are those of the cache context, `constants` the inputs beside latents and timestep, `versions`
-    count how often each of them was written, `names` are those of the leaves.
+    `fields` are those of the cache context, `bound` the arguments by name, `tensors` their leaves and `names`
+    those leaves' names. `constants` are the inputs beside latents and timestep, `versions` count how often
+    each of them was written.
     """
 
     name: str
@@ -31,7 +32,9 @@ class Call:
     timestep: torch.Tensor | None
     latents: tuple[torch.Tensor, ...]
     versions: tuple[int, ...]
-    names: tuple[str, ...] = ()
+    names: tuple[str, ...]
+    bound: Mapping[str, Any]
+    tensors: Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
