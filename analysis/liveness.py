@@ -1,7 +1,7 @@
 """From a plan's rows to phases: what each step loads, stores and drops."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from graphcache.analysis.frequency import factors
@@ -191,11 +191,12 @@ def _assemble(
         phases.append(replace(phase, half=doubled and phase.is_answered))
         for i in members[index]:
             weights[i] = tuple(tracks[t].weights[i] or UNCORRECTED for t in groups)
+    known: dict[tuple[int, ...], Mapping[str, int]] = {}
     result = tuple(
         Step(
             order[columns[i]],
             weights[i],
-            {t.name: t.keep(step) for t in tracks},
+            _kept(tracks, step, known),
             tuple(t.selections[step] for t in tracks if step in t.selections),
         )
         for i, step in enumerate(steps)
@@ -203,6 +204,14 @@ def _assemble(
     ranges = {site_of(t.name): t.blocks for t in tracks if t.name.startswith("range(")}
     bounds = tuple((name, blocks.start, blocks.stop - 1) for name, blocks in ranges.items())
     return Schedule(tuple(phases), result, bounds, guided, tuple(memories))
+
+
+def _kept(
+    tracks: Sequence[Track], step: int, known: dict[tuple[int, ...], Mapping[str, int]]
+) -> Mapping[str, int]:
+    """How many entries of each history are kept after a step: one object for all steps that keep the same."""
+    counts = tuple([track.keep(step) for track in tracks])
+    return known.setdefault(counts, dict(zip([track.name for track in tracks], counts, strict=True)))
 
 
 def _merged(columns: list[_Column]) -> list[_Column]:

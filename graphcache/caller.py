@@ -1,5 +1,6 @@
 """The pipeline that calls a model: found on Python's stack, whoever made it and wherever it was sent."""
 
+import functools
 import operator
 import sys
 import weakref
@@ -40,7 +41,8 @@ class Caller:
         for _ in range(FARTHEST):
             if frame is None:
                 return None
-            pipe = _driving(frame, model, _names(frame.f_code, handed))
+            names = _names(frame.f_code, handed)
+            pipe = _driving(frame, model, names) if names else None
             if pipe is not None or id(frame) == below:
                 return pipe
             frame = frame.f_back
@@ -55,6 +57,7 @@ def _outside() -> FrameType | None:
     return frame.f_back if frame is not None and frame.f_code is _MODULE_CALL else frame
 
 
+@functools.lru_cache(maxsize=1024)
 def _names(code: CodeType, handed: bool) -> tuple[str, ...]:
     """The arguments that may be a pipeline: all, or that whose method the function is."""
     if handed:
@@ -66,8 +69,6 @@ def _names(code: CodeType, handed: bool) -> tuple[str, ...]:
 
 def _driving(frame: FrameType, model: nn.Module | None, names: Sequence[str]) -> Any:
     """The one of a function's variables that has a scheduler and the model."""
-    if not names:
-        return None
     variables, found = frame.f_locals, None
     for name in names:
         value = variables.get(name)

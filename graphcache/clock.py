@@ -1,14 +1,13 @@
 """Which step a call is, told from nothing but its timestep."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from graphcache.ir.errors import StateError
 
 
-@dataclass(frozen=True, slots=True)
-class Clock:
+class Clock(NamedTuple):
     """Where a model stands in its generation; `step` is the step of the latest evaluation.
 
     An evaluation continues the generation while its timestep goes on in the same direction. A jump back, or

@@ -120,7 +120,7 @@ class Engine:
             )
             generation, branch = self._placed(session, call)
             if generation.untouched:
-                call = replace(call, key=self._key(signature, begins=True))
+                call = call._replace(key=self._key(signature, begins=True))
             state = self._state(session, generation, branch, call)
             if state.role == "uncond":
                 hand_over(session.states.get(("cond", branch[1])), state)

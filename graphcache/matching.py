@@ -4,7 +4,7 @@ import itertools
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,8 +16,7 @@ UNDECLARED = 4
 """Calls at one step that are taken for branches where the scheduler tells the step."""
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """What is known of a call before it is placed.
 
     `fields` are those of the cache context, `bound` the arguments by name, `tensors` their leaves and `names`

@@ -16,7 +16,9 @@ from graphcache.runner import Key
 def ambient() -> tuple[Hashable, ...]:
     """What tracing and compiled code depend on besides the arguments."""
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-    dtypes = tuple(torch.get_autocast_dtype(d) for d, on in zip(("cpu", "cuda"), autocast, strict=True) if on)
+    dtypes: tuple[torch.dtype, ...] = ()
+    if any(autocast):
+        dtypes = tuple(torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
     return autocast, dtypes, attention_kernels(), _attention_backend(), torch.is_grad_enabled()
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class _Placement(Matching):
             moved = self._moved(now)
             if moved is not None:
                 # the pipeline steps copies of its scheduler, which itself stands still
-                return self._timed(replace(now, clock=Clock.begin(now.steps, moved, now.step)))
+                return self._timed(now._replace(clock=Clock.begin(now.steps, moved, now.step)))
         if branch is None:
             raise self.several(now)
         return now, branch
@@ -83,9 +83,10 @@ class _Placement(Matching):
         Raises:
             StateError: it has, in the middle of a generation.
         """
-        if now.latest is None or self.call.timestep is None:
+        latest = _unwritten(now)
+        if latest is None or self.call.timestep is None:
             return None
-        before, progress = read_progress(now.latest), read_progress(self.call.timestep)
+        before, progress = read_progress(latest), read_progress(self.call.timestep)
         if progress != before and now.step > now.start:
             raise StateError(
                 f"step {now.step}: the pipeline's scheduler stands at timestep {before:g}, but the model "
@@ -164,9 +165,10 @@ class _Placement(Matching):
             return True
         if repeats and now.step > now.start and len(self._called(now)) >= (self.session.branches or 1):
             return False
-        if timestep is None or now.latest is None:
+        latest = _unwritten(now)
+        if timestep is None or latest is None:
             return not (repeats or self.equals_another(now))
-        return read_timestep(now.latest) == read_timestep(timestep)
+        return read_timestep(latest) == read_timestep(timestep)
 
     def _begin(
         self,
@@ -177,7 +179,7 @@ class _Placement(Matching):
         line: str | None = None,
     ) -> Place:
         call = self.call
-        made = Generation(steps, step, step, *_marks(call, timesteps), timesteps, clock, line)
+        made = Generation(steps, step, step, *_marks(call, timesteps, None), timesteps, clock, line)
         return made, (call.name, 0)
 
     def _begin_untold(self, now: Generation | None, timestep: float | None = None) -> Place:
@@ -193,10 +195,10 @@ class _Placement(Matching):
 
     def _next(self, now: Generation, step: int, clock: Clock | None = None) -> Place:
         """A later evaluation of the generation."""
-        later = now.at(step, *_marks(self.call, now.timesteps), clock)
+        later = now.at(step, *_marks(self.call, now.timesteps, now.stamp), clock)
         branch = self.following(now)
         schedule = now.timesteps if clock is None and self.free(later) else None
-        last, timestep = now.latest, self.call.timestep
+        last, timestep = _unwritten(now), self.call.timestep
         if (schedule is not None and last is not None and timestep is not None) and (
             branch is None or self.is_stranger(branch)
         ):
@@ -205,16 +207,39 @@ class _Placement(Matching):
 
 
 def _marks(
-    call: Call, timesteps: Timesteps | None
-) -> tuple[torch.Tensor | None, Stamp | None, tuple[Stamp, ...]]:
+    call: Call, timesteps: Timesteps | None, before: Stamp | None
+) -> tuple[tuple[torch.Tensor, int] | None, Stamp | None, tuple[Stamp, ...]]:
     """What a generation notes of the first call of an evaluation.
 
-    A timestep may be written in place, so that it is copied where a scheduler's position is held against it.
+    A scheduler's position is held against the timestep, which is copied for that where it may be written in
+    place: at first, and wherever the tensor of the evaluation before was written since or is used again.
     """
     latents, timestep = tuple(map(stamp, call.latents)), call.timestep
     if timestep is None:
         return None, None, latents
-    return None if timesteps is None else timestep.detach().clone(), stamp(timestep), latents
+    mark = stamp(timestep)
+    if timesteps is None:
+        return None, mark, latents
+    held = timestep.detach()
+    if not _is_left_alone(before, mark):
+        held = held.clone()
+    return (held, version(held)), mark, latents
+
+
+def _unwritten(now: Generation) -> torch.Tensor | None:
+    """The timestep of an evaluation's first call, if it is still what it was then."""
+    if now.latest is None:
+        return None
+    tensor, count = now.latest
+    return tensor if version(tensor) == count else None
+
+
+def _is_left_alone(before: Stamp | None, mark: Stamp) -> bool:
+    """Whether this is another tensor than the one before, and that one was not written since."""
+    if before is None or before[1] < 0 or mark[1] < 0:
+        return False
+    tensor = before[0]()
+    return tensor is None or (tensor is not mark[0]() and version(tensor) == before[1])
 
 
 def _untold(call: Call) -> StateError:

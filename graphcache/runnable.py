@@ -1,6 +1,6 @@
 """A graph that can be called, and what its ports are fed."""
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -20,6 +20,30 @@ class _Kind(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+
+
+@dataclass(frozen=True)
+class Places:
+    """Input ports by how they are looked up at every step.
+
+    `reads` are those that take an entry of a history as it is, at (site, entry, part) in `entries`; `others`
+    are the rest. `order` puts reads and others, one after the other, into the order of the ports; it is
+    empty where they stand so.
+    """
+
+    reads: tuple[CacheRead, ...]
+    entries: tuple[tuple[str, int, int], ...]
+    others: tuple[InPort, ...]
+    order: tuple[int, ...]
+
+    @staticmethod
+    def of(ports: Sequence[InPort]) -> "Places":
+        reads = tuple(port for port in ports if isinstance(port, CacheRead) and not port.changed)
+        others = tuple(port for port in ports if port not in set(reads))
+        found = {port: i for i, port in enumerate((*reads, *others))}
+        order = tuple(found[port] for port in ports)
+        entries = tuple((port.site, port.entry, port.part) for port in reads)
+        return Places(reads, entries, others, () if order == tuple(range(len(order))) else order)
 
 
 @dataclass(frozen=True)
@@ -49,12 +73,9 @@ class Runnable:
         return made
 
     @cached_property
-    def places(self) -> tuple[tuple[InPort, tuple[str, int, int]], ...]:
-        """The input ports; those that read a history with its site, entry and part, others with no site.
-
-        Entries that are changed in place are looked up with care: none of them is in its history's place.
-        """
-        return tuple((port, _place(port)) for port in self.step.inputs)
+    def places(self) -> "Places":
+        """Where each input port's tensor is found."""
+        return Places.of(self.step.inputs)
 
     def blank(self, port: CacheRead) -> torch.Tensor:
         """What is read where nothing was stored yet."""
@@ -88,9 +109,3 @@ class Runnable:
             made = torch.tensor(values, dtype=kind.dtype, device=kind.device)
             self._coefficients[group, values] = made
         return made
-
-
-def _place(port: InPort) -> tuple[str, int, int]:
-    if not isinstance(port, CacheRead):
-        return "", 0, 0
-    return port.site, sys.maxsize if port.changed else port.entry, port.part

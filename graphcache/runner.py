@@ -119,7 +119,7 @@ def run_step(state: BranchState, tensors: Sequence[torch.Tensor], evaluate: Eval
         position += parts
     if step.selections:
         _choose(state)
-    if runnable.stored or step.keep != state.kept:
+    if runnable.stored or step.keep is not state.kept:
         cache.trim(step.keep)
         state.kept = step.keep
     state.ran.append(Ran(state.step, program, state.schedule, state.step - state.start, hoists))
@@ -278,18 +278,18 @@ def feed(
         if cache.half_hoisted is None:
             cache.half_hoisted = runnable.half.hoisted_rows(hoisted)
         hoisted = cache.half_hoisted
-    tensors: list[torch.Tensor] = []
-    for port, (site, entry, part) in runnable.places:
-        if isinstance(port, CacheRead):
-            history = entries.get(site)
-            if history and entry < len(history):
-                tensors.append(history[entry][part])
-            else:
-                tensors.append(_read(cache, runnable, port))
+    places = runnable.places
+    try:
+        tensors = [entries[site][entry][part] for site, entry, part in places.entries]
+    except (KeyError, IndexError):  # too little is cached as yet
+        tensors = [_read(cache, runnable, port) for port in places.reads]
+    for port in places.others:
+        if isinstance(port, Input):
+            tensors.append(inputs[port.index])
         elif isinstance(port, Hoisted):
             tensors.append(hoisted[port.name])
-        elif isinstance(port, Input):
-            tensors.append(inputs[port.index])
+        elif isinstance(port, CacheRead):
+            tensors.append(_read(cache, runnable, port))
         elif isinstance(port, Table):
             tensors.append(runnable.tables[port])
         elif isinstance(port, Chosen):
@@ -297,6 +297,8 @@ def feed(
             tensors.append(choice.clusters if port.clusters else choice.places)
         else:
             tensors.append(runnable.coefficients(port.group, step.coefficients[port.group]))
+    if places.order:
+        tensors = [tensors[i] for i in places.order]
     return tensors if len(set(map(id, tensors))) == len(tensors) else distinct(tensors)
 
 

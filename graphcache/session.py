@@ -8,7 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,21 +42,21 @@ class Timesteps:
         return scheduler is None or scheduler.timesteps is not self.tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
+class Generation(NamedTuple):
     """A run through a schedule of `steps` evaluations, at one of them.
 
     `called` are the branches that the step has seen, `before` how many the step before it had, `start` is the
     first step. `timesteps` are the scheduler's, whose identity is the generation's. `line` is the cache
     context that alone has this generation, because its fields tell the step; None for one of all calls.
-    Of the step's first call `latest` is the timestep, a copy, if there is one and a scheduler drives; `stamp`
-    and `latents` are marks of that tensor and of the latents.
+    Of the step's first call `latest` is the timestep with its version, if there is one and a scheduler
+    drives: a copy, where it may be written in place. `stamp` and `latents` are marks of that tensor and of
+    the latents.
     """
 
     steps: int
     step: int
     start: int
-    latest: torch.Tensor | None
+    latest: tuple[torch.Tensor, int] | None
     stamp: Stamp | None
     latents: tuple[Stamp, ...]
     timesteps: Timesteps | None = None
@@ -69,7 +69,7 @@ class Generation:
     def at(
         self,
         step: int,
-        latest: torch.Tensor | None,
+        latest: tuple[torch.Tensor, int] | None,
         stamp: Stamp | None,
         latents: tuple[Stamp, ...],
         clock: Clock | None = None,
@@ -302,10 +302,8 @@ class Session:
 
 def runner_now() -> Any:
     """The asyncio task or the thread that this runs in."""
-    try:
-        return asyncio.current_task() or threading.current_thread()
-    except RuntimeError:  # no event loop
-        return threading.current_thread()
+    loop = asyncio._get_running_loop()
+    return (loop and asyncio.current_task(loop)) or threading.current_thread()
 
 
 def _is_alive(runner: Any) -> bool:

@@ -31,6 +31,8 @@ _PLAIN = (*_BY_VALUE, *_BY_IDENTITY, numbers.Number, range, slice)
 _UNNAMED = Names()
 _KNOWN_NUMBERS = 256
 """Tensors of numbers that are kept."""
+_KNOWN_ORDERS = 64
+"""Ways of giving the arguments whose order is kept."""
 
 
 class Binder:
@@ -49,6 +51,7 @@ class Binder:
         self.names = [n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         self.required = {n for n in self.names if parameters[n].default is inspect.Parameter.empty}
         self._position = {name: i for i, name in enumerate(self.names)}
+        self._orders: dict[tuple[str, ...], tuple[str, ...]] = {}
         self._numbers: dict[tuple[type, float], torch.Tensor] = {}
         self.positional_only = {
             n for n, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY
@@ -63,10 +66,19 @@ class Binder:
             twice = sorted(bound.keys() & kwargs)
             raise TypeError(f"forward got several values for {', '.join(twice)}")
         bound.update(kwargs)
-        if missing := self.required - bound.keys():
+        given = tuple(bound)
+        order = self._orders.get(given)
+        if order is None:
+            order = self._orders[given] = self._ordered(given)
+        return bound if order == given else {name: bound[name] for name in order}
+
+    def _ordered(self, given: tuple[str, ...]) -> tuple[str, ...]:
+        if missing := self.required.difference(given):
             raise TypeError(f"forward is missing {', '.join(sorted(missing))}")
+        if len(self._orders) >= _KNOWN_ORDERS:
+            self._orders.clear()
         last = len(self.names)
-        return dict(sorted(bound.items(), key=lambda item: (self._position.get(item[0], last), item[0])))
+        return tuple(sorted(given, key=lambda name: (self._position.get(name, last), name)))
 
     def signature(self, bound: Mapping[str, Any]) -> tuple[tuple[Hashable, ...], list[torch.Tensor]]:
         """The key under which a capture is valid, and the tensor leaves in order.
