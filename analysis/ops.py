@@ -72,7 +72,9 @@ SLICES = frozenset(
 )
 """Some of the elements."""
 
-ADDS = frozenset({aten.add.Tensor, aten.addcmul.default})
+LERPS = frozenset({aten.lerp.Scalar, aten.lerp.Tensor})
+
+ADDS = frozenset({aten.add.Tensor, aten.addcmul.default, aten.sub.Tensor, *LERPS})
 """Sums, of which a residual add is one."""
 
 WRITES = frozenset({aten.index_put_.default, aten.copy_.default})

@@ -72,10 +72,15 @@ def _is_injected(flow: Dataflow, stream: fx.Node) -> bool:
 
 
 def _operands(node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    """What of an add may be (stream, branch); of addcmul, gate and branch are the two factors."""
+    """What of an add may be (stream, branch); of addcmul, gate and branch are the two factors.
+
+    What is subtracted is a branch, and so is what a stream is blended with.
+    """
     nodes = [item for item in node.args if isinstance(item, fx.Node)]
     if node.target is ops.aten.addcmul.default:
         return [(nodes[0], nodes[1]), (nodes[0], nodes[2])]
+    if node.target in ops.LERPS or (node.target is ops.aten.sub.Tensor and len(nodes) == 2):
+        return [(nodes[0], nodes[1])]
     if node.target is not ops.aten.add.Tensor or len(nodes) != 2:
         return []
     left, right = nodes

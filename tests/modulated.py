@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 DIM, TOKENS, TEXT = 8, 5, 3
+FORMS = (
+    "add", "swapped", "alpha", "addcmul", "in place", "subtracted", "blended", "blended by gate"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ recipes = st.builds(
     constant=st.booleans(),
     embedding=st.sampled_from(["none", "once", "each", "latent"]),
     token=st.sampled_from(["none", "time", "register"]),
-    form=st.sampled_from(["add", "swapped", "alpha", "addcmul", "in place"]),
+    form=st.sampled_from(FORMS),
     again=st.booleans(),
     first=st.sampled_from(["none", "each", "inside"]),
     text=st.booleans(),
@@ -149,6 +152,12 @@ class Block(nn.Module):
                 return torch.add(x, gate * branch, alpha=0.5)
             case "addcmul":
                 return torch.addcmul(x, gate.expand_as(branch), branch)
+            case "subtracted":
+                return x - gate * branch
+            case "blended":
+                return torch.lerp(x, gate * branch, 0.3)
+            case "blended by gate":
+                return torch.lerp(x, branch, gate.expand_as(branch))
             case "in place":
                 x = x.clone()
                 x += gate * branch
