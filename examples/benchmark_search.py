@@ -87,7 +87,7 @@ class Bench:
     def plans(self) -> None:
         """Search and tune a plan for every speed-up, and one against the converged solution."""
         profile = graphcache.load_profile(self.folder / "profile.json")
-        check = checker(self.sampling, self.items(TRAINED, 1), self.example.steps, "timestep")
+        check = checker(self.sampling, self.items(TRAINED, 1), self.example.steps)
         self.example.plans.mkdir(exist_ok=True)
         for speedup in self.arguments.speedups:
             if not self.plan_path(speedup).exists():
@@ -197,7 +197,7 @@ class Bench:
         sites = {name: [site.name for site in group] for name, group in families(profile).items()}
         rounds = self.arguments.rounds
         seconds = step_seconds(
-            self.example.model, inputs, sites, backend="inductor", timestep="timestep", rounds=rounds
+            self.example.model, inputs, sites, backend="inductor", names=self.sampling.names, rounds=rounds
         )
         plans = self.tuned()
         for name, measured in self._speedups(plans).items():

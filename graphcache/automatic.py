@@ -9,6 +9,7 @@ from graphcache.compile import Backend
 from graphcache.holding import MEMORY
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
+from graphcache.ir.roles import Names
 from graphcache.profile import Profile
 from graphcache.profiling import profile
 from graphcache.sampling import Sampler, Sampling
@@ -48,6 +49,7 @@ def auto(
     conditional: str | None = None,
     backend: Backend = "inductor",
     timestep: str | None = None,
+    latents: str | Sequence[str] = (),
     data_range: float = 2.0,
     seed: int = 0,
     memory: int = MEMORY,
@@ -71,6 +73,7 @@ def auto(
         conditional: the conditional half of a doubled batch.
         backend: of the timed steps and of the result.
         timestep: the name of the timestep argument, if it is not found.
+        latents: those of the latents, as for `transform`.
         data_range: largest minus smallest value of a result.
         seed: of the profile.
         memory: bytes that profiling and tuning may take for intermediate results.
@@ -82,7 +85,7 @@ def auto(
     """
     if len(samples) < 2:
         raise GraphCacheError("auto needs two samples or more: one of them judges the plan")
-    sampling = Sampling.of(model_or_pipe, sampler)
+    sampling = Sampling.of(model_or_pipe, sampler, Names.of(timestep, latents))
     held = max(1, len(samples) // 4)
     trained, judges = samples[:-held], samples[-held:]
     place = None if folder is None else os.path.join(folder, "profile.json")
@@ -93,6 +96,7 @@ def auto(
         sampler=sampler,
         conditional=conditional,
         timestep=timestep,
+        latents=latents,
         seed=seed,
         memory=memory,
         backend=backend,
@@ -101,7 +105,7 @@ def auto(
     )
     progress("searching")
     found = search(
-        measured, speedup=speedup, max_bytes=max_bytes, check=checker(sampling, trained[:2], steps, timestep)
+        measured, speedup=speedup, max_bytes=max_bytes, check=checker(sampling, trained[:2], steps)
     )
     plan, tuned = found.plan, None
     if iterations and plan.lists_coefficients:
@@ -115,6 +119,7 @@ def auto(
             iterations=iterations,
             data_range=data_range,
             timestep=timestep,
+            latents=latents,
             memory=memory,
             progress=lambda now: progress(f"tuning, iteration {now.number + 1} of at most {iterations}"),
         )
@@ -123,19 +128,17 @@ def auto(
     if folder is not None:
         plan.save(os.path.join(folder, "plan.txt"))
     progress("checking")
-    held_out = judged(sampling, plan, judges, timestep, data_range)
-    made = transform(model_or_pipe, plan, backend=backend, timestep=timestep)
+    held_out = judged(sampling, plan, judges, data_range)
+    made = transform(model_or_pipe, plan, backend=backend, timestep=timestep, latents=latents)
     return Automatic(made, plan, measured, found, tuned, held_out)
 
 
-def checker(
-    sampling: Sampling, samples: Sequence[Any], steps: int, timestep: str | None
-) -> Callable[[Plan], float]:
+def checker(sampling: Sampling, samples: Sequence[Any], steps: int) -> Callable[[Plan], float]:
     """Measures a plan's root mean square error on some samples; the uncached ones are made once."""
     references = [sampling.generate(sampling.model, sample, steps) for sample in samples]
 
     def check(plan: Plan) -> float:
-        model = sampling.planned(plan, timestep)
+        model = sampling.planned(plan)
         total, count = 0.0, 0
         for sample, target in zip(samples, references, strict=True):
             result = sampling.generate(model, sample, steps)
@@ -146,11 +149,9 @@ def checker(
     return check
 
 
-def judged(
-    sampling: Sampling, plan: Plan, samples: Sequence[Any], timestep: str | None, data_range: float
-) -> float:
+def judged(sampling: Sampling, plan: Plan, samples: Sequence[Any], data_range: float) -> float:
     """A plan's mean PSNR to the uncached run in decibels."""
-    model = sampling.planned(plan, timestep)
+    model = sampling.planned(plan)
     results = [sampling.generate(model, sample, plan.steps) for sample in samples]
     references = [sampling.generate(sampling.model, sample, plan.steps) for sample in samples]
     return mean_psnr(results, references, data_range)

@@ -117,6 +117,7 @@ def benchmark(
     *,
     backend: Backend = "inductor",
     timestep: str | None = None,
+    latents: str | Sequence[str] = (),
     rounds: int = 7,
     beside: Mapping[str, Call] | None = None,
     progress: Callable[[str], None] = lambda text: None,
@@ -129,6 +130,7 @@ def benchmark(
         plans: contenders by name; all of one number of steps.
         backend: of the plans' phases; the plain model is compiled by the same.
         timestep: the name of the timestep argument, if it is not found.
+        latents: those of the latents, as for `transform`.
         rounds: generations of each contender that count; one before them warms up.
         beside: further callables to time in the same run.
         progress: told what is done now.
@@ -138,7 +140,7 @@ def benchmark(
         raise PlanError(f"plans of one number of steps can be compared, these have {sorted(steps)}")
     generation = Generation(inputs, timestep, steps.pop())
     made = {
-        name: transform(model, plan, backend=backend, timestep=timestep, wait="never")
+        name: transform(model, plan, backend=backend, timestep=timestep, latents=latents, wait="never")
         for name, plan in plans.items()
     }
     contenders: dict[str, Call] = {"torch.compile": compile_plainly(model, backend), **(beside or {}), **made}

@@ -16,6 +16,7 @@ from graphcache.compile import Backend, compile_plainly
 from graphcache.ir.graph import StepGraph
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
+from graphcache.ir.roles import Names
 from graphcache.ir.selector import Selector
 from graphcache.program import Program, laid
 from graphcache.runnable import Runnable
@@ -33,7 +34,7 @@ def step_seconds(
     families: Mapping[str, Sequence[str]],
     *,
     backend: Backend,
-    timestep: str | None,
+    names: Names,
     rounds: int = 5,
 ) -> dict[str, float]:
     """Median seconds of a step: `plain`, `compute`, and every family's from the cache.
@@ -42,13 +43,16 @@ def step_seconds(
         inputs: keyword arguments of one call.
         families: sites that are forecast together, by name.
         backend: that compiles the phases.
+        names: of the arguments that are latents and timestep.
         rounds: interleaved generations of each; one before them warms up.
     """
     plans = {name: _plan(sites) for name, sites in families.items()}
-    generation = Generation(inputs, timestep, len(ACTIONS))
+    generation = Generation(inputs, names.timestep, len(ACTIONS))
     calls: dict[str, Any] = {"plain": compile_plainly(model, backend)}
     calls |= {
-        name: transform(model, plan, backend=backend, timestep=timestep, wait="never")
+        name: transform(
+            model, plan, backend=backend, timestep=names.timestep, latents=names.latents, wait="never"
+        )
         for name, plan in plans.items()
     }
     times: dict[str, list[list[float]]] = {name: [] for name in calls}

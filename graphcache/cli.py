@@ -52,6 +52,7 @@ Inputs = Annotated[
 ]
 Call = Annotated[str | None, typer.Option(help="a pipeline folder's call, as JSON", metavar="JSON")]
 Timestep = Annotated[str | None, typer.Option(help="forward's timestep argument, if it is not found")]
+Latents = Annotated[list[str] | None, typer.Option(help="its latents, or their paths, if they are not found")]
 
 _COLOURS = {"#": "bold white on blue", ".": "bright_black"}
 _LETTER_COLOURS = ("green", "magenta", "yellow", "cyan", "red")
@@ -63,12 +64,13 @@ def inspect(
     inputs: Inputs = None,
     call: Call = None,
     timestep: Timestep = None,
+    latents: Latents = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """List a model's sites: role, shape of a cached value, share of the FLOPs."""
     module, kwargs = load_model(model, inputs, json_argument(call), Placement(device, dtype))
-    found = inspect_model(module, kwargs, timestep=timestep)
+    found = inspect_model(module, kwargs, timestep=timestep, latents=latents or ())
     table = Table("site", "role", "cached value", "bytes", "MFLOPs", "share")
     for column in table.columns[3:]:
         column.justify = "right"
@@ -139,6 +141,7 @@ def bench(
     inputs: Inputs = None,
     call: Call = None,
     timestep: Timestep = None,
+    latents: Latents = None,
     threads: Annotated[int | None, typer.Option(help="torch threads")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -166,6 +169,7 @@ def bench(
             plans,
             backend=chosen,
             timestep=timestep,
+            latents=latents or (),
             rounds=rounds,
             beside=others,
             progress=status.update,

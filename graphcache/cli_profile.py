@@ -23,6 +23,7 @@ from graphcache.holding import MEMORY
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import write_bytes
+from graphcache.ir.roles import Names
 from graphcache.profile_file import load_profile
 from graphcache.profiling import profile as profile_model
 from graphcache.sampling import Sampler, Sampling, solved_by
@@ -45,6 +46,7 @@ Call = Annotated[str | None, typer.Option(help="a pipeline folder's call, as JSO
 Count = Annotated[int, typer.Option("--samples", help="a pipeline's samples: the call with seeds 0, 1, …")]
 Steps = Annotated[int, typer.Option(help="model evaluations of one generation")]
 Timestep = Annotated[str | None, typer.Option(help="forward's timestep argument, if it is not found")]
+Latents = Annotated[list[str] | None, typer.Option(help="its latents, or their paths, if they are not found")]
 Threads = Annotated[int | None, typer.Option(help="torch threads")]
 Memory = Annotated[
     int, typer.Option(help="bytes for intermediate results; what does not fit is computed again")
@@ -72,6 +74,7 @@ def profile(
     call: Call = None,
     samples: Count = 2,
     timestep: Timestep = None,
+    latents: Latents = None,
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -90,6 +93,7 @@ def profile(
             window=window,
             conditional=conditional,
             timestep=timestep,
+            latents=latents or (),
             seed=seed,
             memory=memory,
             backend=None if backend == "none" else backend,
@@ -114,6 +118,7 @@ def search(
     call: Call = None,
     samples: Count = 2,
     timestep: Timestep = None,
+    latents: Latents = None,
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -129,8 +134,9 @@ def search(
         )
     if model is not None:
         found_samples = _sampled(model, call, samples, threads, Placement(device, dtype))
-        sampling = Sampling.of(found_samples.model_or_pipe, found_samples.sampler)
-        check = checker(sampling, found_samples.samples, made.steps, timestep)
+        names = Names.of(timestep, latents or ())
+        sampling = Sampling.of(found_samples.model_or_pipe, found_samples.sampler, names)
+        check = checker(sampling, found_samples.samples, made.steps)
     with _mapping(ray, device) as run:
         found = search_plan(
             made, speedup=speedup, max_error=max_error, max_bytes=max_bytes, check=check, run=run
@@ -152,6 +158,7 @@ def tune(
     call: Call = None,
     samples: Count = 4,
     timestep: Timestep = None,
+    latents: Latents = None,
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -176,6 +183,7 @@ def tune(
             reference="converged" if reference == "converged" else "uncached",
             iterations=iterations,
             timestep=timestep,
+            latents=latents or (),
             memory=memory,
             progress=lambda now: bar.update(task, completed=now.number + 1),
         )
@@ -199,6 +207,7 @@ def compare(
     call: Call = None,
     samples: Count = 2,
     timestep: Timestep = None,
+    latents: Latents = None,
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -216,6 +225,7 @@ def compare(
             fewer=_fewer(found, fewer or [], solver or []),
             backend=None if backend == "none" else backend,
             timestep=timestep,
+            latents=latents or (),
             features=None if features is None else load_object(features),
             progress=status.update,
             run=run,

@@ -16,9 +16,9 @@ from graphcache.compile import Backend, compile_plainly
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import read_bytes
+from graphcache.ir.roles import Names
 from graphcache.metrics import frechet_distance, psnr, ssim
 from graphcache.sampling import Sampler, Sampling, refuse_random
-from graphcache.transform import transform
 
 Kind = Literal["preset", "searched", "fewer steps", "plain"]
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
@@ -80,6 +80,7 @@ def compare(
     fewer: Mapping[str, tuple[Sampler | None, int]] | None = None,
     backend: Backend = "inductor",
     timestep: str | None = None,
+    latents: str | Sequence[str] = (),
     data_range: float = 2.0,
     features: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[str], None] = lambda text: None,
@@ -96,6 +97,7 @@ def compare(
         fewer: the plain model with other numbers of steps, by name: a sampler, None for the same, and steps.
         backend: compiles the plain model and the plans' phases.
         timestep: the name of the timestep argument, if it is not found.
+        latents: those of the latents, as for `transform`.
         data_range: largest minus smallest value of a result.
         features: results -> (N, D), for Fréchet distances.
         progress: told what is done now.
@@ -107,9 +109,9 @@ def compare(
     """
     if not samples:
         raise GraphCacheError("samples is empty: a comparison needs at least one")
-    sampling = Sampling.of(model_or_pipe, sampler)
+    sampling = Sampling.of(model_or_pipe, sampler, Names.of(timestep, latents))
     refuse_random(sampling, samples[0], steps)
-    contest = _Contest(sampling, dict(plans), steps, dict(fewer or {}), backend, timestep)
+    contest = _Contest(sampling, dict(plans), steps, dict(fewer or {}), backend)
     progress(f"compiling {len(contest.names)} contenders")
     rounds = []
     for measured in run(contest, list(enumerate(samples))):
@@ -136,7 +138,6 @@ class _Contest:
     steps: int
     fewer: dict[str, tuple[Sampler | None, int]]
     backend: Backend
-    timestep: str | None
     runs: dict[str, Callable[[Any], Tensor]] = field(default_factory=dict)
     planned: dict[str, Any] = field(default_factory=dict)
 
@@ -168,7 +169,7 @@ class _Contest:
         plain = compile_plainly(self.sampling.model, self.backend)
         self.runs["plain"] = self._run(self.sampling, plain, self.steps)
         for name, plan in self.plans.items():
-            model = transform(self.sampling.model, plan, backend=self.backend, timestep=self.timestep)
+            model = self.sampling.transformed(plan, self.backend)
             self.planned[name] = model
             self.runs[name] = self._run(self.sampling, model, self.steps)
         for name, (sampler, count) in self.fewer.items():

@@ -15,6 +15,7 @@ from graphcache.extras import require
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import StepGraph
 from graphcache.ir.plan import Plan
+from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Action, Budget, Role, Schedule, site_of
 from graphcache.sizes import Example, SizedProgram, vary
 
@@ -253,6 +254,7 @@ def cost_model(
     model: nn.Module,
     example_inputs: Example,
     timestep: str | None = None,
+    latents: str | Sequence[str] = (),
     sizes: Mapping[str, tuple[int, int] | None] | None = None,
     calls: Mapping[str, Example] | None = None,
 ) -> CostModel:
@@ -271,6 +273,7 @@ def cost_model(
         model: an nn.Module in eval mode, transformed or not.
         example_inputs: arguments of one call, as a mapping of keywords or a tuple of positions.
         timestep: the name of forward's timestep argument, if it is not found.
+        latents: those of the latents, as for `transform`.
         sizes: by symbol, the two further sizes to capture at (one alone, one with all the others), by
             default twice and three times the example's (twice again where three times is refused); None
             leaves the symbol fixed.
@@ -282,7 +285,8 @@ def cost_model(
         CaptureError: the model cannot be captured with the example.
         CostError: a size or call is unknown, or the sizes do not change together.
     """
-    found = vary(Engine(original(model), Options(Plan(1), timestep=timestep)), example_inputs, sizes, calls)
+    engine = Engine(original(model), Options(Plan(1), names=Names.of(timestep, latents)))
+    found = vary(engine, example_inputs, sizes, calls)
     return CostModel(found.captures, found.fixed, found.base)
 
 

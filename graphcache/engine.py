@@ -45,6 +45,7 @@ Signature = tuple[Hashable, ...]
 """What the arguments of a call have in common with those of others; see `Binder.signature`."""
 _ROLES: dict[str, Role] = {"cond": "cond", "uncond": "uncond"}
 """Of calls in cache contexts with these names."""
+_UNNAMED = Names()
 SIGNATURES = 8
 """Captures that are kept where nobody says how many."""
 
@@ -57,14 +58,13 @@ class Options:
 
     plan: Plan
     backend: Backend = None
-    timestep: str | None = None
     branches: int | None = None
     waits: bool = True
     offload: bool = False
     observers: Sequence[Observer] = ()
     signatures: int = SIGNATURES
     watches_all: bool = False
-    latents: tuple[str, ...] = ()
+    names: Names = _UNNAMED
 
 
 class Engine:
@@ -77,7 +77,7 @@ class Engine:
         self.model = model
         self.options = options
         self.backend = options.backend
-        self.binder = Binder(forward_parameters(model), Names(options.timestep, options.latents))
+        self.binder = Binder(forward_parameters(model), options.names)
         self.caller = Caller()
         self.driver = Driver(pipe=pipe, caller=self.caller)
         self.scopes = Scopes(Surroundings(self.new_session(self.driver)))

@@ -12,6 +12,7 @@ from graphcache.analysis.cost import graph_flops
 from graphcache.engine import Engine, Options, original
 from graphcache.ir.graph import storage_bytes, value_of
 from graphcache.ir.plan import Plan
+from graphcache.ir.roles import Names
 from graphcache.ir.text import describe
 
 
@@ -81,8 +82,7 @@ def inspect(
     Raises:
         CaptureError: the model cannot be captured; the message says why.
     """
-    named = (latents,) if isinstance(latents, str) else tuple(latents)
-    engine = Engine(original(model), Options(Plan(1), timestep=timestep, latents=named))
+    engine = Engine(original(model), Options(Plan(1), names=Names.of(timestep, latents)))
     program = engine.prepare(example_inputs)
     step = program.step
     total = graph_flops(step)

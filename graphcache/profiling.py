@@ -25,6 +25,7 @@ from graphcache.holding import MEMORY
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.graph import Branch, storage_bytes, value_of
 from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
+from graphcache.ir.roles import Names
 from graphcache.ir.selector import Selector
 from graphcache.probing import OUTPUT, ProbeEngine
 from graphcache.profile import Part, Profile, Provenance, Site, families
@@ -57,6 +58,7 @@ def profile(
     window: int = 12,
     conditional: str | None = None,
     timestep: str | None = None,
+    latents: str | Sequence[str] = (),
     seed: int = 0,
     memory: int = MEMORY,
     backend: Backend = None,
@@ -79,6 +81,7 @@ def profile(
         window: steps back to which effects are followed.
         conditional: "first" or "last", the conditional half of a doubled batch; two calls tell by context.
         timestep: the name of the timestep argument, if it is not found.
+        latents: those of the latents, as for `transform`.
         seed: of the probes and the sketch.
         memory: bytes that evaluations' intermediate results may take, in each worker of a cluster; changes no
             result on a CPU.
@@ -94,9 +97,9 @@ def profile(
     if not samples:
         raise GraphCacheError("samples is empty: profiling needs at least one")
     refuse_unknown(backend)
-    sampling = Sampling.of(model_or_pipe, sampler)
-    task = Task(steps, min(window, steps - 1), probes, seed, conditional, timestep)
-    engine = ProbeEngine(sampling.model, Options(Plan(steps), timestep=timestep), sampling.pipe, memory)
+    sampling = Sampling.of(model_or_pipe, sampler, Names.of(timestep, latents))
+    task = Task(steps, min(window, steps - 1), probes, seed, conditional, sampling.names)
+    engine = ProbeEngine(sampling.model, Options(Plan(steps), names=sampling.names), sampling.pipe, memory)
     subject = describe(engine, sampling.first_call(samples[0], steps), conditional)
     engine.ranges = subject.ranges
     kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in engine.flat(subject.inputs)]
@@ -123,7 +126,7 @@ def profile(
     made = merge([parts[number] for number in range(len(samples))], subject, task, sampling)
     if backend is not None:
         sites = {name: [site.name for site in group] for name, group in families(made).items()}
-        seconds = step_seconds(sampling.model, subject.inputs, sites, backend=backend, timestep=timestep)
+        seconds = step_seconds(sampling.model, subject.inputs, sites, backend=backend, names=sampling.names)
         made = replace(made, timings=seconds)
     if path is not None:
         save_profile(made, path)
@@ -146,7 +149,7 @@ class Task:
     probes: int
     seed: int
     conditional: str | None
-    timestep: str | None
+    names: Names
 
 
 @dataclass(frozen=True)

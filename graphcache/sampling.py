@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.capture import forward_parameters
-from graphcache.compile import unwrapped
+from graphcache.compile import Backend, unwrapped
 from graphcache.engine import Engine, Options, original
 from graphcache.extras import require
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
-from graphcache.transform import pipeline_parts, wrapped
+from graphcache.ir.roles import Names
+from graphcache.transform import pipeline_parts, transform, wrapped
 
 Sampler = Callable[[nn.Module, Any, int], Tensor]
 """(model, sample, steps) -> result, the batch first: a whole generation. The same sample always begins with
 the same noise. A decorator `torch.no_grad` is looked through where gradients are needed."""
+_UNNAMED = Names()
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,16 @@ class Sampling:
         model: the original one.
         sampler: runs any model of its kind.
         pipe: the pipeline that the sampler calls, if there is one.
+        names: of the arguments that are latents and timestep, where they are not found.
     """
 
     model: nn.Module
     sampler: Sampler
     pipe: Any = None
+    names: Names = _UNNAMED
 
     @staticmethod
-    def of(model_or_pipe: Any, sampler: Sampler | None = None) -> "Sampling":
+    def of(model_or_pipe: Any, sampler: Sampler | None = None, names: Names = _UNNAMED) -> "Sampling":
         """Of a module with a sampler, or of a pipeline.
 
         Raises:
@@ -50,7 +54,7 @@ class Sampling:
                     "a bare module does not say how it is sampled; give sampler=, a function of (model, "
                     "sample, steps) that returns the result of a whole generation"
                 )
-            return Sampling(original(unwrapped(model_or_pipe)[0]), sampler)
+            return Sampling(original(unwrapped(model_or_pipe)[0]), sampler, names=names)
         parts = pipeline_parts(model_or_pipe)
         if set(parts) != {"transformer"}:
             raise GraphCacheError(
@@ -58,7 +62,7 @@ class Sampling:
                 "as a module, with a sampler of its own"
             )
         model = original(unwrapped(parts["transformer"])[0])
-        return Sampling(model, sampler or _PipelineSampler(model_or_pipe), model_or_pipe)
+        return Sampling(model, sampler or _PipelineSampler(model_or_pipe), model_or_pipe, names)
 
     def generate(self, model: nn.Module, sample: Any, steps: int, *, gradients: bool = False) -> Tensor:
         """The result of one generation; with `gradients` those of what the model's calls depend on."""
@@ -84,9 +88,14 @@ class Sampling:
             )
         return inputs
 
-    def planned(self, plan: Plan, timestep: str | None = None) -> nn.Module:
+    def planned(self, plan: Plan) -> nn.Module:
         """The model under a plan, run eagerly; to be given to `generate`."""
-        return wrapped(self.model, Engine(self.model, Options(plan, timestep=timestep), self.pipe))
+        return wrapped(self.model, Engine(self.model, Options(plan, names=self.names), self.pipe))
+
+    def transformed(self, plan: Plan, backend: Backend) -> Any:
+        """The model under a plan, compiled, as a user would have it."""
+        names = self.names
+        return transform(self.model, plan, backend=backend, timestep=names.timestep, latents=names.latents)
 
     @property
     def scheduler(self) -> str:

@@ -12,6 +12,7 @@ from graphcache.engine import SIGNATURES, Engine, Options, original
 from graphcache.hooks import REGISTRY
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan
+from graphcache.ir.roles import Names
 from graphcache.likeness import alike
 from graphcache.report import Summary, summarise
 from graphcache.surroundings import Around, OpenSession
@@ -157,13 +158,12 @@ def transform(
     options = Options(
         plan,
         backend,
-        timestep,
         branches,
         wait == "step",
         offload,
         signatures=signatures,
         watches_all=watch == "everything",
-        latents=(latents,) if isinstance(latents, str) else tuple(latents),
+        names=Names.of(timestep, latents),
     )
     if isinstance(model_or_pipe, nn.Module):
         made: Any = _transformed(model_or_pipe, options)

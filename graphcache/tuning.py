@@ -19,6 +19,7 @@ from graphcache.ir.graph import Coefficients
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, Plan
 from graphcache.ir.resolve import resolve
+from graphcache.ir.roles import Names
 from graphcache.runnable import Runnable
 from graphcache.runner import BranchState, run_step
 from graphcache.sampling import Sampler, Sampling, converged, refuse_random, with_frozen_weights
@@ -65,6 +66,7 @@ def tune(
     patience: int = 4,
     data_range: float = 2.0,
     timestep: str | None = None,
+    latents: str | Sequence[str] = (),
     memory: int = MEMORY,
     progress: Callable[[Iteration], None] = lambda iteration: None,
 ) -> Tuned:
@@ -85,6 +87,8 @@ def tune(
         every: updates between two looks at the held-out samples.
         patience: looks without a gain that are borne; one more stops it.
         data_range: largest minus smallest value of a result, for the decibels.
+        timestep: the name of the timestep argument, if it is not found.
+        latents: those of the latents, as for `transform`.
         memory: bytes that evaluations' intermediate results may take; what does not fit is computed again.
 
     Raises:
@@ -94,13 +98,13 @@ def tune(
     for name, given in (("samples", samples), ("held_out", held_out)):
         if not given:
             raise GraphCacheError(f"{name} is empty: tuning needs at least one sample there")
-    sampling = Sampling.of(model_or_pipe, sampler)
+    sampling = Sampling.of(model_or_pipe, sampler, Names.of(timestep, latents))
     refuse_random(sampling, samples[0], plan.steps)
     chosen = {"uncached": _uncached, "converged": converged}[reference]
     targets = [chosen(sampling, sample, plan.steps) for sample in samples]
     held_targets = [chosen(sampling, sample, plan.steps) for sample in held_out]
     weights = Weights(plan)
-    engine = TuningEngine(sampling.model, weights, timestep, sampling.pipe)
+    engine = TuningEngine(sampling.model, weights, sampling.names, sampling.pipe)
     model = wrapped(sampling.model, engine)
     trained = list(weights.parameters())
 
@@ -232,8 +236,8 @@ class TuningEngine(Engine):
     What gradients need is held for the first evaluations, within `budget`; of others the inputs alone.
     """
 
-    def __init__(self, model: nn.Module, weights: Weights, timestep: str | None, pipe: Any = None) -> None:
-        super().__init__(model, Options(weights.given, timestep=timestep), pipe)
+    def __init__(self, model: nn.Module, weights: Weights, names: Names, pipe: Any = None) -> None:
+        super().__init__(model, Options(weights.given, names=names), pipe)
         self.weights = weights
         self.budget = Budget(0)
         self._keys: dict[tuple[int, int], dict[int, Key]] = {}

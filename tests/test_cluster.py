@@ -97,7 +97,7 @@ def test_a_profile_is_that_of_one_process_bit_for_bit(cluster: Cluster) -> None:
 
 def test_candidates_are_checked_alike(cluster: Cluster) -> None:
     plans = [Plan.parse(f"plan steps={STEPS} preset=none\n* {actions}\n") for actions in ("#.#.", "##..")]
-    check = checker(Sampling.of(tiny(2), euler), SAMPLES, STEPS, "timestep")
+    check = checker(Sampling.of(tiny(2), euler), SAMPLES, STEPS)
     errors = list(map(check, plans))
     assert list(cluster.map(check, plans)) == errors
     assert all(errors)

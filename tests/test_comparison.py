@@ -104,7 +104,7 @@ def test_the_command_line_checks_the_plans_that_it_finds(tmp_path: Path) -> None
     result = CliRunner().invoke(app, [*arguments, "--model", "test_comparison:factory"])
     assert result.exit_code == 0, result.output
     assert "measured error" in " ".join(result.output.split())
-    check = checker(Sampling.of(linear(), Sampler()), SAMPLES, STEPS, "timestep")
+    check = checker(Sampling.of(linear(), Sampler()), SAMPLES, STEPS)
     expected = search(load_profile(place), speedup=1.4, check=check).plan
     assert replace(Plan.load(output), graph=None) == expected
 

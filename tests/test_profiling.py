@@ -16,10 +16,12 @@ import graphcache
 from examples.digits.model import ddim_scheduler, load_model
 from examples.digits.sample import sample as sample_digits
 from graphcache import GraphCacheError, Plan, PlanError, Profile, load_profile
+from graphcache.comparison import compare
 from graphcache.engine import Engine, Options
 from graphcache.ir.graph import value_of
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Row
+from graphcache.ir.roles import Names
 from graphcache.ir.selector import Selector
 from graphcache.profiling import Subject as Described
 from graphcache.profiling import describe
@@ -207,7 +209,7 @@ def described(on: Subject) -> Described:
             x = x - on.case.prediction(model(**on.case.call(static, x, 1 - step / steps))) / steps
         return x
 
-    engine = Engine(on.model, Options(Plan(1), timestep=on.case.timestep))
+    engine = Engine(on.model, Options(Plan(1), names=Names(on.case.timestep)))
     return describe(engine, Sampling.of(on.model, sampler).first_call(0, 1), None)
 
 
@@ -354,6 +356,34 @@ def assert_same_profile(one: Profile, other: Profile) -> None:
         for site, table in getattr(one, name).items():
             np.testing.assert_array_equal(table, getattr(other, name)[site], strict=True)
     assert (one.numbers, one.flops, one.calls) == (other.numbers, other.flops, other.calls)
+
+
+class Reordered(LinearDiT):
+    """Its text comes first, and its arguments have names that say nothing."""
+
+    def forward(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return super().forward(b, c, a)
+
+
+def test_latents_and_timestep_that_are_not_found_can_be_named() -> None:
+    """Profile, search, tuning and comparison are those of the model whose arguments speak for themselves."""
+    model, names = Reordered(1).eval(), {"timestep": "c", "latents": "b"}
+    model.load_state_dict(linear(1).state_dict())
+
+    def sampler(given: nn.Module, sample: int, steps: int) -> Tensor:
+        def call(x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+            return given(text, x, timestep) if isinstance(given, Reordered) else given(x, timestep, text)
+
+        return Sampler()(call, sample, steps)
+
+    found = graphcache.profile(model, [0], steps=4, sampler=sampler, **names)
+    assert_same_profile(found, graphcache.profile(linear(1), [0], steps=4, sampler=Sampler()))
+    made = graphcache.auto(
+        model, [0, 1], steps=4, speedup=1.2, sampler=sampler, iterations=1, backend=None, **names
+    )
+    rows = compare(model, {"found": made.plan}, [2], steps=4, sampler=sampler, backend=None, **names)
+    (expected,) = compare(linear(1), {"found": made.plan}, [2], steps=4, sampler=Sampler(), backend=None)[1:]
+    assert rows[1].psnr == expected.psnr
 
 
 def profiled(mode: str | None = "first", samples: Sequence[int] = (5, 8, 2), **options: Any) -> Profile:

@@ -13,6 +13,7 @@ from examples.digits.model import ddim_scheduler, load_model
 from examples.digits.sample import sample as sample_digits
 from graphcache import GraphCacheError, Plan, PlanError, restore, tune, with_corrections
 from graphcache.holding import Budget
+from graphcache.ir.roles import Names
 from graphcache.sampling import Sampling, converged
 from graphcache.transform import wrapped
 from graphcache.tuning import MOST_RATE, TuningEngine, Weights, decibel_rate, mean_psnr
@@ -111,7 +112,7 @@ def test_gradients_of_coefficients_are_finite_differences(
     model = (linear() if plan is MIXED else tiny(3)).double()
     sampling = Sampling.of(model, Sampler(mode, dtype=torch.float64, in_place=in_place, fades=in_place))
     weights = Weights(plan).double()
-    engine = TuningEngine(model, weights, "timestep")
+    engine = TuningEngine(model, weights, Names())
     engine.budget = Budget(memory)
     tuned = wrapped(model, engine)
     target = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -140,7 +141,7 @@ def test_gradients_of_coefficients_are_finite_differences(
 def test_a_model_that_was_compiled_has_the_same_gradients(memory: int) -> None:
     def gradients(model: nn.Module) -> list[Tensor]:
         sampling, weights = Sampling.of(model, Sampler()), Weights(PLAN)
-        engine = TuningEngine(sampling.model, weights, "timestep")
+        engine = TuningEngine(sampling.model, weights, Names())
         engine.budget = Budget(memory)
         sampling.generate(wrapped(sampling.model, engine), 1, 6, gradients=True).sum().backward()
         return [parameter.grad for parameter in weights.parameters()]
@@ -162,7 +163,7 @@ def test_results_may_be_changed_in_place(memory: int) -> None:
     model, found = Squashed().eval(), []
     for in_place in (False, True):
         sampling, weights = Sampling.of(model, Sampler("calls", in_place=in_place)), Weights(PLAN)
-        engine = TuningEngine(model, weights, "timestep")
+        engine = TuningEngine(model, weights, Names())
         engine.budget = Budget(memory)
         sampling.generate(wrapped(model, engine), 1, 6, gradients=True).sum().backward()
         found.append([parameter.grad for parameter in weights.parameters()])
@@ -180,7 +181,7 @@ def test_coefficients_that_reach_no_result_are_refused(rows: str) -> None:
 
 def test_memory_is_for_evaluations_on_the_way_to_a_coefficient() -> None:
     sampling, memory = Sampling.of(linear().requires_grad_(False), Sampler()), 1 << 20
-    engine = TuningEngine(sampling.model, Weights(PLAN), "timestep")
+    engine = TuningEngine(sampling.model, Weights(PLAN), Names())
     engine.budget = Budget(memory)
     sampling.generate(wrapped(sampling.model, engine), 1, 6, gradients=True)
     ((_, program),) = engine.programs.items()

@@ -32,6 +32,11 @@ class Names:
     timestep: str | None = None
     latents: tuple[str, ...] = ()
 
+    @staticmethod
+    def of(timestep: str | None, latents: "str | Sequence[str]") -> "Names":
+        """As users give them: one name of the latents, or several."""
+        return Names(timestep, (latents,) if isinstance(latents, str) else tuple(latents))
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
