@@ -1,6 +1,7 @@
 """Drop what an inference graph does not need, changing no bit of its results."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
@@ -15,12 +16,27 @@ _REPEATING = (ops.COPIES | ops.VIEWS | {aten.slice.Tensor}) - _MOVING - {aten.de
 """Operations that change nothing when shape, strides and dtype stay; `detach` changes gradients."""
 
 
+_FILLS: dict[Any, Any] = {
+    aten.zeros_like.default: 0,
+    aten.ones_like.default: 1,
+    aten.full_like.default: None,
+    aten.new_zeros.default: 0,
+    aten.new_ones.default: 1,
+}
+_SHAPED: dict[Any, Any] = {
+    aten.expand_as.default: aten.expand.default,
+    aten.view_as.default: aten.view.default,
+    aten.reshape_as.default: aten.reshape.default,
+}
+
+
 @dataclass(frozen=True)
 class Simplify:
     """Remove asserts, inference-time dropout, and copies, casts and slices that change nothing.
 
     What functionalisation leaves of an in-place write, `copy`, becomes its source: it has no derivative.
-    A value that the graph returns keeps its own copy, so that no result aliases an input.
+    A value that the graph returns keeps its own copy, so that no result aliases an input. What takes no more
+    than the shape or dtype of an operand says these itself, and depends on it no longer.
     """
 
     def __call__(self, step: StepGraph) -> StepGraph:
@@ -30,6 +46,7 @@ class Simplify:
         for node in list(graph.nodes):
             if node.op != "call_function" or node in returned:
                 continue
+            _say_what_is_known(node)
             same = _identical(node)
             if same is not None:
                 renamed[node.name] = same.name
@@ -37,6 +54,22 @@ class Simplify:
                 graph.erase_node(node)
         sweep(graph)
         return step.rebuilt(graph, branches=_renamed(step, renamed))
+
+
+def _say_what_is_known(node: fx.Node) -> None:
+    """Put the shape or dtype of an operand that is read for nothing else into the operation."""
+    value = value_of(node) if is_tensor(node) else None
+    if value is None or not all(isinstance(size, int) for size in value.shape):
+        return
+    target, sizes = node.target, list(value.shape)
+    if target in _FILLS and value.is_contiguous():
+        filling = node.args[1] if target is aten.full_like.default else _FILLS[target]
+        node.target, node.args = aten.full.default, (sizes, filling)
+        node.kwargs = {"dtype": value.dtype, "device": value.device}
+    elif target in _SHAPED:
+        node.target, node.args = _SHAPED[target], (node.args[0], sizes)
+    elif target is aten.type_as.default and value_of(node.all_input_nodes[0]).device == value.device:
+        node.target, node.args = aten.to.dtype, (node.args[0], value.dtype)
 
 
 def _renamed(step: StepGraph, names: dict[str, str]) -> tuple[Branch, ...]:

@@ -41,7 +41,7 @@ class Recipe:
 recipes = st.builds(
     Recipe,
     blocks=st.integers(2, 3),
-    modulation=st.sampled_from(["none", "vector", "expanded", "tokens", "addcmul", "filled"]),
+    modulation=st.sampled_from(["none", "vector", "expanded", "tokens", "addcmul", "filled", "filled like"]),
     shared=st.booleans(),
     table=st.booleans(),
     positions=st.sampled_from(["none", "once", "each", "normed", "inside"]),
@@ -178,6 +178,8 @@ def modulation(recipe: Recipe, layer: nn.Linear, extras: Extras, x: Tensor) -> T
             return made + extras.positions.repeat(1, 1, 3)
         case "filled":
             return made + torch.zeros(x.shape).repeat(1, 1, 3)
+        case "filled like":
+            return made + torch.zeros_like(x).repeat(1, 1, 3)
     return made
 
 

@@ -101,6 +101,8 @@ def test_all_sites_are_true_branches_and_none_is_missing(recipe: Recipe) -> None
         Recipe(modulation="tokens"),
         Recipe(modulation="addcmul"),
         Recipe(modulation="filled"),
+        Recipe(modulation="filled like", shared=False),
+        Recipe(modulation="filled like", shared=False, text=True),
         Recipe(modulation="tokens", shared=False),
         Recipe(table=True, form="addcmul"),
         Recipe(positions="each", form="swapped"),
