@@ -4,12 +4,12 @@ import inspect as signatures
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +27,7 @@ from graphcache.bench import Timing, benchmark
 from graphcache.candidates import candidates
 from graphcache.cli_profile import add_commands
 from graphcache.comparison import load_rows
+from graphcache.console import console
 from graphcache.inspection import inspect as inspect_model
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan, Value
@@ -36,12 +37,10 @@ from graphcache.profile_file import load_profile
 from graphcache.sources import Placement, load_model, load_object
 
 app = typer.Typer(
-    help="A compiler for feature caching in diffusion transformers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
 
 ModelName = Annotated[
     str, typer.Argument(help="package.module:factory, or a local diffusers folder", metavar="MODEL")
@@ -56,6 +55,21 @@ Latents = Annotated[list[str] | None, typer.Option(help="its latents, or their p
 
 _COLOURS = {"#": "bold white on blue", ".": "bright_black"}
 _LETTER_COLOURS = ("green", "magenta", "yellow", "cyan", "red")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"graphcache {metadata.version('graphcache-dit')}, PyTorch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="say it and leave")
+    ] = False,
+) -> None:
+    """A compiler for feature caching in diffusion transformers."""
 
 
 @app.command()
@@ -196,7 +210,7 @@ def report(
     write_page(output, measured, plans, rows=measured_rows, candidates=found, title=profile.name)
     written = save_charts(charts, measured, plans, rows=measured_rows, candidates=found) if charts else ()
     for path in (output, *written):
-        console.print(f"wrote {path}", markup=False)
+        console.print(f"wrote {path}")
 
 
 def _print_timings(timings: tuple[Timing, ...]) -> None:
@@ -257,5 +271,5 @@ def main() -> None:
     try:
         app()
     except GraphCacheError as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        console.print(f"error: {error}", style="red", soft_wrap=True)
         raise SystemExit(2) from None

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -19,6 +18,7 @@ from graphcache.candidates import Candidate
 from graphcache.cluster import Cluster
 from graphcache.comparison import Row
 from graphcache.comparison import compare as compare_runs
+from graphcache.console import console
 from graphcache.holding import MEMORY
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
@@ -32,8 +32,6 @@ from graphcache.search import search as search_plan
 from graphcache.sources import Placement, Sampled, load_object, load_sampled
 from graphcache.tuning import tune as tune_plan
 from graphcache.tuning import with_corrections
-
-console = Console()
 
 Subject = Annotated[
     str,

@@ -1,8 +1,9 @@
-"""PyTorch's own words beside ours: left out while a model is traced."""
+"""Other libraries' words beside ours: left out while a model is traced or loaded."""
 
 import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -24,6 +25,19 @@ def quiet_tracing() -> Iterator[None]:
     with _disabled(*names), warnings.catch_warnings():
         # of copies that PyTorch makes of its own structures
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
+        yield
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No loading bars of diffusers and transformers, and nothing of what they will call otherwise one day."""
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore", FutureWarning)
+        for name in ("diffusers.utils.logging", "transformers.utils.logging"):
+            bars = sys.modules.get(name)
+            if bars is not None and bars.is_progress_bar_enabled():
+                bars.disable_progress_bar()
+                stack.callback(bars.enable_progress_bar)
         yield
 
 

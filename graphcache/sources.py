@@ -13,6 +13,7 @@ from torch import nn
 
 from graphcache.extras import require
 from graphcache.ir.errors import GraphCacheError
+from graphcache.quiet import quiet_loading
 from graphcache.sampling import Sampler, first_call
 
 
@@ -41,9 +42,12 @@ class Placement:
 
     def loaded(self, kind: Any, folder: Path) -> Any:
         """What a diffusers class reads from a folder."""
-        made = kind.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, torch_dtype=self._dtype
-        )
+        with quiet_loading():
+            made = kind.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, torch_dtype=self._dtype
+            )
+        if not isinstance(made, nn.Module):
+            made.set_progress_bar_config(disable=True)
         return made if self.device is None else made.to(self.device)
 
     def refuse_for(self, name: str) -> None:

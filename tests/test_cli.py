@@ -1,15 +1,18 @@
 """The command line, run as a user runs it."""
 
 import json
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.utils.logging import is_progress_bar_enabled
 from typer.testing import CliRunner, Result
 
 import graphcache
 from graphcache import importers
-from graphcache.cli import app
+from graphcache.cli import app, main
 from graphcache.ir.plan import Plan
 from graphcache.sources import Placement, load_model, load_sampled
 from pipelines import PIPELINES
@@ -73,6 +76,37 @@ def test_a_folder_with_a_pipeline_is_called_to_learn_the_inputs(tmp_path: Path) 
     message = refusal("inspect", str(tmp_path / "pipe"))
     assert "failed before it called its transformer" in message
     assert "--call" in message
+
+
+def test_other_libraries_say_nothing_in_between(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    PIPELINES["dit"].make().save_pretrained(tmp_path / "pipe")
+    capsys.readouterr()
+    call = '{"class_labels": [1], "guidance_scale": 1.0}'
+    lines = run("inspect", str(tmp_path / "pipe"), "--call", call).output.splitlines()
+    assert lines[0].startswith("┏")
+    assert lines[-1].startswith("2 blocks, 4 sites")
+    assert not [warning for warning in recwarn if warning.category is FutureWarning]
+    assert "".join(capsys.readouterr()) == ""
+    assert is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("text", ["root:x:0", "[red]"])
+def test_a_users_text_is_no_markup(
+    text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is a long message broken into lines."""
+    given = text + "long" * 50
+    monkeypatch.setattr(sys, "argv", ["graphcache", "plan", given])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert raised.value.code == 2
+    assert capsys.readouterr().out == f"error: '{given}' cannot name a preset\n"
+
+
+def test_the_version_is_the_packages() -> None:
+    assert run("--version").output.startswith(f"graphcache {metadata.version('graphcache-dit')}, PyTorch")
 
 
 def test_a_folders_weights_go_where_the_options_say(tmp_path: Path) -> None:
