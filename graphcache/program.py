@@ -17,9 +17,10 @@ from graphcache.analysis.tokens import TokenCut, memories, token_cuts
 from graphcache.capture import capture
 from graphcache.compile import COMPILING, Backend, Kept, build
 from graphcache.halves import Half, capture_half
+from graphcache.histories import entries
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import PlanError
-from graphcache.ir.graph import CacheWrite, Input, StepGraph, storage_bytes, value_of
+from graphcache.ir.graph import Input, StepGraph, storage_bytes, value_of
 from graphcache.ir.plan import Plan
 from graphcache.ir.resolve import resolve
 from graphcache.ir.schedule import Guided, Memory, Phase, Role, Schedule, site_of
@@ -291,13 +292,7 @@ class Program:
 
     def entries(self, schedule: Schedule) -> Mapping[str, Sequence[torch.Tensor]]:
         """One entry of every history that the schedule stores, as fake tensors."""
-        found: dict[str, dict[int, torch.Tensor]] = {}
-        for index in range(len(schedule.phases)):
-            step = self.phase(schedule, index).step
-            for port, node in zip(step.outputs, step.results(), strict=True):
-                if isinstance(port, CacheWrite):
-                    found.setdefault(port.site, {})[port.part] = value_of(node)
-        return {name: [parts[i] for i in sorted(parts)] for name, parts in found.items()}
+        return entries(self.phase(schedule, index).step for index in range(len(schedule.phases)))
 
     def entry_bytes(self, schedule: Schedule) -> dict[str, int]:
         """Bytes of one entry of every history that the schedule stores."""
@@ -312,5 +307,4 @@ class Program:
         schedule = self.schedule(plan, role=role)
         if not self.captured.step.branches and plan.rows:
             raise PlanError("the model has no residual branches that a plan could speak of")
-        for index in range(len(schedule.phases)):
-            self.phase(schedule, index)
+        self.entries(schedule)

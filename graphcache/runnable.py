@@ -77,6 +77,16 @@ class Runnable:
         """Where each input port's tensor is found."""
         return Places.of(self.step.inputs)
 
+    def takes(self, port: InPort, tensor: torch.Tensor) -> bool:
+        """Whether a tensor has the shape and dtype that a port was made for."""
+        kind = self._kinds[port]
+        return tensor.shape == kind.shape and tensor.dtype == kind.dtype
+
+    def like(self, port: InPort) -> torch.Tensor:
+        """A tensor without values, of the shape and dtype that a port was made for."""
+        kind = self._kinds[port]
+        return torch.empty(kind.shape, dtype=kind.dtype, device="meta")
+
     def blank(self, port: CacheRead) -> torch.Tensor:
         """What is read where nothing was stored yet."""
         kind = self._kinds[port]

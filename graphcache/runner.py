@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from graphcache.histories import refuse_others
 from graphcache.ir.errors import StateError
 from graphcache.ir.graph import CacheRead, Chosen, Hoisted, Input, Table
 from graphcache.ir.plan import Plan
@@ -111,6 +112,7 @@ def run_step(state: BranchState, tensors: Sequence[torch.Tensor], evaluate: Eval
     runnable = state.ready.get(step.phase)
     if runnable is None:
         runnable = state.ready[step.phase] = program.phase(state.schedule, step.phase)
+        refuse_others(cache, runnable)
     cache.chosen = state.chosen.pop(state.step, {})
     results = evaluate(runnable, feed(cache, runnable, inputs, step))
     count = position = program.captured.output.count

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from graphcache.ir.errors import StateError
+from graphcache.ir.text import describe
+
 Entry = tuple[torch.Tensor, ...]
 
 
@@ -32,7 +35,20 @@ class CacheState:
         self.chosen: Mapping[str, Choice] = {}
 
     def store(self, site: str, entry: Entry) -> None:
-        self.entries.setdefault(site, []).insert(0, entry)
+        """Make an entry its history's newest.
+
+        Raises:
+            StateError: it has another shape or dtype than those before.
+        """
+        history = self.entries.setdefault(site, [])
+        if history:
+            for new, old in zip(entry, history[0], strict=True):
+                if new.shape != old.shape or new.dtype != old.dtype:
+                    raise StateError(
+                        f"{site}: {describe(new)} comes to be cached beside {describe(old)}; call reset(), "
+                        "and report this as a fault of graphcache"
+                    )
+        history.insert(0, entry)
 
     def trim(self, keep: Mapping[str, int]) -> None:
         """Drop what no later step reads."""
