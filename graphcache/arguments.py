@@ -9,6 +9,7 @@ import typer
 from graphcache import presets
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan, Preset, Value
+from graphcache.ir.plantext import parse_value
 
 Device = Annotated[str | None, typer.Option(help="where a folder's weights go, such as cuda")]
 Dtype = Annotated[str | None, typer.Option(help="of a folder's weights, such as bfloat16")]
@@ -37,17 +38,7 @@ def assignment(text: str) -> tuple[str, Value]:
     name, equals, value = text.partition("=")
     if not equals:
         raise PlanError(f"'{text}' is no name=value")
-    return name, value_argument(value)
-
-
-def value_argument(text: str) -> Value:
-    """A number, true, false or a word."""
-    for convert in (int, float):
-        try:
-            return convert(text)
-        except ValueError:
-            continue
-    return {"true": True, "false": False}.get(text, text)
+    return name, parse_value(value)
 
 
 def json_argument(text: str | None) -> Mapping[str, Any] | None:

@@ -19,6 +19,7 @@ from graphcache.analysis.sensitivity import effect, fitted
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
 from graphcache.ir.selector import Selector
+from graphcache.pareto import unbeaten
 from graphcache.profile import Profile, Site, families, kinds
 
 MOST_ENTRIES = 3
@@ -75,11 +76,7 @@ def _choices(tables: Sequence[Table]) -> Iterator[Choice]:
 
 def pareto(items: Sequence[Candidate]) -> tuple[Candidate, ...]:
     """Those that no other one beats in both speed-up and error, fastest first."""
-    front: list[Candidate] = []
-    for item in sorted(items, key=lambda item: (-item.speedup, item.known_error)):
-        if not front or item.known_error < front[-1].known_error:
-            front.append(item)
-    return tuple(front)
+    return unbeaten(items, lambda item: (-item.speedup, item.known_error))
 
 
 def fitted_plan(profile: Profile, sites: Sequence[Site], computed: Sequence[int], entries: int) -> Plan:

@@ -21,7 +21,6 @@ from graphcache.arguments import (
     json_argument,
     plan_argument,
     preset_argument,
-    value_argument,
 )
 from graphcache.bench import Timing, benchmark
 from graphcache.candidates import candidates
@@ -31,7 +30,7 @@ from graphcache.console import console
 from graphcache.inspection import inspect as inspect_model
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan, Value
-from graphcache.ir.plantext import write_bytes
+from graphcache.ir.plantext import parse_value, write_bytes
 from graphcache.page import save_charts, write_page
 from graphcache.profile_file import load_profile
 from graphcache.sources import Placement, load_model, load_object
@@ -257,7 +256,7 @@ def _called(importer: Callable[..., Plan], source: str, arguments: Mapping[str, 
 
 
 def _numbers(text: str) -> list[Value]:
-    values = [value_argument(word) for word in text.split(",")]
+    values = [parse_value(word) for word in text.split(",")]
     if any(isinstance(value, (bool, str)) for value in values):
         raise PlanError(f"'{text}' is no list of numbers such as 1,0,0,1")
     return values

@@ -7,20 +7,21 @@ from graphcache.extras import require
 from graphcache.ir.errors import GraphCacheError
 
 
-def psnr(images: Tensor, reference: Tensor, data_range: float = 2.0) -> Tensor:
+def psnr(images: Tensor, reference: Tensor, data_range: float = 2.0, least: float = 0.0) -> Tensor:
     """Peak signal-to-noise ratio of each image.
 
     Args:
         images: (N, ...), any shape after the first dimension.
         reference: of the same shape.
         data_range: largest minus smallest possible value; 2 for images in [-1, 1].
+        least: mean square error that smaller ones are taken for.
 
     Returns:
-        decibels, float64 (N,); infinite where an image equals its reference.
+        decibels, float64 (N,); infinite where an image equals its reference and `least` is 0.
     """
     _check_pair(images, reference, data_range)
     error = (images.double() - reference.double()).flatten(1).square().mean(dim=1)
-    return 10 * torch.log10(data_range**2 / error)
+    return 10 * torch.log10(data_range**2 / error.clamp(min=least))
 
 
 def ssim(images: Tensor, reference: Tensor, data_range: float = 2.0, *, sigma: float = 0.75) -> Tensor:

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from graphcache.ir.schedule import GUIDANCE, PREDICTION, UNCORRECTED, Action, Step, site_of
+from graphcache.ir.units import size
 from graphcache.runner import Ran
 from graphcache.session import Branch, Session
 
@@ -60,14 +61,14 @@ class BranchSummary:
         lines = [
             f"{name}{len(self.steps)} of {self.plan_steps} steps, {self.phases} phases, "
             f"{self.graphs} graphs built, {self.ideal_speedup:.2f} times fewer FLOPs",
-            f"cache: {_size(self.held_bytes)} held now, {_size(self.peak_bytes)} at most, of which "
-            f"{_size(self.hoisted_bytes)} are values hoisted out of the steps"
-            + (f" and {_size(self.host_bytes)} in host memory" if self.host_bytes else ""),
+            f"cache: {size(self.held_bytes)} held now, {size(self.peak_bytes)} at most, of which "
+            f"{size(self.hoisted_bytes)} are values hoisted out of the steps"
+            + (f" and {size(self.host_bytes)} in host memory" if self.host_bytes else ""),
             "step phase branches computed corrected reused forecast partial skipped      held",
         ]
         for s in self.steps:
             ways = f"{s.computed:8} {s.corrected:9} {s.reused:6} {s.forecast:8} {s.partial:7} {s.skipped:7}"
-            lines.append(f"{s.step:4} {s.phase:5} {s.branches:8} {ways} {_size(s.held_bytes):>9}")
+            lines.append(f"{s.step:4} {s.phase:5} {s.branches:8} {ways} {size(s.held_bytes):>9}")
         return "\n".join(lines)
 
 
@@ -161,12 +162,3 @@ def _step(ran: Ran) -> StepSummary:
 def _is_uncorrected(action: Action, step: Step) -> bool:
     """Whether the step only shares a corrected phase's graph, having no history to correct by."""
     return action.optional and step.coefficients[action.group] == UNCORRECTED
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GiB"

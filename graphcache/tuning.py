@@ -20,6 +20,7 @@ from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, Plan
 from graphcache.ir.resolve import resolve
 from graphcache.ir.roles import Names
+from graphcache.metrics import psnr
 from graphcache.runnable import Runnable
 from graphcache.runner import BranchState, run_step
 from graphcache.sampling import Sampler, Sampling, converged, refuse_random, with_frozen_weights
@@ -28,6 +29,8 @@ from graphcache.transform import wrapped
 
 MOST_RATE = 0.05
 """Coefficients are near 1: larger updates of them are not small."""
+_LEAST_ERROR = 1e-20
+"""Mean square error; equal results would have infinite decibels."""
 Key = tuple[int, int]
 """(row, step) of listed coefficients."""
 
@@ -118,7 +121,7 @@ def tune(
         turn = number % len(samples)
         engine.budget = Budget(memory)
         result = sampling.generate(model, samples[turn], plan.steps, gradients=True)
-        error = _decibels(result, targets[turn], data_range).mean()
+        error = psnr(result, targets[turn], data_range, _LEAST_ERROR).mean()
         reached = float(error.detach())
         if not math.isfinite(reached):
             raise GraphCacheError(f"iteration {number}: PSNR is {reached}; lower rate=")
@@ -181,12 +184,9 @@ def with_corrections(plan: Plan, symbol: str = "c") -> Plan:
 def mean_psnr(results: Sequence[Tensor], references: Sequence[Tensor], data_range: float = 2.0) -> float:
     """Mean over all samples of the results' first dimensions, in decibels."""
     pairs = zip(results, references, strict=True)
-    return float(torch.cat([_decibels(result, target, data_range) for result, target in pairs]).mean())
-
-
-def _decibels(result: Tensor, target: Tensor, data_range: float) -> Tensor:
-    error = (result.double() - target.double()).flatten(1).square().mean(dim=1)
-    return 10 * torch.log10(data_range**2 / error.clamp(min=1e-20))
+    return float(
+        torch.cat([psnr(result, target, data_range, _LEAST_ERROR) for result, target in pairs]).mean()
+    )
 
 
 def _uncached(sampling: Sampling, sample: Any, steps: int) -> Tensor:

@@ -18,17 +18,17 @@ from graphcache import GraphCacheError, Plan, Profile, presets, save_profile
 from graphcache.candidates import Candidate, candidates
 from graphcache.cli import app
 from graphcache.ir.graph import storage_bytes, value_of
+from graphcache.ir.units import duration, size, work
 from graphcache.page import Row, save_charts, write_page
 from graphcache.page.charts import CHARACTER, labelled
 from graphcache.page.course import HOLD, branches_of, meet
 from graphcache.page.heatmap import heat_map
 from graphcache.page.png import encode, measure
 from graphcache.page.promise import promise
-from graphcache.page.rows import unbeaten
+from graphcache.page.rows import unbeaten_rows
 from graphcache.page.scales import colour, is_light, linear, logarithmic
 from graphcache.page.sensitivity import sensitivity
 from graphcache.page.tokens import token_maps
-from graphcache.page.units import duration, size, work
 from graphcache.profile import Provenance, Site
 from graphcache.program import Program
 from reference import capture_call, subject
@@ -430,9 +430,9 @@ def test_pictures_know_their_size() -> None:
 
 
 def test_the_front_is_what_none_beats() -> None:
-    assert [row.name for row in unbeaten(ROWS)] == ["ours"]
+    assert [row.name for row in unbeaten_rows(ROWS)] == ["ours"]
     slow = Row("slow", "preset", 1.2, 40.0)
-    assert [row.name for row in unbeaten([*ROWS, slow])] == ["ours", "slow"]
+    assert [row.name for row in unbeaten_rows([*ROWS, slow])] == ["ours", "slow"]
 
 
 def test_labels_hide_nothing() -> None:

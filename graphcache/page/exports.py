@@ -16,7 +16,7 @@ from graphcache.page.course import HOLD, Course, meet
 from graphcache.page.heatmap import colour_scale
 from graphcache.page.names import common_prefix, shortened
 from graphcache.page.promise import promise
-from graphcache.page.rows import unbeaten
+from graphcache.page.rows import unbeaten_rows
 from graphcache.page.scales import colour, is_light
 from graphcache.page.sensitivity import sensitivity
 from graphcache.profile import Profile
@@ -116,7 +116,7 @@ def _measured(rows: Sequence[Row]) -> Any:
             )
     for row in rows:
         _annotate(axes, row.name, row.speedup, row.psnr or 0.0)
-    front = unbeaten(rows)
+    front = unbeaten_rows(rows)
     axes.plot(
         [row.speedup for row in front], [row.psnr for row in front], "--", color=TONES[-1], lw=1, zorder=1
     )

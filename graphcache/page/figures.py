@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from graphcache.candidates import Candidate, pareto
 from graphcache.comparison import KINDS, Row
+from graphcache.ir.units import number, size
 from graphcache.page.charts import (
     Chart,
     Strip,
@@ -20,9 +21,8 @@ from graphcache.page.charts import (
 )
 from graphcache.page.course import Course
 from graphcache.page.names import shortened
-from graphcache.page.rows import unbeaten
+from graphcache.page.rows import unbeaten_rows
 from graphcache.page.scales import Axis, linear, logarithmic
-from graphcache.page.units import number, size
 from graphcache.profile import Profile
 
 BANDS = ("low frequencies", "high frequencies")
@@ -34,7 +34,7 @@ def measured_front(rows: Sequence[Row]) -> Chart | None:
     if not known:
         return None
     x, y = across(linear, [row.speedup for row in known]), upwards(linear, [_psnr(row) for row in known])
-    front = unbeaten(known)
+    front = unbeaten_rows(known)
     points = [
         ((x(row.speedup), y(_psnr(row))), shortened(row.name), KINDS.index(row.kind), _told(row))
         for row in known

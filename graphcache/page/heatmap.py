@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphcache.ir.plan import COMPUTE, REUSE
+from graphcache.ir.units import number
 from graphcache.page.charts import Tick
 from graphcache.page.course import HOLD, Course
 from graphcache.page.names import common_prefix, shortened
 from graphcache.page.scales import Axis, colour, hexadecimal, is_light, logarithmic
 from graphcache.page.sensitivity import sensitivity
-from graphcache.page.units import number
 from graphcache.profile import Profile
 
 WIDTH, HEIGHT, TOP = 15, 17, 20

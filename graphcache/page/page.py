@@ -13,6 +13,7 @@ from graphcache.comparison import Row
 from graphcache.extras import require
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import write_bytes
+from graphcache.ir.units import duration, fixed, number, size, work
 from graphcache.page import png
 from graphcache.page.course import meet
 from graphcache.page.figures import bands_chart, byte_strips, measured_front, promised_front
@@ -20,7 +21,6 @@ from graphcache.page.heatmap import heat_map
 from graphcache.page.promise import promise
 from graphcache.page.scales import VIRIDIS
 from graphcache.page.tokens import token_maps
-from graphcache.page.units import duration, fixed, number, size, work
 from graphcache.profile import Profile
 
 TEMPLATES = "graphcache.page"

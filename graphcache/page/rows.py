@@ -3,14 +3,10 @@
 from collections.abc import Sequence
 
 from graphcache.comparison import Row
+from graphcache.pareto import unbeaten
 
 
-def unbeaten(rows: Sequence[Row]) -> tuple[Row, ...]:
+def unbeaten_rows(rows: Sequence[Row]) -> tuple[Row, ...]:
     """Those that no other one beats in both speed-up and PSNR, fastest first."""
-    front: list[Row] = []
-    best = float("-inf")
-    for row in sorted(rows, key=lambda row: (-row.speedup, -(row.psnr or 0.0))):
-        if row.psnr is not None and row.psnr > best:
-            front.append(row)
-            best = row.psnr
-    return tuple(front)
+    known = [(row, row.psnr) for row in rows if row.psnr is not None]
+    return tuple(row for row, _ in unbeaten(known, lambda item: (-item[0].speedup, -item[1])))
