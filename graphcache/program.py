@@ -16,6 +16,7 @@ from graphcache.analysis.ranges import cut_range
 from graphcache.analysis.tokens import TokenCut, memories, token_cuts
 from graphcache.capture import capture
 from graphcache.compile import COMPILING, Backend, Kept, build
+from graphcache.conditions import Conditions
 from graphcache.halves import Half, capture_half
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import PlanError
@@ -43,6 +44,7 @@ class Captured:
     call: CallSpec
     output: OutputSpec
     strides: tuple[tuple[int, ...], ...]
+    conditions: Conditions | None = None
 
     @staticmethod
     def of(
@@ -54,11 +56,11 @@ class Captured:
     ) -> "Captured":
         """Capture a call; `split`: fused branches as two sites."""
         examples = distinct([_dense(tensor) for tensor in tensors])
-        step, output = capture(model, call, tuple(examples))
+        step, output, conditions = capture(model, call, tuple(examples))
         passes: list[Pass] = [Simplify(), Tag()]
         step = run([*passes, Split()] if split else passes, step, observers)
         strides = tuple(tensor.stride() for tensor in examples)
-        return Captured(step, call, output, strides)
+        return Captured(step, call, output, strides, conditions)
 
 
 def distinct(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

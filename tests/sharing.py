@@ -64,7 +64,7 @@ class Sharing:
         except _Unknown:
             return make()
         known = self.captures.get(key)
-        if known is None:
+        if known is None or not _holds(known, tensors):
             known = self.captures[key] = make()
             return known
         return _with_weights_of(model, known)
@@ -154,6 +154,12 @@ def _contents(tensor: Tensor) -> bytes:
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
         raise _Unknown(tensor.device)
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _holds(known: Captured, tensors: Sequence[Tensor]) -> bool:
+    """Whether the values that forward asks for are those that it was captured with."""
+    conditions = known.conditions
+    return conditions is None or tuple(conditions.found(tensors)) == conditions.expected
 
 
 def _with_weights_of(model: nn.Module, known: Captured) -> Captured:
