@@ -1,5 +1,6 @@
 """Captures of a forward that asks for values: with the answers of a real call, where these stay the same."""
 
+import contextlib
 import linecache
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -35,15 +36,19 @@ class _Varying(CaptureError):
         self.number = number
 
 
-def traced(attempt: Callable[[Answers | None], Traced]) -> Traced:
+def traced(attempt: Callable[[Answers | None], Traced], asks: bool) -> Traced:
     """Trace a model, with answers only if it cannot be without or has sizes that depend on them.
 
     Args:
         attempt: traces it; given answers, it calls the model for real before, and writes them down.
+        asks: whether it is known to need them.
 
     Raises:
         CaptureError: it cannot be traced, or asks for values that are others at each step.
     """
+    if asks:
+        with contextlib.suppress(CaptureError):
+            return _traced_with_answers(attempt)
     failed: CaptureError | None = None
     try:
         plain = attempt(None)

@@ -33,7 +33,9 @@ _PURE_RANDOM = {
 }
 
 
-def capture(model: nn.Module, call: CallSpec, tensors: tuple[torch.Tensor, ...]) -> Traced:
+def capture(
+    model: nn.Module, call: CallSpec, tensors: tuple[torch.Tensor, ...], asks: bool = False
+) -> Traced:
     """Trace one evaluation of `model` into a pure graph over flat tensors.
 
     Where forward asks for values of inputs that a generation keeps, it is traced with the answers of a real
@@ -44,6 +46,7 @@ def capture(model: nn.Module, call: CallSpec, tensors: tuple[torch.Tensor, ...])
         call: how the flat tensors make up the arguments.
         tensors: example leaves; beside the values that forward asks for, only their shapes, strides, dtypes
             and devices matter.
+        asks: whether forward is known to ask for values.
 
     Returns:
         The graph, sharing the model's parameters, the structure of the model's result, and the values that
@@ -82,7 +85,7 @@ def capture(model: nn.Module, call: CallSpec, tensors: tuple[torch.Tensor, ...])
         torch.no_grad(),
         random_states_kept(devices),
     ):
-        return traced(attempt)
+        return traced(attempt, asks)
 
 
 def _traced(
@@ -114,11 +117,12 @@ def _traced(
     _refuse_mutation(program.graph_signature)
     graph, held = _unlifted(program, graph)
     _refuse_ops(graph)
+    results: Any = graph.output_node().args[0]
     step = StepGraph(
         fx.GraphModule({name: originals.of(value) for name, value in held.items()}, graph),
         graph,
         tuple(Input(call.kind(index), index, name) for index, name in enumerate(call.leaf_names)),
-        tuple(Output(index) for index in range(len(graph.output_node().args[0]))),
+        tuple(Output(index) for index in range(len(results))),
     )
     if answers is None:
         return Traced(step, outputs[-1], None)

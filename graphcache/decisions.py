@@ -72,6 +72,10 @@ class Decisions:
         signature.note(number, _Check(conditions, rows))
         return self.completed(key, tensors)
 
+    def knows(self, key: Key) -> bool:
+        """Whether forward has asked for values in calls of this signature."""
+        return _shared(bare(key)) in self._signatures
+
     def forget_others(self, variants: set[int]) -> None:
         """Drop what is known of all forms of the model but these."""
         for key in [key for key in self._signatures if key[0] not in variants]:

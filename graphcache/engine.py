@@ -380,7 +380,8 @@ class Engine:
         """A program; its capture is shared with the same signature's in the other gradient mode."""
         twin = self.programs.get((*key[:-1], not key[-1]))
         signature = self.binder.signature(bound)[0]
-        captured = twin.captured if twin else self._captured(self._spec(signature, bound), tensors)
+        asks = self.decisions.knows(key)
+        captured = twin.captured if twin else self._captured(self._spec(signature, bound), tensors, asks)
         return Program(
             captured,
             self.compilation(),
@@ -393,9 +394,9 @@ class Engine:
         """What phases are compiled with: what was asked for, or what the model was compiled with."""
         return prior_compilation(self.model) if self.backend is None else self.backend
 
-    def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor]) -> Captured:
+    def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor], asks: bool) -> Captured:
         split = self.options.plan.splits_parallel
-        captured = Captured.of(self.model, spec, tensors, self.options.observers, split)
+        captured = Captured.of(self.model, spec, tensors, self.options.observers, split, asks)
         self.variants.captured()
         return captured
 

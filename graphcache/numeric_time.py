@@ -82,7 +82,7 @@ ADVICE = (
 
 
 def about_numbers(call: CallSpec) -> str:
-    """What to add to a reason why a call cannot be captured, as a sentence; nothing where times are tensors."""
+    """What to add to a reason why a call cannot be captured, as a sentence, if there are numbers."""
     return f" Besides, {named_numbers(call)}. {ADVICE}" if call.numbers else ""
 
 

@@ -53,10 +53,11 @@ class Captured:
         tensors: Sequence[torch.Tensor],
         observers: Sequence[Observer] = (),
         split: bool = False,
+        asks: bool = False,
     ) -> "Captured":
-        """Capture a call; `split`: fused branches as two sites."""
+        """Capture a call; `split`: fused branches as two sites. `asks`: forward is known to ask for values."""
         examples = distinct([_dense(tensor) for tensor in tensors])
-        step, output, conditions = capture(model, call, tuple(examples))
+        step, output, conditions = capture(model, call, tuple(examples), asks)
         passes: list[Pass] = [Simplify(), Tag()]
         step = run([*passes, Split()] if split else passes, step, observers)
         strides = tuple(tensor.stride() for tensor in examples)

@@ -120,17 +120,15 @@ class Selected:
     """`masked_select`: the elements at a mask's places."""
 
     def asked(self, args: Arguments, kwargs: Keywords) -> list[Tensor]:
-        return [_named(("input", "mask"), args, kwargs)["mask"]]
+        return [_selected(args, kwargs)[1]]
 
     def noted(self, func: Function, args: Arguments, kwargs: Keywords) -> Any:
-        given = _named(("input", "mask"), args, kwargs)
-        shape = torch.broadcast_shapes(given["input"].shape, given["mask"].shape)
-        return _places(given["mask"].expand(shape))
+        value, mask = _selected(args, kwargs)
+        return _places(mask.expand(torch.broadcast_tensors(value, mask)[0].shape))
 
     def answered(self, func: Function, args: Arguments, kwargs: Keywords, note: Any) -> Any:
-        given = _named(("input", "mask"), args, kwargs)
-        shape = torch.broadcast_shapes(given["input"].shape, given["mask"].shape)
-        return given["input"].expand(shape)[tuple(note)]
+        value, mask = _selected(args, kwargs)
+        return torch.broadcast_tensors(value, mask)[0][tuple(note)]
 
 
 @dataclass(frozen=True)
@@ -159,6 +157,11 @@ class Repeated:
 
 
 _REPEATS = ("input", "repeats", "dim")
+
+
+def _selected(args: Arguments, kwargs: Keywords) -> tuple[Tensor, Tensor]:
+    given = _named(("input", "mask"), args, kwargs)
+    return given["input"], given["mask"]
 
 
 def _named(names: Sequence[str], args: Arguments, kwargs: Keywords) -> dict[str, Any]:
@@ -215,7 +218,7 @@ def _is_where(args: Arguments, kwargs: Keywords) -> bool:
 
 def _counts_classes(args: Arguments, kwargs: Keywords) -> bool:
     """Whether `one_hot` takes as many classes as the values need."""
-    return kwargs.get("num_classes", [*args, -1, -1][1]) == -1
+    return bool(kwargs.get("num_classes", [*args, -1, -1][1]) == -1)
 
 
 _FOUND: tuple[tuple[Kind, tuple[Any, ...], str], ...] = (

@@ -54,8 +54,9 @@ class Sharing:
         tensors: Sequence[Tensor],
         observers: Sequence[Any] = (),
         split: bool = False,
+        asks: bool = False,
     ) -> Captured:
-        make = partial(self.capture, model, call, tensors, observers, split)
+        make = partial(self.capture, model, call, tensors, observers, split, asks)
         if observers:
             return make()
         likeness = _Likeness(model)
