@@ -50,10 +50,10 @@ class _Held:
 class Answers:
     """Those of one call, in their order, and the tensors in them.
 
-    Tracing takes those before the one numbered `until`; `asked` are the tensors whose values these are.
+    Tracing takes all but those whose numbers are `left`; `asked` are the tensors whose values these are.
     """
 
-    until: int | None = None
+    left: frozenset[int] = frozenset()
     given: list[Answer] = field(default_factory=list)
     tensors: nn.Module = field(default_factory=nn.Module)
     asked: list[tuple[int, torch.Tensor]] = field(default_factory=list)
@@ -128,13 +128,14 @@ class _Replay(_Mode):
         self._count = 0
 
     def _answer(self, kind: Kind, asked: list[torch.Tensor], func: Any, args: Any, kwargs: Any) -> Any:
-        number, until = self._count, self._answers.until
+        number, given = self._count, self._answers.given
         self._count += 1
-        if until is not None and number >= until:
+        if number >= len(given) or (given[number].function, given[number].place) != (func, _place()):
+            raise Diverged(_OTHERWISE)
+        if number in self._answers.left:
             return func(*args, **kwargs)
-        answer = self._answers.given[number] if number < len(self._answers.given) else None
-        shapes = tuple([tensor.shape for tensor in asked])
-        if answer is None or (answer.function, answer.place, answer.shapes) != (func, _place(), shapes):
+        answer = given[number]
+        if answer.shapes != tuple([tensor.shape for tensor in asked]):
             raise Diverged(_OTHERWISE)
         # what forward writes there later was not asked
         self._answers.asked += [(number, tensor.detach().clone()) for tensor in asked]
@@ -142,7 +143,7 @@ class _Replay(_Mode):
         return kind.answered(func, args, kwargs, note)
 
     def refuse_fewer(self) -> None:
-        if self._answers.until is None and self._count != len(self._answers.given):
+        if self._count != len(self._answers.given):
             raise Diverged(_OTHERWISE)
 
 

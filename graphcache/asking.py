@@ -29,11 +29,11 @@ class Untraceable(CaptureError):
 
 
 class _Varying(CaptureError):
-    """What forward asks for in the question so numbered is another value at each step."""
+    """What forward asks for in the questions so numbered is another value at each step."""
 
-    def __init__(self, number: int, text: str) -> None:
+    def __init__(self, numbers: frozenset[int], text: str) -> None:
         super().__init__(text)
-        self.number = number
+        self.numbers = numbers
 
 
 def traced(attempt: Callable[[Answers | None], Traced], asks: bool) -> Traced:
@@ -68,15 +68,22 @@ def traced(attempt: Callable[[Answers | None], Traced], asks: bool) -> Traced:
 
 
 def _traced_with_answers(attempt: Callable[[Answers | None], Traced]) -> Traced:
-    try:
-        return attempt(Answers())
-    except _Varying as error:
-        if not error.number:
-            raise
+    """Trace with answers; what varies is left to tracing, which can do without where no size is needed."""
+    answers = Answers()
+    first: _Varying | None = None
+    while True:
         try:
-            return attempt(Answers(error.number))
+            return attempt(answers)
+        except _Varying as error:
+            first = first or error
+            left = answers.left | error.numbers
+            if len(left) == len(answers.given):
+                raise first from None
+            answers = Answers(left)
         except CaptureError:
-            raise error from None
+            if first is not None:
+                raise first from None
+            raise
 
 
 def decided(
@@ -88,14 +95,17 @@ def decided(
         CaptureError: it depends on the latents or on the time; `advice` is appended.
     """
     step, asked = separated(step, output.count)
+    behind: dict[int, dict[str, None]] = {}
     for (number, _), result in zip(answers.asked, asked.results(), strict=True):
-        if ports := varying(asked, result):
-            place, names = answers.given[number].place, ", ".join(port.name for port in ports)
-            line = linecache.getline(place.file, place.line).strip()
-            raise _Varying(
-                number,
-                f"the model cannot be captured because of {place.file}:{place.line} in {place.function}: "
-                f"`{line}`: what it asks for depends on {names}, and is another value at each step. "
-                f"{BRANCHES}{'.' * bool(advice)}{advice}",
-            )
-    return Traced(step, output, Conditions.of(asked, tensors))
+        for port in varying(asked, result):
+            behind.setdefault(number, {})[port.name] = None
+    if not behind:
+        return Traced(step, output, Conditions.of(asked, tensors))
+    place, names = answers.given[min(behind)].place, ", ".join(behind[min(behind)])
+    line = linecache.getline(place.file, place.line).strip()
+    raise _Varying(
+        frozenset(behind),
+        f"the model cannot be captured because of {place.file}:{place.line} in {place.function}: `{line}`: "
+        f"what it asks for depends on {names}, and is another value at each step. "
+        f"{BRANCHES}{'.' * bool(advice)}{advice}",
+    )

@@ -55,7 +55,16 @@ class Captured:
         split: bool = False,
         asks: bool = False,
     ) -> "Captured":
-        """Capture a call; `split`: fused branches as two sites. `asks`: forward is known to ask for values."""
+        """Capture a call.
+
+        Args:
+            model: in eval mode.
+            call: how the tensors make up the call.
+            tensors: its leaves.
+            observers: told of every pass.
+            split: fused branches as two sites.
+            asks: forward is known to ask for values.
+        """
         examples = distinct([_dense(tensor) for tensor in tensors])
         step, output, conditions = capture(model, call, tuple(examples), asks)
         passes: list[Pass] = [Simplify(), Tag()]

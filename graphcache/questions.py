@@ -97,10 +97,11 @@ class Indexed:
     """A mask among indices chooses places; a tensor without dimensions is an index, or a bound of a slice."""
 
     def asked(self, args: Arguments, kwargs: Keywords) -> list[Tensor]:
-        return [item for item in _tensors(_indices(args)) if _is_mask(item) or not item.dim()]
+        found = [item for item in _indices(args) if isinstance(item, (Tensor, slice))]
+        return [item for item in _tensors(found) if _is_mask(item) or not item.dim()]
 
     def noted(self, func: Function, args: Arguments, kwargs: Keywords) -> Any:
-        return [_places(item) if item.dim() else item.item() for item in self.asked(args, kwargs)]
+        return [_meaning(item) for item in self.asked(args, kwargs)]
 
     def answered(self, func: Function, args: Arguments, kwargs: Keywords, note: Any) -> Any:
         notes = iter(note)
@@ -195,12 +196,14 @@ def _numbered(value: Any, numbers: Iterator[Any]) -> Any:
 
 def _indices(args: Arguments) -> Arguments:
     index = args[1] if len(args) > 1 else ()
-    return tuple(index) if isinstance(index, (tuple, list)) and _are_several(index) else (index,)
+    return index if isinstance(index, tuple) else (index,)
 
 
-def _are_several(index: Sequence[Any]) -> bool:
-    """Whether it is one index for each dimension; a list of numbers is one index."""
-    return isinstance(index, tuple) or any(isinstance(item, (Tensor, slice)) for item in index)
+def _meaning(index: Tensor) -> Any:
+    """The places of a mask, or an index as a number; a mask without dimensions is a truth."""
+    if index.dim():
+        return _places(index)
+    return bool(index) if _is_mask(index) else index.item()
 
 
 def _is_mask(index: Tensor) -> bool:

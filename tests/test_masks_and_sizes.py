@@ -157,6 +157,10 @@ PLACES: dict[str, Ask] = {
     "nonzero as a tuple": lambda text, mask: text[mask.nonzero(as_tuple=True)][None],
     "where": lambda text, mask: text[torch.where(mask)][None],
     "reading": lambda text, mask: text[mask][None],
+    "reading among others": lambda text, mask: (
+        text[None, ..., mask[0], :2].mean(-1).view(1, -1, 1) + text[:1, :1]
+    ),
+    "a truth as an index": lambda text, mask: text[mask[0, 1]][0, :1],
     "reading one channel": lambda text, mask: text[..., 0, None][mask, 0][None, :, None] + text[:1, :1],
     "reading inside and outside": sorted_by_mask,
     "writing": written,
@@ -387,8 +391,8 @@ def test_sizes_of_latents_and_of_masks_in_one_forward() -> None:
 
     class Both(Asking):
         def forward(self, x: Tensor, timestep: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-            result = super().forward(x, timestep, text, mask)
-            return result * x[x > 0].view(1, -1).mean()
+            scale = x[x > 0].view(1, -1).mean()
+            return super().forward(x, timestep, text, mask) * scale
 
     model, text = Both(sorted_by_mask).eval(), text_of()
     exact = graphcache.transform(model, presets.compute(2))
