@@ -139,7 +139,8 @@ class Program:
 
         def capture(rows: Sequence[torch.Tensor]) -> Captured:
             split = any(branch.role == "parallel.mlp" for branch in self.captured.step.branches)
-            return Captured.of(model, self.captured.call, rows, self.observers, split)
+            asks = self.captured.conditions is not None
+            return Captured.of(model, self.captured.call, rows, self.observers, split, asks)
 
         call, step = self.captured.call, self.captured.step
         self.half = capture_half(

@@ -121,15 +121,13 @@ class Selected:
     """`masked_select`: the elements at a mask's places."""
 
     def asked(self, args: Arguments, kwargs: Keywords) -> list[Tensor]:
-        return [_selected(args, kwargs)[1]]
+        return [_named(_SELECT, args, kwargs)["mask"]]
 
     def noted(self, func: Function, args: Arguments, kwargs: Keywords) -> Any:
-        value, mask = _selected(args, kwargs)
-        return _places(mask.expand(torch.broadcast_tensors(value, mask)[0].shape))
+        return _places(_selected(args, kwargs)[1])
 
     def answered(self, func: Function, args: Arguments, kwargs: Keywords, note: Any) -> Any:
-        value, mask = _selected(args, kwargs)
-        return torch.broadcast_tensors(value, mask)[0][tuple(note)]
+        return _selected(args, kwargs)[0][tuple(note)]
 
 
 @dataclass(frozen=True)
@@ -157,12 +155,15 @@ class Repeated:
         return value.flatten()[note[0]] if dim is None else value.index_select(dim, note[0])
 
 
+_SELECT = ("input", "mask")
 _REPEATS = ("input", "repeats", "dim")
 
 
-def _selected(args: Arguments, kwargs: Keywords) -> tuple[Tensor, Tensor]:
-    given = _named(("input", "mask"), args, kwargs)
-    return given["input"], given["mask"]
+def _selected(args: Arguments, kwargs: Keywords) -> Sequence[Tensor]:
+    """What `masked_select` is given, in one shape."""
+    given = _named(_SELECT, args, kwargs)
+    both: Any = torch.broadcast_tensors
+    return list(both(given["input"], given["mask"]))
 
 
 def _named(names: Sequence[str], args: Arguments, kwargs: Keywords) -> dict[str, Any]:

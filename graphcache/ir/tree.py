@@ -35,7 +35,8 @@ class Record:
 
 def is_record(value: Any) -> bool:
     """Whether it is a dataclass that its fields make up, or an object that its attributes do."""
-    return _is_made_of_fields(value) or _is_plain(type(value))
+    kind: Any = type(value)
+    return _is_made_of_fields(value) or _is_plain(kind)
 
 
 def _is_made_of_fields(value: Any) -> bool:
@@ -47,7 +48,7 @@ def _is_made_of_fields(value: Any) -> bool:
 
 
 @functools.cache
-def _is_plain(kind: type) -> bool:
+def _is_plain(kind: Any) -> bool:
     """Whether all that objects of a class hold are attributes, and nothing stands between these and Python.
 
     What has parts in C, makes up attributes, or is called, iterated or entered is something else.
@@ -79,9 +80,10 @@ def fields_of(record: Any) -> dict[str, Any]:
     return dict(vars(record))
 
 
-def made_anew(kind: type, fields: dict[str, Any]) -> Any:
+def made_anew(kind: Any, fields: dict[str, Any]) -> Any:
     """A dataclass or a plain object that holds this."""
-    if dataclasses.is_dataclass(kind) and [*fields] == [field.name for field in dataclasses.fields(kind)]:
+    names = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else None
+    if [*fields] == names:
         return kind(**fields)
     made = object.__new__(kind)
     vars(made).update(fields)

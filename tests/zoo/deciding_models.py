@@ -41,7 +41,7 @@ LUMINA2 = Case(
         patch_size=2,
         in_channels=4,
         hidden_size=WIDTH,
-        num_layers=2,
+        num_layers=1,
         num_refiner_layers=1,
         num_attention_heads=HEADS,
         num_kv_heads=1,
@@ -55,8 +55,8 @@ LUMINA2 = Case(
     shape=(4, 8, 8),
     timestep="timestep",
     clock=reversed_unit,
-    roles={"self": 3, "mlp": 3},
-    blocks=3,
+    roles={"self": 2, "mlp": 2},
+    blocks=2,
 )
 
 
@@ -95,7 +95,7 @@ HUNYUAN_VIDEO15 = Case(
     blocks=2,
 )
 
-# It sorts the tokens of two texts by their masks. Two joint blocks, whose text goes on into two single ones.
+# It sorts the tokens of two texts by their masks. A joint block, whose text goes on into a single one.
 HUNYUAN_IMAGE = Case(
     name="hunyuan_image",
     make=_maker(
@@ -105,8 +105,8 @@ HUNYUAN_IMAGE = Case(
         out_channels=4,
         num_attention_heads=HEADS,
         attention_head_dim=HEAD_DIM,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=1,
+        num_single_layers=1,
         num_refiner_layers=1,
         mlp_ratio=2.0,
         patch_size=(1, 1),
@@ -119,8 +119,8 @@ HUNYUAN_IMAGE = Case(
     shape=(4, 4, 4),
     timestep="timestep",
     clock=thousand,
-    roles={"joint": 2, "joint.context": 2, "mlp": 2, "mlp.context": 2, "parallel": 2},
-    blocks=4,
+    roles={"joint": 1, "joint.context": 1, "mlp": 1, "mlp.context": 1, "parallel": 1},
+    blocks=2,
 )
 
 
@@ -150,7 +150,7 @@ OMNIGEN = Case(
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         intermediate_size=WIDTH,
-        num_layers=2,
+        num_layers=1,
         pad_token_id=0,
         vocab_size=16,
         max_position_embeddings=64,
@@ -164,8 +164,8 @@ OMNIGEN = Case(
     shape=(4, 8, 8),
     timestep="timestep",
     clock=unit,
-    roles={"self": 2, "mlp": 2},
-    blocks=2,
+    roles={"self": 1, "mlp": 1},
+    blocks=1,
 )
 
 
