@@ -45,7 +45,7 @@ class Sharing:
 
     def __init__(self, capture: Callable[..., Captured]) -> None:
         self.capture = capture
-        self.captures: dict[Hashable, Captured] = {}
+        self.captures: dict[Hashable, list[Captured]] = {}
 
     def __call__(
         self,
@@ -64,10 +64,11 @@ class Sharing:
             key = _surroundings(), split, repr(call), likeness.of(model), tuple(map(_laid, tensors))
         except _Unknown:
             return make()
-        known = self.captures.get(key)
-        if known is None or not _holds(known, tensors):
-            known = self.captures[key] = make()
-            return known
+        alike = self.captures.setdefault(key, [])
+        known = next((one for one in alike if _holds(one, tensors)), None)
+        if known is None:
+            alike.append(make())
+            return alike[-1]
         return _with_weights_of(model, known)
 
 
