@@ -19,6 +19,9 @@ from graphcache.questions import KINDS, Kind
 class Diverged(CaptureError):
     """Forward asks for other values while it is traced than it asked for in a real call."""
 
+    def __init__(self) -> None:
+        super().__init__("forward asks for other values while it is traced than in a real call")
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -31,11 +34,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a real call found out at one place; `shapes` are those of the tensors that it asked."""
+    """What a real call found out at one place; `shapes` and `values` are those of the tensors asked."""
 
     function: Any
     place: Place
     shapes: tuple[torch.Size, ...]
+    values: tuple[bytes, ...]
     note: Any
 
 
@@ -79,6 +83,12 @@ class Answers:
             yield
         replay.refuse_fewer()
 
+    @property
+    def values(self) -> tuple[bytes, ...]:
+        """What the real call found in the tensors that tracing asks, in this order."""
+        taken = [answer for number, answer in enumerate(self.given) if number not in self.left]
+        return tuple([values for answer in taken for values in answer.values])
+
     def hold(self, note: Any) -> Any:
         """A note without its tensors, of which equal ones are kept once."""
 
@@ -115,9 +125,9 @@ class _Mode(TorchFunctionMode):
 
 class _Record(_Mode):
     def _answer(self, kind: Kind, asked: list[torch.Tensor], func: Any, args: Any, kwargs: Any) -> Any:
-        shapes = tuple([tensor.shape for tensor in asked])
+        shapes, values = tuple([tensor.shape for tensor in asked]), tuple(map(as_bytes, asked))
         note = kind.noted(func, args, kwargs)
-        self._answers.given.append(Answer(func, _place(), shapes, self._answers.hold(note)))
+        self._answers.given.append(Answer(func, _place(), shapes, values, self._answers.hold(note)))
         return kind.answered(func, args, kwargs, note)
 
 
@@ -131,12 +141,12 @@ class _Replay(_Mode):
         number, given = self._count, self._answers.given
         self._count += 1
         if number >= len(given) or (given[number].function, given[number].place) != (func, _place()):
-            raise Diverged(_OTHERWISE)
+            raise Diverged
         if number in self._answers.left:
             return func(*args, **kwargs)
         answer = given[number]
         if answer.shapes != tuple([tensor.shape for tensor in asked]):
-            raise Diverged(_OTHERWISE)
+            raise Diverged
         # what forward writes there later was not asked
         self._answers.asked += [(number, tensor.detach().clone()) for tensor in asked]
         note = _mapped(answer.note, _Held, lambda held: getattr(self._tensors, held.name))
@@ -144,15 +154,12 @@ class _Replay(_Mode):
 
     def refuse_fewer(self) -> None:
         if self._count != len(self._answers.given):
-            raise Diverged(_OTHERWISE)
+            raise Diverged
 
 
 def _listed(tensor: torch.Tensor) -> Any:
     """What `tolist` gives, each number asked for by itself, as it is while tensors have no values."""
     return [_listed(row) for row in tensor] if tensor.dim() else tensor.item()
-
-
-_OTHERWISE = "forward asks for other values while it is traced than in a real call"
 
 
 def _mapped(note: Any, kind: type, change: Callable[[Any], Any]) -> Any:

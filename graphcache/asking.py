@@ -100,7 +100,10 @@ def decided(
         for port in varying(asked, result):
             behind.setdefault(number, {})[port.name] = None
     if not behind:
-        return Traced(step, output, Conditions.of(asked, tensors))
+        conditions = Conditions.of(asked, tensors)
+        if conditions.expected != answers.values:
+            raise Diverged
+        return Traced(step, output, conditions)
     place, names = answers.given[min(behind)].place, ", ".join(behind[min(behind)])
     line = linecache.getline(place.file, place.line).strip()
     raise _Varying(

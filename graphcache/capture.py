@@ -96,7 +96,7 @@ def _traced(
     answers: Answers | None,
 ) -> Traced:
     if answers is not None and not answers.given:
-        raise Diverged("forward asks for no values that a real call could answer")
+        raise Diverged
     outputs: list[OutputSpec] = []
     wrapper = _FlatCall(model, call, outputs.append, answers)
     try:

@@ -52,19 +52,18 @@ class Conditions:
 
         None is computed before it is wanted: one that forward asks only after other answers may not exist.
         """
-        env: dict[fx.Node, Any] = {}
-        inputs, results = iter(tensors), set(self.step.results())
-        for node in self.step.graph.nodes:
-            if node.op == "placeholder":
-                env[node] = next(inputs)
-            elif node.op == "get_attr":
-                env[node] = attrgetter(str(node.target))(self.step.root)
-            elif node.op == "call_function":
-                args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-                with torch.no_grad():
-                    env[node] = node.target(*args, **kwargs)
-            if node in results:
-                yield as_bytes(env[node])
+        env: dict[fx.Node, Any] = dict(zip(self.step.placeholders(), tensors, strict=True))
+        nodes = iter(self.step.graph.nodes)
+        for result in self.step.results():
+            while result not in env:
+                node = next(nodes)
+                if node.op == "get_attr":
+                    env[node] = attrgetter(str(node.target))(self.step.root)
+                elif node.op == "call_function":
+                    args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+                    with torch.no_grad():
+                        env[node] = node.target(*args, **kwargs)
+            yield as_bytes(env[result])
 
 
 def separated(step: StepGraph, count: int) -> tuple[StepGraph, StepGraph]:
