@@ -2,7 +2,6 @@
 
 import itertools
 import weakref
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ import torch
 
 from graphcache.conditions import Conditions
 from graphcache.halves import Rows
+from graphcache.matching import version
 from graphcache.runner import Key
 
 _STAMPS = 32
@@ -84,24 +84,26 @@ class Decisions:
 
 @dataclass
 class _Signature:
-    """The values that are known of one signature, by their numbers."""
+    """The values that are known of one signature, by their numbers.
 
-    checks: OrderedDict[int, tuple[_Check, ...]] = field(default_factory=OrderedDict)
+    Threads look while another one notes, so that what is known is replaced and never changed.
+    """
+
+    checks: dict[int, tuple[_Check, ...]] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     leaves: tuple[int, ...] = ()
     reads_weights: bool = False
-    stamps: "OrderedDict[tuple[int, ...], _Stamp]" = field(default_factory=OrderedDict)
+    stamps: "dict[tuple[int, ...], _Stamp]" = field(default_factory=dict)
 
     def note(self, number: int, check: _Check) -> None:
         before = self.checks.get(number, ())
         if check in before:
             return
-        self.checks[number] = (*before, check)
-        if len(self.checks) > _KNOWN:
-            self.checks.popitem(last=False)
+        known = {**self.checks, number: (*before, check)}
+        self.checks = dict(list(known.items())[-_KNOWN:])
         self.leaves = tuple(sorted({*self.leaves, *check.conditions.leaves}))
         self.reads_weights = self.reads_weights or check.conditions.reads_weights
-        self.stamps.clear()
+        self.stamps = {}
 
     def number(self, tensors: Sequence[torch.Tensor], begins: bool) -> int:
         asked = [tensors[index] for index in self.leaves]
@@ -116,14 +118,13 @@ class _Signature:
             number = stamp.number
         if number is None:
             number = next(self.numbers)
-        self.stamps[place] = _Stamp.of(asked, number)
-        if len(self.stamps) > _STAMPS:
-            self.stamps.popitem(last=False)
+        stamps = self.stamps
+        self.stamps = {**stamps, place: _Stamp.of(asked, number)} if len(stamps) < _STAMPS else {}
         return number
 
     def _found(self, tensors: Sequence[torch.Tensor]) -> int | None:
         looks: dict[tuple[str, Rows | None], _Look] = {}
-        for number, checks in reversed(self.checks.items()):
+        for number, checks in self.checks.items():
             for check in checks:
                 key = check.conditions.structure, check.rows
                 if key not in looks:
@@ -168,11 +169,6 @@ class _Stamp:
         return self.versions == tuple(map(version, tensors)) and all(
             held() is tensor for held, tensor in zip(self.tensors, tensors, strict=True)
         )
-
-
-def version(tensor: torch.Tensor) -> int:
-    """Counts changes in place; inference tensors have no count."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def bare(key: Key) -> Key:

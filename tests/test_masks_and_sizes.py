@@ -1,7 +1,9 @@
 """Models that look at the values of their conditions: masks, embeddings, sizes given as tensors."""
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -134,6 +136,9 @@ NUMBERS: dict[str, Ask] = {
     "int": lambda text, mask: text * len(range(int(mask.sum()))),
     "float": lambda text, mask: text if float(mask.float().mean()) > 0.7 else text + 1,
     "a set of a list": lambda text, mask: text * len(set(lengths_of(mask).tolist())),
+    "a list of lists": lambda text, mask: (
+        text * sum(a * b for a, b in torch.stack([lengths_of(mask), lengths_of(~mask)], dim=1).tolist())
+    ),
     "a list of lengths": padded,
     "a loop": halted,
     "two questions": asked_twice,
@@ -285,6 +290,24 @@ class TestOtherValues:
                 latents[i] = latents[i] - found[i][-1] / 4
         assert_same(found, expected)
         assert programs(cached) == 2
+
+
+def test_threads_that_begin_at_once_with_masks_of_their_own() -> None:
+    model = asking(sorted_by_mask)
+    cached: Any = graphcache.transform(model, presets.compute(2))
+    prompts = [(text_of(), mask_of(*lengths)) for lengths in ((3, 5), (4, 1), (3, 5), (2, 2))]
+    together = threading.Barrier(len(prompts))
+
+    def run(prompt: tuple[Tensor, Tensor]) -> list[list[Tensor]]:
+        with torch.no_grad(), cached.session():
+            together.wait()
+            return [generation(cached, *prompt) for _ in range(2)]
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        found = list(pool.map(run, prompts))
+    for results, prompt in zip(found, prompts, strict=True):
+        assert_same(results, [generation(model, *prompt)] * 2)
+    assert programs(cached) == 3
 
 
 def test_two_calls_a_step_with_masks_of_their_own() -> None:
