@@ -1,6 +1,5 @@
 """Calls by which a model learns values of tensors: as numbers in Python, or as sizes of results."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,7 +30,7 @@ class Kind(Protocol):
 
 @dataclass(frozen=True)
 class Value:
-    """The result is a number, a list or an array of them; it is handed out as it was."""
+    """The result is a number, which is handed out as it was."""
 
     def asked(self, args: Arguments, kwargs: Keywords) -> list[Tensor]:
         return list(_tensors((args, kwargs)))
@@ -40,7 +39,7 @@ class Value:
         return func(*args, **kwargs)
 
     def answered(self, func: Function, args: Arguments, kwargs: Keywords, note: Any) -> Any:
-        return copy.deepcopy(note)
+        return note
 
 
 @dataclass(frozen=True)
@@ -72,24 +71,25 @@ class Sized:
     first: int = 1
     nested: bool = False
 
-    def _place(self, args: Arguments, kwargs: Keywords) -> Any:
-        given = [*args[self.first :], *kwargs.values()]
-        return [item for item in given if not isinstance(item, Tensor)] if self.nested else given
-
     def asked(self, args: Arguments, kwargs: Keywords) -> list[Tensor]:
-        return list(_tensors(self._place(args, kwargs)))
+        named = [item for name, item in kwargs.items() if name not in _OPERANDS]
+        return [tensor for item in (*args[self.first :], *named) for tensor in self._numbers(item)]
+
+    def _numbers(self, item: Any) -> Iterator[Tensor]:
+        return iter(()) if self.nested and isinstance(item, Tensor) else _tensors(item)
 
     def noted(self, func: Function, args: Arguments, kwargs: Keywords) -> Any:
         return [tensor.tolist() for tensor in self.asked(args, kwargs)]
 
     def answered(self, func: Function, args: Arguments, kwargs: Keywords, note: Any) -> Any:
         numbers = iter(note)
-        kept = args[: self.first]
-        rest = [self._numbered(item, numbers) for item in args[self.first :]]
-        return func(*kept, *rest, **{name: self._numbered(item, numbers) for name, item in kwargs.items()})
 
-    def _numbered(self, item: Any, numbers: Iterator[Any]) -> Any:
-        return item if self.nested and isinstance(item, Tensor) else _numbered(item, numbers)
+        def numbered(item: Any) -> Any:
+            return item if self.nested and isinstance(item, Tensor) else _numbered(item, numbers)
+
+        rest = [numbered(item) for item in args[self.first :]]
+        named = {name: item if name in _OPERANDS else numbered(item) for name, item in kwargs.items()}
+        return func(*args[: self.first], *rest, **named)
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,8 @@ class Repeated:
         return value.flatten()[note[0]] if dim is None else value.index_select(dim, note[0])
 
 
+_OPERANDS = ("input", "self", "tensor", "out")
+"""Names of tensors that are no numbers."""
 _SELECT = ("input", "mask")
 _REPEATS = ("input", "repeats", "dim")
 
