@@ -10,6 +10,8 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
+from graphcache.answers import Answers, Diverged
+from graphcache.asking import Traced, Untraceable, decided, traced
 from graphcache.compile import COMPILING
 from graphcache.explanation import Stopped, explain
 from graphcache.functional import Unknown, erase_unread, functional, inlined, is_functional
@@ -18,10 +20,10 @@ from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, Output, StepGraph
 from graphcache.kernels import ChosenKernels
-from graphcache.numeric_time import ADVICE, named_numbers, refuse_unlike_numbers, run_as_tensors
+from graphcache.numeric_time import about_numbers, refuse_unlike_numbers, run_as_tensors
 from graphcache.plain_tensors import Originals
 from graphcache.quiet import quiet_tracing
-from graphcache.rehearsal import Undo, random_states_kept, rehearse
+from graphcache.rehearsal import random_states_kept, rehearse
 from graphcache.undisturbed import undisturbed
 from graphcache.unseen_writes import SeenWrites
 
@@ -32,17 +34,23 @@ _PURE_RANDOM = {
 
 
 def capture(
-    model: nn.Module, call: CallSpec, tensors: tuple[torch.Tensor, ...]
-) -> tuple[StepGraph, OutputSpec]:
+    model: nn.Module, call: CallSpec, tensors: tuple[torch.Tensor, ...], asks: bool = False
+) -> Traced:
     """Trace one evaluation of `model` into a pure graph over flat tensors.
+
+    Where forward asks for values of inputs that a generation keeps, it is traced with the answers of a real
+    call. Other captures cost no more for that.
 
     Args:
         model: in eval mode, without hooks.
         call: how the flat tensors make up the arguments.
-        tensors: example leaves; only their shapes, strides, dtypes and devices matter.
+        tensors: example leaves; beside the values that forward asks for, only their shapes, strides, dtypes
+            and devices matter.
+        asks: whether forward is known to ask for values.
 
     Returns:
-        The graph, sharing the model's parameters, and the structure of the model's result.
+        The graph, sharing the model's parameters, the structure of the model's result, and the values that
+        the graph is right for.
 
     Raises:
         CaptureError: for whatever a graph cannot hold, naming the cause and what to do about it.
@@ -51,15 +59,24 @@ def capture(
     tensors = tuple([originals.plain(tensor) for tensor in tensors])
     devices = {tensor.device for tensor in (*tensors, *model.parameters())}
 
-    def called() -> None:
+    def called(answers: Answers | None) -> None:
+        if answers is not None:
+            with answers.record():
+                run_as_tensors(call, model, tensors)
+            return
         with ChosenKernels():
             if call.numbers:
                 refuse_unlike_numbers(call, model, tensors)
             else:
                 OutputSpec.of(call.run(model, tensors))
 
-    def rehearsal() -> Undo:
-        return rehearse(called, devices)
+    def attempt(answers: Answers | None) -> Traced:
+        return undisturbed(
+            model,
+            originals,
+            lambda: rehearse(lambda: called(answers), devices),
+            lambda: _traced(model, call, tensors, originals, answers),
+        )
 
     with (
         COMPILING,
@@ -68,14 +85,20 @@ def capture(
         torch.no_grad(),
         random_states_kept(devices),
     ):
-        return undisturbed(model, originals, rehearsal, lambda: _traced(model, call, tensors, originals))
+        return traced(attempt, asks)
 
 
 def _traced(
-    model: nn.Module, call: CallSpec, tensors: tuple[torch.Tensor, ...], originals: Originals
-) -> tuple[StepGraph, OutputSpec]:
+    model: nn.Module,
+    call: CallSpec,
+    tensors: tuple[torch.Tensor, ...],
+    originals: Originals,
+    answers: Answers | None,
+) -> Traced:
+    if answers is not None and not answers.given:
+        raise Diverged
     outputs: list[OutputSpec] = []
-    wrapper = _FlatCall(model, call, outputs.append)
+    wrapper = _FlatCall(model, call, outputs.append, answers)
     try:
         with (
             quiet_tracing(),
@@ -89,21 +112,21 @@ def _traced(
     except CaptureError:
         raise
     except Exception as error:
-        reason = explain(error)
-        if call.numbers:
-            reason += f". Besides, {named_numbers(call)}. {ADVICE}"
-        raise CaptureError(reason) from (error.__cause__ if isinstance(error, Stopped) else error)
+        reason = explain(error) + "." * bool(call.numbers) + about_numbers(call)
+        raise Untraceable(reason) from (error.__cause__ if isinstance(error, Stopped) else error)
     _refuse_mutation(program.graph_signature)
     graph, held = _unlifted(program, graph)
     _refuse_ops(graph)
-    output = outputs[-1]
+    results: Any = graph.output_node().args[0]
     step = StepGraph(
         fx.GraphModule({name: originals.of(value) for name, value in held.items()}, graph),
         graph,
         tuple(Input(call.kind(index), index, name) for index, name in enumerate(call.leaf_names)),
-        tuple(Output(index) for index in range(output.count)),
+        tuple(Output(index) for index in range(len(results))),
     )
-    return step, output
+    if answers is None:
+        return Traced(step, outputs[-1], None)
+    return decided(step, outputs[-1], answers, tensors, about_numbers(call))
 
 
 @contextlib.contextmanager
@@ -133,22 +156,33 @@ def _without_stack_traces() -> Iterator[None]:
 class _FlatCall(nn.Module):
     """The model behind a flat signature; remembers the structure of what it returned."""
 
-    def __init__(self, model: nn.Module, call: CallSpec, returned: Callable[[OutputSpec], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        call: CallSpec,
+        returned: Callable[[OutputSpec], None],
+        answers: Answers | None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.call = call
+        self.answers = answers
+        if answers is not None:
+            self.values = answers.tensors
         # export restores every attribute that forward sets, so the structure leaves through a function
         self.returned = returned
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         try:
-            output, leaves = OutputSpec.of(run_as_tensors(self.call, self.model, tensors))
+            with self.answers.replay(self.values) if self.answers else contextlib.nullcontext():
+                result = run_as_tensors(self.call, self.model, tensors)
+            output, leaves = OutputSpec.of(result)
         except CaptureError:
             raise
         except Exception as error:
             raise Stopped from error
         self.returned(output)
-        return leaves
+        return (*leaves, *(tensor for _, tensor in self.answers.asked)) if self.answers else leaves
 
 
 def _functional(program: Any) -> tuple[Any, fx.Graph]:

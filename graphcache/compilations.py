@@ -11,7 +11,10 @@ import torch
 from torch import fx
 
 from graphcache.compile import Compiled, Kept
-from graphcache.ir.graph import StepGraph, is_tensor, layout, value_of
+from graphcache.ir.graph import StepGraph, as_bytes, is_tensor, layout, value_of
+
+VALUES = "values."
+"""How the names begin of what a captured graph holds of answers to what forward asked."""
 
 
 class Compilations:
@@ -64,10 +67,15 @@ def structure(step: StepGraph) -> str:
 
 
 def _target(step: StepGraph, node: fx.Node) -> Any:
-    """An operation by its name; what the model holds by itself, and by what code is made for."""
+    """An operation by its name; what the model holds by itself, and by what code is made for; answers by
+    their values.
+    """
+    name = str(node.target)
     if node.op != "get_attr":
-        return str(node.target)
-    value = attrgetter(str(node.target))(step.root)
+        return name
+    value = attrgetter(name)(step.root)
+    if name.startswith(VALUES):
+        return layout(value), as_bytes(value)
     return id(value), (layout(value), value.requires_grad) if isinstance(value, torch.Tensor) else None
 
 

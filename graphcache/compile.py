@@ -79,7 +79,7 @@ def _code(step: StepGraph, backend: Backend) -> Compiled:
     if backend is None:
         eager: Compiled = module.forward
         return eager
-    return _compiled(module, backend, _has_symbolic_shapes(step))
+    return _compiled(module, backend, has_symbolic_shapes(step))
 
 
 def _compiled(module: nn.Module, backend: Backend, guarded: bool) -> Compiled:
@@ -182,7 +182,8 @@ def _mode_options(given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _has_symbolic_shapes(step: StepGraph) -> bool:
+def has_symbolic_shapes(step: StepGraph) -> bool:
+    """Whether some shape depends on data."""
     return any(is_tensor(node) and not has_static_shape(node) for node in step.graph.nodes)
 
 

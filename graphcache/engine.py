@@ -14,6 +14,7 @@ from graphcache.analysis.coverage import coverage
 from graphcache.caller import Caller
 from graphcache.capture import forward_parameters
 from graphcache.compile import Backend, begin_generation, prior_compilation
+from graphcache.decisions import Decisions, bare
 from graphcache.halves import is_doubled, is_listed_twice
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import PlanError, StateError
@@ -83,6 +84,7 @@ class Engine:
         self.scopes = Scopes(Surroundings(self.new_session(self.driver)))
         self.variants = Variants(model, options.watches_all)
         self.programs = Programs(options.signatures)
+        self.decisions = Decisions()
         self.plans = {options.plan.steps: options.plan}
         self.given = model
         self.outer: Any = None
@@ -109,7 +111,7 @@ class Engine:
             call = Call(
                 around.name,
                 around.fields,
-                self._key(signature, begins=False),
+                self._key(signature, tensors, begins=False),
                 constants,
                 spec.timestep(tensors),
                 spec.given_latents(tensors),
@@ -120,7 +122,7 @@ class Engine:
             )
             generation, branch = self._placed(session, call)
             if generation.untouched:
-                call = call._replace(key=self._key(signature, begins=True))
+                call = call._replace(key=self._key(signature, tensors, begins=True))
             state = self._state(session, generation, branch, call)
             if state.role == "uncond":
                 hand_over(session.states.get(("cond", branch[1])), state)
@@ -144,13 +146,17 @@ class Engine:
         session.refuse_others(found[0])
         return found
 
-    def _key(self, signature: Signature, begins: bool) -> Key:
-        """What a program depends on: the form of the model, the call's signature, and modes around it."""
+    def _key(self, signature: Signature, tensors: Sequence[torch.Tensor], begins: bool) -> Key:
+        """What a program depends on: the form of the model, the call's signature, modes around it, and
+        values that forward decides on.
+        """
         number = self.variants.look(begins)
         if begins:
             with self._lock:
                 self.programs.forget_others(self.variants.numbers)
-        return number, *signature, *ambient()
+                self.decisions.forget_others(self.variants.numbers)
+        key = number, *signature, *ambient()
+        return self.decisions.completed(key, tensors, begins) if self.decisions else key
 
     def evaluate(self, branch: Branch, state: BranchState, tensors: Sequence[torch.Tensor]) -> Any:
         """Run the step that a branch's state is at."""
@@ -209,9 +215,9 @@ class Engine:
         else:
             bound = self.binder.bind(example_inputs, {})
         signature, tensors = self.binder.signature(bound)
-        program = self._program(self._key(signature, begins=True), bound, tensors)
+        key, program = self._program(self._key(signature, tensors, begins=True), bound, tensors)
         plan, name = self.options.plan, self.surroundings.name
-        program.check(plan, self._role(plan, name, program, tensors))
+        program.check(plan, self._role(plan, name, program, tensors, key))
         self._say_what_is_left(plan, program)
         return program
 
@@ -264,9 +270,12 @@ class Engine:
         return state
 
     def _changed(self, state: BranchState, plan: Plan, step: int, call: Call) -> BranchState:
-        """The state for another signature, or another form of the model, in the middle of a generation."""
+        """The state for another signature, other values or another form of the model, in the middle of a
+        generation.
+        """
         refuse_conversion(state.key, call.key)
-        program = self._program(call.key, call.bound, call.tensors)
+        key, program = self._program(call.key, call.bound, call.tensors)
+        call = call._replace(key=key)
         if state.key[1:] == call.key[1:]:
             role, shared = self._lowered_for(plan, call, program)
             made = carried(state, call.key, program, program.schedule(plan, state.start, role, shared))
@@ -301,7 +310,8 @@ class Engine:
 
     def _begun(self, plan: Plan, step: int, call: Call) -> BranchState:
         """A state whose history begins with this call."""
-        program = self._program(call.key, call.bound, call.tensors)
+        key, program = self._program(call.key, call.bound, call.tensors)
+        call = call._replace(key=key)
         role, shared = self._lowered_for(plan, call, program)
         state = begun(call.key, program, plan, step, role, shared)
         self._say_what_is_left(plan, program)
@@ -309,11 +319,13 @@ class Engine:
 
     def _lowered_for(self, plan: Plan, call: Call, program: Program) -> tuple[Role, bool]:
         """Which calls of guidance these are, and whether tokens are chosen for both halves of a batch."""
-        role = self._role(plan, call.name, program, call.tensors)
+        role = self._role(plan, call.name, program, call.tensors, call.key)
         shares = role == "only" and any(item.is_measured for item in plan.letters)
         return role, shares and is_doubled(call.latents)
 
-    def _role(self, plan: Plan, name: str, program: Program, tensors: Sequence[torch.Tensor]) -> Role:
+    def _role(
+        self, plan: Plan, name: str, program: Program, tensors: Sequence[torch.Tensor], key: Key
+    ) -> Role:
         """Which calls of guidance these are, by the cache context and by the latents."""
         if not plan.is_guided:
             return "only"
@@ -337,43 +349,54 @@ class Engine:
                 "conditional=last (or first) in the plan's header, or make two calls a step, in "
                 "model.cache_context('cond') and ('uncond')"
             )
-        self._halve(program, tensors, plan.conditional)
+        self._halve(program, tensors, plan.conditional, key)
         return "doubled"
 
-    def _halve(self, program: Program, tensors: Sequence[torch.Tensor], conditional: str) -> None:
+    def _halve(self, program: Program, tensors: Sequence[torch.Tensor], conditional: str, key: Key) -> None:
         with self._lock:
             if program.half is None:
                 program.halve(self.model, tensors, conditional)
+                half = program.half
+                if half is not None and half.conditions is not None:
+                    self.decisions.note(key, half.conditions, tensors, half.rows)
 
-    def _program(self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> Program:
-        """The program of a signature and of a form of the model."""
+    def _program(
+        self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]
+    ) -> tuple[Key, Program]:
+        """The program of a signature, of a form of the model and of values; its key, once these are known."""
         with self._lock:
+            if self.decisions:
+                key = self.decisions.completed(key, tensors)
             if key not in self.programs:
-                self.programs.add(key, self._made(key, bound, tensors))
+                program = self._made(key, bound, tensors)
+                if program.captured.conditions is not None:
+                    key = self.decisions.note(key, program.captured.conditions, tensors)
+                self.programs.add(key, program)
                 self.variants.keep({known[0] for known in self.programs})
             self.programs.move_to_end(key)
-            return self.programs[key]
+            return key, self.programs[key]
 
     def _made(self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> Program:
         """A program; its capture is shared with the same signature's in the other gradient mode."""
         twin = self.programs.get((*key[:-1], not key[-1]))
         signature = self.binder.signature(bound)[0]
-        captured = twin.captured if twin else self._captured(self._spec(signature, bound), tensors)
+        asks = self.decisions.knows(key)
+        captured = twin.captured if twin else self._captured(self._spec(signature, bound), tensors, asks)
         return Program(
             captured,
             self.compilation(),
             offload=self.options.offload,
             observers=self.options.observers,
-            kept=self.programs.compilations.under(key[1:]),
+            kept=self.programs.compilations.under(bare(key)[1:]),
         ).prepared()
 
     def compilation(self) -> Backend:
         """What phases are compiled with: what was asked for, or what the model was compiled with."""
         return prior_compilation(self.model) if self.backend is None else self.backend
 
-    def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor]) -> Captured:
+    def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor], asks: bool) -> Captured:
         split = self.options.plan.splits_parallel
-        captured = Captured.of(self.model, spec, tensors, self.options.observers, split)
+        captured = Captured.of(self.model, spec, tensors, self.options.observers, split, asks)
         self.variants.captured()
         return captured
 
@@ -382,7 +405,7 @@ class Engine:
         program = state.program.without(changed).prepared()
         if state.program.half is not None:
             conditional = "first" if state.program.half.rows.first else "last"
-            self._halve(program, tensors, conditional)
+            self._halve(program, tensors, conditional, state.key)
         with self._lock:
             if self.programs.get(state.key) is state.program:
                 self.programs[state.key] = program

@@ -49,7 +49,7 @@ def explain(error: BaseException) -> str:
     return f"the model cannot be captured{user_line(error)}: {_reason(error)}. {_advice(error, is_own)}"
 
 
-_BRANCHES = (
+BRANCHES = (
     "A step must not branch on tensor values, nor make sizes of them; move that decision out of forward, or "
     "use operations that keep the size, such as torch.where and masks"
 )
@@ -58,7 +58,7 @@ _BRANCHES = (
 def _advice(error: BaseException, is_own: bool) -> str:
     text = str(error)
     if isinstance(error, _ON_VALUES) or _UNKNOWN.search(text):
-        return _BRANCHES
+        return BRANCHES
     if isinstance(error, UnsupportedOperatorException):
         return (
             "That operator does not say what its results look like: register that with "
@@ -90,7 +90,7 @@ def user_line(error: BaseException) -> str:
     chain: BaseException | None = error
     while chain is not None and id(chain) not in seen:
         seen.add(id(chain))
-        frames = [f for f in traceback.extract_tb(chain.__traceback__) if _is_user_code(f.filename)]
+        frames = [f for f in traceback.extract_tb(chain.__traceback__) if is_user_code(f.filename)]
         if frames:
             last = frames[-1]
             return f" because of {last.filename}:{last.lineno} in {last.name}: `{last.line}`"
@@ -98,7 +98,7 @@ def user_line(error: BaseException) -> str:
     return ""
 
 
-def _is_user_code(filename: str) -> bool:
+def is_user_code(filename: str) -> bool:
     if filename.startswith((_TORCH, _OWN, "<")):
         return False
     return "site-packages" in filename or not filename.startswith(_STANDARD)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphcache.conditions import Conditions
 from graphcache.ir.call import CallSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, StepGraph, has_static_shape
@@ -58,7 +59,8 @@ class Half:
     """A step captured for half a batch, beside the one of the whole batch.
 
     `shared` are the hoisted values, by name, that hold no samples; of the others the half has its rows.
-    `mixed` are values of the whole batch in which the samples do not lie one half after the other.
+    `mixed` are values of the whole batch in which the samples do not lie one half after the other,
+    `conditions` those of its own inputs that it is right for.
     """
 
     step: StepGraph
@@ -67,6 +69,7 @@ class Half:
     hoisted: frozenset[str]
     shared: frozenset[str]
     mixed: frozenset[str]
+    conditions: Conditions | None = None
 
     def hoisted_rows(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The half's hoisted values: views of the whole batch's."""
@@ -179,7 +182,15 @@ def _compared(
     sampled = _depend(whole, rows.carriers)
     shared = {name for name in common if ours[name] not in sampled and found[name].is_close(expected[name])}
     hoisted = frozenset(set(common) - differing | shared)
-    return Half(half, captured.strides, rows, hoisted, frozenset(shared), frozenset(differing - set(common)))
+    return Half(
+        half,
+        captured.strides,
+        rows,
+        hoisted,
+        frozenset(shared),
+        frozenset(differing - set(common)),
+        captured.conditions,
+    )
 
 
 def _depend(step: StepGraph, leaves: frozenset[int]) -> set[fx.Node]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensor
 
+from graphcache.decisions import bare
 from graphcache.ir.errors import CaptureError, StateError
 from graphcache.kernels import attention_kernels
 from graphcache.runner import Key
@@ -51,6 +52,8 @@ def refuse_conversion(before: Key, after: Key) -> None:
 
 def what_changed(before: Key, after: Key) -> str:
     """In which way two calls of a generation differ, for a message."""
+    if bare(before) == bare(after):
+        return "what forward asks of its inputs' values, such as a mask's length,"
     names = _other_numbers(before, after)
     if not names:
         return "another form of the model, or inputs of other sizes,"

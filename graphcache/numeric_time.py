@@ -81,6 +81,11 @@ ADVICE = (
 )
 
 
+def about_numbers(call: CallSpec) -> str:
+    """What to add to a reason why a call cannot be captured, as a sentence, if there are numbers."""
+    return f" Besides, {named_numbers(call)}. {ADVICE}" if call.numbers else ""
+
+
 def named_numbers(call: CallSpec) -> str:
     """What was made of the numbers, as the beginning of a sentence."""
     names = ", ".join(call.leaf_names[index] for index in call.numbers)

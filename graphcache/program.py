@@ -16,6 +16,7 @@ from graphcache.analysis.ranges import cut_range
 from graphcache.analysis.tokens import TokenCut, memories, token_cuts
 from graphcache.capture import capture
 from graphcache.compile import COMPILING, Backend, Kept, build
+from graphcache.conditions import Conditions
 from graphcache.halves import Half, capture_half
 from graphcache.histories import entries
 from graphcache.ir.call import CallSpec, OutputSpec
@@ -44,6 +45,7 @@ class Captured:
     call: CallSpec
     output: OutputSpec
     strides: tuple[tuple[int, ...], ...]
+    conditions: Conditions | None = None
 
     @staticmethod
     def of(
@@ -52,14 +54,24 @@ class Captured:
         tensors: Sequence[torch.Tensor],
         observers: Sequence[Observer] = (),
         split: bool = False,
+        asks: bool = False,
     ) -> "Captured":
-        """Capture a call; `split`: fused branches as two sites."""
+        """Capture a call.
+
+        Args:
+            model: in eval mode.
+            call: how the tensors make up the call.
+            tensors: its leaves.
+            observers: told of every pass.
+            split: fused branches as two sites.
+            asks: forward is known to ask for values.
+        """
         examples = distinct([_dense(tensor) for tensor in tensors])
-        step, output = capture(model, call, tuple(examples))
+        step, output, conditions = capture(model, call, tuple(examples), asks)
         passes: list[Pass] = [Simplify(), Tag()]
         step = run([*passes, Split()] if split else passes, step, observers)
         strides = tuple(tensor.stride() for tensor in examples)
-        return Captured(step, call, output, strides)
+        return Captured(step, call, output, strides, conditions)
 
 
 def distinct(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -128,7 +140,8 @@ class Program:
 
         def capture(rows: Sequence[torch.Tensor]) -> Captured:
             split = any(branch.role == "parallel.mlp" for branch in self.captured.step.branches)
-            return Captured.of(model, self.captured.call, rows, self.observers, split)
+            asks = self.captured.conditions is not None
+            return Captured.of(model, self.captured.call, rows, self.observers, split, asks)
 
         call, step = self.captured.call, self.captured.step
         self.half = capture_half(

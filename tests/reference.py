@@ -382,7 +382,7 @@ class Subject:
         key, _ = engine.binder.signature(engine.binder.bind((), kwargs))
         program = Program(self.captured, engine.backend)
         program.check(plan)
-        engine.programs.add(engine._key(key, begins=True), program)
+        engine.programs.add(engine._key(key, (), begins=True), program)
         engine.variants.captured()
         return made
 

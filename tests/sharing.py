@@ -45,7 +45,7 @@ class Sharing:
 
     def __init__(self, capture: Callable[..., Captured]) -> None:
         self.capture = capture
-        self.captures: dict[Hashable, Captured] = {}
+        self.captures: dict[Hashable, list[Captured]] = {}
 
     def __call__(
         self,
@@ -54,8 +54,9 @@ class Sharing:
         tensors: Sequence[Tensor],
         observers: Sequence[Any] = (),
         split: bool = False,
+        asks: bool = False,
     ) -> Captured:
-        make = partial(self.capture, model, call, tensors, observers, split)
+        make = partial(self.capture, model, call, tensors, observers, split, asks)
         if observers:
             return make()
         likeness = _Likeness(model)
@@ -63,10 +64,11 @@ class Sharing:
             key = _surroundings(), split, repr(call), likeness.of(model), tuple(map(_laid, tensors))
         except _Unknown:
             return make()
-        known = self.captures.get(key)
+        alike = self.captures.setdefault(key, [])
+        known = next((one for one in alike if _holds(one, tensors)), None)
         if known is None:
-            known = self.captures[key] = make()
-            return known
+            alike.append(make())
+            return alike[-1]
         return _with_weights_of(model, known)
 
 
@@ -154,6 +156,12 @@ def _contents(tensor: Tensor) -> bytes:
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
         raise _Unknown(tensor.device)
     return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _holds(known: Captured, tensors: Sequence[Tensor]) -> bool:
+    """Whether the values that forward asks for are those that it was captured with."""
+    conditions = known.conditions
+    return conditions is None or tuple(conditions.found(tensors)) == conditions.expected
 
 
 def _with_weights_of(model: nn.Module, known: Captured) -> Captured:

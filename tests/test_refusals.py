@@ -12,7 +12,6 @@ import graphcache
 from graphcache import CaptureError, GraphCacheError, Plan, PlanError, StateError, presets
 from graphcache.ir.call import OutputSpec
 from tiny import TinyDiT, arguments, tiny
-from zoo import REFUSED
 
 
 def attempt(model: nn.Module, rows: str = "", steps: int = 3, **changes: Any) -> Any:
@@ -175,13 +174,6 @@ def test_a_branch_on_tensor_values_names_the_users_line() -> None:
         "A step must not branch on tensor values",
     ):
         attempt(tiny(kind=Branching))
-
-
-def test_a_diffusers_model_that_cannot_be_exported_names_its_line() -> None:
-    case = REFUSED["lumina2"]
-    plan = presets.fora(3)
-    with refused(CaptureError, "transformer_lumina2.py:", "seq_lengths", "A step must not branch"):
-        graphcache.transform(case.make(), plan, timestep=case.timestep, example_inputs=case.kwargs())
 
 
 @pytest.mark.parametrize(("given", "found"), [({}, "absent"), ({"timestep": "now"}, "a str")])

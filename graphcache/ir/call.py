@@ -19,6 +19,7 @@ from graphcache.ir.tree import (
     fields_of,
     fill,
     is_record,
+    made_anew,
     refuse_filled,
     sequence_of,
     strip,
@@ -116,7 +117,7 @@ class Binder:
 class _Signer:
     """Makes a signature; `numbers` are the tensors in the place of numbers, by path.
 
-    It is `doubtful` whether other numbers tell the time.
+    It is `doubtful` whether other numbers tell the time; `around` are the objects that it is within.
     """
 
     roles: Names
@@ -124,6 +125,7 @@ class _Signer:
     key: list[Hashable] = field(default_factory=list)
     tensors: list[torch.Tensor] = field(default_factory=list)
     doubtful: bool = False
+    around: list[int] = field(default_factory=list)
 
     def sign(self, bound: Mapping[str, Any]) -> None:
         for name, value in bound.items():
@@ -148,15 +150,23 @@ class _Signer:
         elif isinstance(value, _BY_IDENTITY):
             key.append(value)
         elif is_record(value):
-            key.append(value.__class__)
-            for name, item in fields_of(value).items():
-                self._sign(item, f"{where}.{name}")
+            self._sign_record(value, where)
         else:
             raise CaptureError(
                 f"argument {where} is a {type(value).__name__}, whose value cannot be compared between "
-                "calls; pass tensors, numbers, strings, lists, dicts or dataclasses of them. If it is a "
+                "calls; pass tensors, numbers, strings, lists, dicts or objects of them. If it is a "
                 f"cache of keys and values, {INSTEAD_OF_A_CACHE}"
             )
+
+    def _sign_record(self, value: Any, where: str) -> None:
+        if id(value) in self.around:
+            raise CaptureError(f"argument {where} is within itself; pass its tensors without what leads back")
+        fields = fields_of(value)
+        self.key.append((value.__class__, tuple(fields)))
+        self.around.append(id(value))
+        for name, item in fields.items():
+            self._sign(item, f"{where}.{name}")
+        self.around.pop()
 
     def _sign_value(self, value: Any, where: str) -> None:
         if where in self.numbers:
@@ -302,6 +312,10 @@ def _builder(value: Any, leaves: list[torch.Tensor], where: str) -> Callable[[Se
         items = [_builder(item, leaves, f"{where}[{i}]") for i, item in enumerate(value)]
         sequence = type(value)
         return lambda tensors: sequence_of(sequence, [item(tensors) for item in items])
+    if is_record(value):
+        kind = type(value)
+        held = {name: _builder(item, leaves, f"{where}.{name}") for name, item in fields_of(value).items()}
+        return lambda tensors: made_anew(kind, {name: part(tensors) for name, part in held.items()})
     if not isinstance(value, _PLAIN):
         raise CaptureError(
             f"{where} is a {type(value).__name__}, of which a graph could only hand out the first step's at "

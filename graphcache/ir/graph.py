@@ -243,6 +243,12 @@ def storage_bytes(value: torch.Tensor) -> int:
     return value.numel() * value.element_size()
 
 
+def as_bytes(tensor: torch.Tensor) -> bytes:
+    """All values of a tensor, bit for bit; waits for the device."""
+    data: bytes = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return data
+
+
 def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What code is made for of a tensor: dtype, device, shape and strides."""
     strides = tensor.stride() if tensor.layout == torch.strided else None

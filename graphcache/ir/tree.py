@@ -1,6 +1,9 @@
 """A call's arguments taken apart into tensors and what is around them, and put together again."""
 
 import dataclasses
+import enum
+import functools
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +14,7 @@ from graphcache.ir.errors import CaptureError
 
 INSTEAD_OF_A_CACHE = (
     "switch off the cache that it belongs to (use_cache=False, or whatever the model calls it), or let "
-    "forward take and return its tensors, in tuples, lists, dicts or dataclasses"
+    "forward take and return its tensors, in tuples, lists, dicts, dataclasses or other plain objects"
 )
 
 
@@ -24,14 +27,19 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A dataclass, of which the fields are filled in."""
+    """A dataclass or another plain object, of which the fields or attributes are filled in."""
 
     kind: type
     fields: dict[str, Any]
 
 
 def is_record(value: Any) -> bool:
-    """Whether it is a dataclass that its fields make up."""
+    """Whether it is a dataclass that its fields make up, or an object that its attributes do."""
+    kind: Any = type(value)
+    return _is_made_of_fields(value) or _is_plain(kind)
+
+
+def _is_made_of_fields(value: Any) -> bool:
     if isinstance(value, type) or not dataclasses.is_dataclass(value):
         return False
     fields = dataclasses.fields(value)
@@ -39,9 +47,47 @@ def is_record(value: Any) -> bool:
     return not others and all(field.init for field in fields)
 
 
+@functools.cache
+def _is_plain(kind: Any) -> bool:
+    """Whether all that objects of a class hold are attributes, and nothing stands between these and Python.
+
+    What has parts in C, makes up attributes, or is called, iterated or entered is something else.
+    """
+    written = {name for parent in kind.__mro__[:-1] for name in vars(parent)}
+    return (
+        bool(kind.__dictoffset__)
+        and kind.__basicsize__ == _Plain.__basicsize__
+        and not issubclass(kind, (torch.nn.Module, enum.Enum))
+        and kind.__module__.partition(".")[0] not in sys.stdlib_module_names
+        and written.isdisjoint(_BEYOND_ATTRIBUTES)
+    )
+
+
+class _Plain:
+    """As large as an object that has nothing but attributes."""
+
+
+_BEYOND_ATTRIBUTES = (
+    "__new__", "__getattribute__", "__getattr__", "__setattr__", "__reduce__", "__reduce_ex__",
+    "__getstate__", "__del__", "__call__", "__next__", "__enter__", "__torch_function__",
+)  # fmt: skip
+
+
 def fields_of(record: Any) -> dict[str, Any]:
-    """What a dataclass holds, by name."""
-    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    """What a dataclass or a plain object holds, by name."""
+    if _is_made_of_fields(record):
+        return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    return dict(vars(record))
+
+
+def made_anew(kind: Any, fields: dict[str, Any]) -> Any:
+    """A dataclass or a plain object that holds this."""
+    names = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else None
+    if [*fields] == names:
+        return kind(**fields)
+    made = object.__new__(kind)
+    vars(made).update(fields)
+    return made
 
 
 def strip(value: Any, where: str, names: list[str], numbers: Collection[str] = ()) -> Any:
@@ -77,7 +123,7 @@ def fill(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         return sequence_of(type(value), [fill(item, tensors) for item in value])
     if isinstance(value, Record):
-        return value.kind(**fill(value.fields, tensors))
+        return made_anew(value.kind, fill(value.fields, tensors))
     return value
 
 

@@ -1,4 +1,4 @@
-"""Tiny diffusion transformers to test on: `CASES` can be captured, `REFUSED` cannot.
+"""Tiny diffusion transformers to test on; what `DECIDING` compute depends on the values of their conditions.
 
 Each takes a second or less to make and has two blocks of each kind, random weights everywhere (no gate,
 table or last projection is zero), and outputs of order one.
@@ -39,12 +39,12 @@ CogVideoX's last MLP takes text and video concatenated and only its video rows a
 `joint.context` reaches the output by data flow, though not by value.
 """
 
-from zoo import diffusers_models, plain_models
+from zoo import deciding_models, diffusers_models, plain_models
 from zoo.case import Case
 
 DIFFUSERS: dict[str, Case] = {case.name: case for case in diffusers_models.CASES}
 PLAIN: dict[str, Case] = {case.name: case for case in plain_models.CASES}
 CASES: dict[str, Case] = {**DIFFUSERS, **PLAIN}
-REFUSED: dict[str, Case] = {case.name: case for case in diffusers_models.REFUSED}
+DECIDING: dict[str, Case] = {case.name: case for case in deciding_models.CASES}
 
-__all__ = ["CASES", "DIFFUSERS", "PLAIN", "REFUSED", "Case"]
+__all__ = ["CASES", "DECIDING", "DIFFUSERS", "PLAIN", "Case"]

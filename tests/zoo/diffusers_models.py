@@ -11,7 +11,7 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed, get_3d_rotary_pos_embed_allegro
 from torch import nn
 
-from zoo.case import Case, index, noise, padded, randomise, reversed_unit, thousand, unit
+from zoo.case import Case, index, noise, padded, randomise, thousand, unit
 
 HEADS, HEAD_DIM = 2, 16
 WIDTH = HEADS * HEAD_DIM
@@ -508,40 +508,6 @@ SANA = Case(
 )
 
 
-def _lumina2_static(batch: int) -> dict[str, Any]:
-    return {**_text_static(batch), "encoder_attention_mask": padded(batch, TEXT)}
-
-
-# Cannot be exported: the forward counts the distinct lengths of the batch's texts
-# (`len(set(seq_lengths))`). Were it captured: attn and feed_forward in the two noise refiner and the two
-# main layers, both on the image stream.
-LUMINA2 = Case(
-    name="lumina2",
-    make=_maker(
-        "Lumina2Transformer2DModel",
-        seed=14,
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        hidden_size=WIDTH,
-        num_layers=2,
-        num_refiner_layers=1,
-        num_attention_heads=HEADS,
-        num_kv_heads=1,
-        multiple_of=16,
-        axes_dim_rope=(4, 6, 6),
-        axes_lens=(32, 16, 16),
-        cap_feat_dim=TEXT_DIM,
-    ),
-    static=_lumina2_static,
-    latent="hidden_states",
-    shape=(4, 8, 8),
-    timestep="timestep",
-    clock=reversed_unit,
-    roles={},
-    blocks=2,
-)
-
 CASES = (
     DIT,
     PIXART,
@@ -557,4 +523,3 @@ CASES = (
     QWEN_IMAGE,
     SANA,
 )
-REFUSED = (LUMINA2,)

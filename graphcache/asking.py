@@ -1,0 +1,114 @@
+"""Captures of a forward that asks for values: with the answers of a real call, where these stay the same."""
+
+import contextlib
+import linecache
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from graphcache.answers import Answers, Diverged
+from graphcache.compile import has_symbolic_shapes
+from graphcache.conditions import Conditions, separated, varying
+from graphcache.explanation import BRANCHES
+from graphcache.ir.call import OutputSpec
+from graphcache.ir.errors import CaptureError
+from graphcache.ir.graph import StepGraph
+
+
+class Traced(NamedTuple):
+    """A graph, the structure of its result, and the values that it is right for, None for any."""
+
+    step: StepGraph
+    output: OutputSpec
+    conditions: Conditions | None
+
+
+class Untraceable(CaptureError):
+    """The model can be called, but not be traced."""
+
+
+class _Varying(CaptureError):
+    """What forward asks for in the questions so numbered is another value at each step."""
+
+    def __init__(self, numbers: frozenset[int], text: str) -> None:
+        super().__init__(text)
+        self.numbers = numbers
+
+
+def traced(attempt: Callable[[Answers | None], Traced], asks: bool) -> Traced:
+    """Trace a model, with answers only if it cannot be without or has sizes that depend on them.
+
+    Args:
+        attempt: traces it; given answers, it calls the model for real before, and writes them down.
+        asks: whether it is known to need them.
+
+    Raises:
+        CaptureError: it cannot be traced, or asks for values that are others at each step.
+    """
+    if asks:
+        with contextlib.suppress(CaptureError):
+            return _traced_with_answers(attempt)
+    failed: CaptureError | None = None
+    try:
+        plain = attempt(None)
+        if not has_symbolic_shapes(plain.step):
+            return plain
+    except Untraceable as error:
+        failed = error
+    try:
+        return _traced_with_answers(attempt)
+    except Diverged:
+        if failed is not None:
+            raise failed from failed.__cause__
+    except CaptureError:
+        if failed is not None:
+            raise
+    return plain
+
+
+def _traced_with_answers(attempt: Callable[[Answers | None], Traced]) -> Traced:
+    """Trace with answers; what varies is left to tracing, which can do without where no size is needed."""
+    answers = Answers()
+    first: _Varying | None = None
+    while True:
+        try:
+            return attempt(answers)
+        except _Varying as error:
+            first = first or error
+            left = answers.left | error.numbers
+            if len(left) == len(answers.given):
+                raise first from None
+            answers = Answers(left)
+        except CaptureError:
+            if first is not None:
+                raise first from None
+            raise
+
+
+def decided(
+    step: StepGraph, output: OutputSpec, answers: Answers, tensors: Sequence[torch.Tensor], advice: str
+) -> Traced:
+    """Take what was asked out of a graph that was traced with answers, whose last results it is.
+
+    Raises:
+        CaptureError: it depends on the latents or on the time; `advice` is appended.
+    """
+    step, asked = separated(step, output.count)
+    behind: dict[int, dict[str, None]] = {}
+    for (number, _), result in zip(answers.asked, asked.results(), strict=True):
+        for port in varying(asked, result):
+            behind.setdefault(number, {})[port.name] = None
+    if not behind:
+        conditions = Conditions.of(asked, tensors)
+        if conditions.expected != answers.values:
+            raise Diverged
+        return Traced(step, output, conditions)
+    place, names = answers.given[min(behind)].place, ", ".join(behind[min(behind)])
+    line = linecache.getline(place.file, place.line).strip()
+    raise _Varying(
+        frozenset(behind),
+        f"the model cannot be captured because of {place.file}:{place.line} in {place.function}: `{line}`: "
+        f"what it asks for depends on {names}, and is another value at each step. "
+        f"{BRANCHES}{'.' * bool(advice)}{advice}",
+    )
