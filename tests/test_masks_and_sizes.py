@@ -293,6 +293,7 @@ class TestOtherValues:
 
 
 def test_threads_that_begin_at_once_with_masks_of_their_own() -> None:
+    """While one of them captures, PyTorch computes without oneDNN everywhere, which may change the last bit."""
     model = asking(sorted_by_mask)
     cached: Any = graphcache.transform(model, presets.compute(2))
     prompts = [(text_of(), mask_of(*lengths)) for lengths in ((3, 5), (4, 1), (3, 5), (2, 2))]
@@ -300,13 +301,18 @@ def test_threads_that_begin_at_once_with_masks_of_their_own() -> None:
 
     def run(prompt: tuple[Tensor, Tensor]) -> list[list[Tensor]]:
         with torch.no_grad(), cached.session():
-            together.wait()
-            return [generation(cached, *prompt) for _ in range(2)]
+            results = []
+            for _ in range(2):
+                together.wait()
+                results.append(generation(cached, *prompt))
+            return results
 
     with ThreadPoolExecutor(len(prompts)) as pool:
         found = list(pool.map(run, prompts))
-    for results, prompt in zip(found, prompts, strict=True):
-        assert_same(results, [generation(model, *prompt)] * 2)
+    for (during, after), prompt in zip(found, prompts, strict=True):
+        expected = generation(model, *prompt)
+        torch.testing.assert_close(during, expected)
+        assert_same(after, expected)
     assert programs(cached) == 3
 
 
