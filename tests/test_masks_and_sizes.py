@@ -293,7 +293,7 @@ class TestOtherValues:
 
 
 def test_threads_that_begin_at_once_with_masks_of_their_own() -> None:
-    """While one of them captures, PyTorch computes without oneDNN everywhere, which may change the last bit."""
+    """While one of them captures, PyTorch computes without oneDNN in all, which may change the last bit."""
     model = asking(sorted_by_mask)
     cached: Any = graphcache.transform(model, presets.compute(2))
     prompts = [(text_of(), mask_of(*lengths)) for lengths in ((3, 5), (4, 1), (3, 5), (2, 2))]
