@@ -2,6 +2,7 @@
 
 import contextlib
 import linecache
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from graphcache.explanation import BRANCHES
 from graphcache.ir.call import OutputSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import StepGraph
+
+_ON_NUMBERS = (operator.eq, torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
 
 
 class Traced(NamedTuple):
@@ -37,7 +40,11 @@ class _Varying(CaptureError):
 
 
 def traced(attempt: Callable[[Answers | None], Traced], asks: bool) -> Traced:
-    """Trace a model, with answers only if it cannot be without or has sizes that depend on them.
+    """Trace a model, with answers only if it cannot be without or has unknown sizes that have to be known.
+
+    A graph with unknown sizes, such as how many places of a mask are set, holds for all of them, and stays as
+    it is. Where they are numbers taken from tensors, such as bounds of slices, Inductor does not compile it;
+    where they have to be equal to others, it computes at every step what could be computed once.
 
     Args:
         attempt: traces it; given answers, it calls the model for real before, and writes them down.
@@ -52,7 +59,7 @@ def traced(attempt: Callable[[Answers | None], Traced], asks: bool) -> Traced:
     failed: CaptureError | None = None
     try:
         plain = attempt(None)
-        if not has_symbolic_shapes(plain.step):
+        if not _has_to_know_sizes(plain.step):
             return plain
     except Untraceable as error:
         failed = error
@@ -65,6 +72,10 @@ def traced(attempt: Callable[[Answers | None], Traced], asks: bool) -> Traced:
         if failed is not None:
             raise
     return plain
+
+
+def _has_to_know_sizes(step: StepGraph) -> bool:
+    return any(node.target in _ON_NUMBERS for node in step.graph.nodes) and has_symbolic_shapes(step)
 
 
 def _traced_with_answers(attempt: Callable[[Answers | None], Traced]) -> Traced:
