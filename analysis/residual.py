@@ -97,7 +97,7 @@ def _produced(flow: Dataflow, source: fx.Node, branch: fx.Node) -> fx.Node:
     inside = flow.descendants[source]
     dominators: dict[fx.Node, fx.Node] | None = None
     node = branch
-    while not (ops.is_product(node) or ops.is_slice(node)):
+    while not (ops.is_product(node) or ops.is_slice(node) or ops.is_result_of_call(node)):
         operands = [item for item in node.all_input_nodes if inside >> flow.index[item] & 1]
         if len(operands) == 1:
             previous = operands[0]

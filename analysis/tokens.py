@@ -12,6 +12,7 @@ from graphcache.analysis.token_rules import Axis, Untokenised, demands
 from graphcache.analysis.ways import unwrap
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Branch, Hoisted, StepGraph, has_static_shape, is_tensor, value_of
+from graphcache.ir.opaque import called
 from graphcache.ir.schedule import Memory, memory
 
 
@@ -118,6 +119,11 @@ class _Search:
             if self._is_boundary(node):
                 gathered[node] = self._gathered(node, axis)
                 continue
+            call = called(node)
+            if call is not None:
+                raise Untokenised(
+                    node, f"calls module '{call.place}', which was not traced and may mix tokens"
+                )
             computed[node] = axis
             wanted = demands(node, axis)
             todo += wanted.along

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from graphcache.compile import COMPILING
-from graphcache.explanation import Stopped, explain
+from graphcache.explanation import Stopped, because, explain
 from graphcache.functional import Unknown, erase_unread, functional, inlined, is_functional
 from graphcache.hooks import is_own
 from graphcache.ir.call import CallSpec, OutputSpec
@@ -19,11 +20,13 @@ from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, Output, StepGraph
 from graphcache.kernels import ChosenKernels
 from graphcache.numeric_time import ADVICE, named_numbers, refuse_unlike_numbers, run_as_tensors
+from graphcache.opaque import is_foreign, named
 from graphcache.plain_tensors import Originals
 from graphcache.quiet import quiet_tracing
 from graphcache.rehearsal import Undo, random_states_kept, rehearse
 from graphcache.undisturbed import undisturbed
 from graphcache.unseen_writes import SeenWrites
+from graphcache.untraceable import OpaqueModules, Untraceable
 
 _PURE_RANDOM = {
     torch.ops.aten.scaled_dot_product_attention.default,
@@ -51,15 +54,22 @@ def capture(
     tensors = tuple([originals.plain(tensor) for tensor in tensors])
     devices = {tensor.device for tensor in (*tensors, *model.parameters())}
 
+    opaque = OpaqueModules(model)
+
     def called() -> None:
         with ChosenKernels():
             if call.numbers:
                 refuse_unlike_numbers(call, model, tensors)
             else:
                 OutputSpec.of(call.run(model, tensors))
+        numbers = [tensors[index] for index in call.numbers]
+        opaque.observe(lambda: run_as_tensors(call, model, tensors), numbers)
 
     def rehearsal() -> Undo:
         return rehearse(called, devices)
+
+    def trace() -> tuple[StepGraph, OutputSpec]:
+        return _traced(model, call, tensors, originals, opaque)
 
     with (
         COMPILING,
@@ -68,16 +78,25 @@ def capture(
         torch.no_grad(),
         random_states_kept(devices),
     ):
-        return undisturbed(model, originals, rehearsal, lambda: _traced(model, call, tensors, originals))
+        while True:
+            try:
+                return undisturbed(model, originals, rehearsal, trace)
+            except Untraceable as error:
+                opaque.widen(error)
 
 
 def _traced(
-    model: nn.Module, call: CallSpec, tensors: tuple[torch.Tensor, ...], originals: Originals
+    model: nn.Module,
+    call: CallSpec,
+    tensors: tuple[torch.Tensor, ...],
+    originals: Originals,
+    opaque: OpaqueModules,
 ) -> tuple[StepGraph, OutputSpec]:
     outputs: list[OutputSpec] = []
-    wrapper = _FlatCall(model, call, outputs.append)
+    wrapper = _FlatCall(model, call, opaque.begin, outputs.append)
     try:
         with (
+            opaque.standing_in(),
             quiet_tracing(),
             _without_stack_traces(),
             # export writes code for modules that nobody calls, which takes a seventh of the time
@@ -86,15 +105,18 @@ def _traced(
         ):
             program = torch.export.export(wrapper, tensors, strict=False)
             program, graph = _functional(program)
-    except CaptureError:
-        raise
+    except CaptureError as error:
+        raise Untraceable(str(error), opaque.around_error(error), f": {error}") from error
     except Exception as error:
         reason = explain(error)
         if call.numbers:
             reason += f". Besides, {named_numbers(call)}. {ADVICE}"
-        raise CaptureError(reason) from (error.__cause__ if isinstance(error, Stopped) else error)
+        around = opaque.around_error(error)
+        cause = error.__cause__ if isinstance(error, Stopped) else error
+        raise Untraceable(reason, around, because(error)) from cause
     _refuse_mutation(program.graph_signature)
     graph, held = _unlifted(program, graph)
+    _refuse_foreign(graph, held)
     _refuse_ops(graph)
     output = outputs[-1]
     step = StepGraph(
@@ -102,6 +124,7 @@ def _traced(
         graph,
         tuple(Input(call.kind(index), index, name) for index, name in enumerate(call.leaf_names)),
         tuple(Output(index) for index in range(output.count)),
+        opaque=opaque.calls,
     )
     return step, output
 
@@ -133,14 +156,22 @@ def _without_stack_traces() -> Iterator[None]:
 class _FlatCall(nn.Module):
     """The model behind a flat signature; remembers the structure of what it returned."""
 
-    def __init__(self, model: nn.Module, call: CallSpec, returned: Callable[[OutputSpec], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        call: CallSpec,
+        begins: Callable[[], None],
+        returned: Callable[[OutputSpec], None],
+    ) -> None:
         super().__init__()
+        self.begins = begins
         self.model = model
         self.call = call
         # export restores every attribute that forward sets, so the structure leaves through a function
         self.returned = returned
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.begins()
         try:
             output, leaves = OutputSpec.of(run_as_tensors(self.call, self.model, tensors))
         except CaptureError:
@@ -204,15 +235,24 @@ def _unlifted(program: Any, exported: fx.Graph) -> tuple[fx.Graph, dict[str, Any
     return graph, held
 
 
+def _refuse_foreign(graph: fx.Graph, held: Mapping[str, Any]) -> None:
+    """Weights of which tracing saw the bytes alone must be read by opaque calls only."""
+    for node in graph.find_nodes(op="get_attr"):
+        value = held[node.target]
+        if isinstance(value, torch.Tensor) and is_foreign(value):
+            reader = next(iter(node.users))
+            raise _untraceable(reader, f"reads '{node.target}', a {type(value).__name__} that cannot be traced")
+
+
 def _refuse_ops(graph: fx.Graph) -> None:
     for node in graph.nodes:
         target = node.target
         if isinstance(target, torch._ops.HigherOrderOperator):
-            raise CaptureError(f"{_place(node)} runs {target}, whose inner graph cannot be rewritten")
+            raise _untraceable(node, f"runs {target}, whose inner graph cannot be rewritten")
         if not isinstance(target, torch._ops.OpOverload):
             continue
         if target._schema.is_mutable:
-            raise CaptureError(f"{_place(node)} runs {target}, which changes its input in place")
+            raise _untraceable(node, f"runs {target}, which changes its input in place")
         if _drops(node):
             raise CaptureError(f"{_place(node)} runs dropout in training mode; pass training=self.training")
         if torch.Tag.nondeterministic_seeded in target.tags and target not in _PURE_RANDOM:
@@ -230,10 +270,20 @@ def _drops(node: fx.Node) -> bool:
     return is_attention and bool((node.args[4:5] and node.args[4]) or node.kwargs.get("dropout_p"))
 
 
+def _untraceable(node: fx.Node, does: str) -> Untraceable:
+    return Untraceable(f"{_place(node)} {does}", _around(node), f": it {does}")
+
+
 def _place(node: fx.Node) -> str:
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    path = stack[-1][0].removeprefix("model").lstrip(".") if stack else ""
-    return f"module '{path}'" if path else "the model"
+    around = _around(node)
+    return named(around[0]) if around else "the model"
+
+
+def _around(node: fx.Node) -> list[str]:
+    """The paths of the modules that a node was traced in, from the inside out."""
+    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    found = [re.sub(r"@\d+", "", path).removeprefix("model").lstrip(".") for path in reversed(paths)]
+    return [path for path in found if path]
 
 
 def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:

@@ -39,6 +39,7 @@ from graphcache.runner import (
 from graphcache.schedulers import Driver
 from graphcache.session import Branch, Generation, Session
 from graphcache.surroundings import Around, OpenSession, Scopes, Surroundings
+from graphcache.untraceable import told
 from graphcache.variants import Variants
 
 Signature = tuple[Hashable, ...]
@@ -374,6 +375,8 @@ class Engine:
     def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor]) -> Captured:
         split = self.options.plan.splits_parallel
         captured = Captured.of(self.model, spec, tensors, self.options.observers, split)
+        for text in told(captured.step.opaque):
+            self._say_once(text)
         self.variants.captured()
         return captured
 

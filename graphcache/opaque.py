@@ -1,0 +1,189 @@
+"""A module that is called in the middle of a graph."""
+
+import contextlib
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from graphcache.ir.errors import CaptureError
+from graphcache.ir.opaque import describe_layouts
+from graphcache.ir.tree import Leaf, Record, fields_of, fill, is_record, sequence_of
+
+_STILL = (type(None), str, bytes, torch.dtype, torch.device, enum.Enum, type)
+"""What may stand beside the tensors of a result; a number may depend on values."""
+_GIVEN = (*_STILL, bool, int, float, complex, slice, range, torch.memory_format, torch.layout)
+"""What may stand beside the tensors of the arguments."""
+
+
+class Unfit(Exception):
+    """A module cannot be called by itself in a graph; one around it may."""
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A module with its arguments, in which leaves stand for tensors, and the autocast around its call."""
+
+    module: nn.Module
+    template: Any
+    kinds: tuple[tuple[Any, ...], ...]
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @staticmethod
+    def of(module: nn.Module, args: Any, kwargs: Any) -> tuple["Invocation", list[Tensor]]:
+        """A call and its tensors.
+
+        Raises:
+            Unfit: its arguments are no trees of tensors.
+        """
+        tensors: list[Tensor] = []
+        template = _apart((args, kwargs), tensors, _GIVEN, "is given")
+        if not tensors:
+            raise Unfit("is given no tensor")
+        kinds = {"cpu", *(tensor.device.type for tensor in (*tensors, *module.parameters()))} - {"meta"}
+        autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+        return Invocation(module, template, tuple(map(kind_of, tensors)), tuple(autocast)), tensors
+
+    def is_like(self, other: "Invocation") -> bool:
+        """Whether both are given the same but for the tensors' values."""
+        return self.kinds == other.kinds and bool(self.template == other.template)
+
+    def run(self, tensors: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+        """The module's result for other tensors, taken apart.
+
+        Raises:
+            Unfit: it is no tree of tensors.
+        """
+        args, kwargs = fill(self.template, tensors)
+        with self._surrounded():
+            return taken_apart(self.module.forward(*args, **kwargs))
+
+    @contextlib.contextmanager
+    def _surrounded(self) -> Iterator[None]:
+        """Autocast as it was: compiled code is run without."""
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self.autocast:
+                if torch.is_autocast_enabled(kind) != enabled or torch.get_autocast_dtype(kind) != dtype:
+                    stack.enter_context(torch.autocast(kind, dtype, enabled))
+            yield
+
+
+@dataclass(frozen=True, eq=False)
+class OpaqueCall:
+    """One call of a module, and what it returned at capture.
+
+    `kept` are results in memory that the module holds on to; `weights` the names of its parameters that need
+    gradients.
+    """
+
+    place: str
+    cause: str
+    invocation: Invocation
+    template: Any
+    layouts: tuple[Any, ...]
+    described: str
+    kept: frozenset[int]
+    weights: tuple[str, ...]
+    flops: int
+    attends: bool
+
+    @property
+    def module(self) -> nn.Module:
+        return self.invocation.module
+
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The module's results for these inputs, laid as at capture and each in memory of its own.
+
+        Raises:
+            CaptureError: they are not such as at capture.
+        """
+        try:
+            template, leaves = self.invocation.run(tensors)
+        except Unfit as error:
+            raise self._other(str(error)) from error
+        if template != self.template or [*map(kind_of, leaves)] != [kind[:3] for kind in self.layouts]:
+            raise self._other(f"returns {describe_layouts(leaves)}")
+        seen = {memory(tensor) for tensor in tensors}
+        for index, (_, _, shape, strides) in enumerate(self.layouts):
+            leaf = leaves[index]
+            if leaf.stride() != strides:
+                made = torch.empty_strided(shape, strides, dtype=leaf.dtype, device=leaf.device)
+                leaves[index] = made.copy_(leaf)
+            elif index in self.kept or memory(leaf) in seen:
+                leaves[index] = leaf.clone()
+            seen.add(memory(leaves[index]))
+        return leaves
+
+    def _other(self, does: str) -> CaptureError:
+        return CaptureError(
+            f"{named(self.place)}, which is called because it cannot be traced, {does} where it returned "
+            f"{self.described} at capture: let it return tensors whose sizes follow from those of its inputs"
+        )
+
+
+def taken_apart(result: Any) -> tuple[Any, list[Tensor]]:
+    """A result with leaves in the place of its tensors, and these.
+
+    Raises:
+        Unfit: there is something else in it, or no tensor.
+    """
+    leaves: list[Tensor] = []
+    template = _apart(result, leaves, _STILL, "returns")
+    if not leaves:
+        raise Unfit("returns no tensor")
+    return template, leaves
+
+
+def put_together(template: Any, leaves: Sequence[Tensor]) -> Any:
+    """A result made of its tensors again."""
+    return fill(template, leaves)
+
+
+def _apart(value: Any, leaves: list[Tensor], plain: tuple[type, ...], does: str) -> Any:
+    if isinstance(value, Tensor):
+        if value.layout is not torch.strided or is_foreign(value):
+            raise Unfit(f"{does} a {type(value).__name__} that is no plain tensor")
+        leaves.append(value)
+        return Leaf(len(leaves) - 1)
+    if isinstance(value, (list, tuple)):
+        return sequence_of(type(value), [_apart(item, leaves, plain, does) for item in value])
+    if type(value) is dict:
+        return {key: _apart(item, leaves, plain, does) for key, item in value.items()}
+    if is_record(value):
+        fields = fields_of(value).items()
+        return Record(type(value), {key: _apart(item, leaves, plain, does) for key, item in fields})
+    if isinstance(value, plain):
+        return value
+    raise Unfit(f"{does} a {type(value).__name__} besides tensors")
+
+
+def is_foreign(tensor: Tensor) -> bool:
+    """Whether tracing would lose what a subclass adds to the numbers, such as in which way they are packed."""
+    kind = type(tensor)
+    if kind in (Tensor, nn.Parameter) or isinstance(tensor, (FakeTensor, FunctionalTensor)):
+        return False
+    if is_traceable_wrapper_subclass(tensor):
+        return False
+    defines = any("__torch_function__" in vars(base) for base in kind.__mro__[: kind.__mro__.index(Tensor)])
+    return defines or bool(vars(tensor))
+
+
+def kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Dtype, device and shape."""
+    return tensor.dtype, tensor.device, tensor.shape
+
+
+def named(place: str) -> str:
+    """A module in a sentence."""
+    return f"module '{place}'"
+
+
+def memory(tensor: Tensor) -> int:
+    """Identifies what a tensor's values lie in."""
+    return int(tensor.untyped_storage()._cdata)

@@ -1,0 +1,159 @@
+"""Whether a module may be called in the middle of a graph: it computes its results and does nothing else."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from graphcache.ir.graph import layout
+from graphcache.ir.opaque import describe_layouts
+from graphcache.opaque import Invocation, OpaqueCall, Unfit, kind_of, memory, taken_apart
+from graphcache.rehearsal import Writes
+
+
+class Impure(Exception):
+    """A module does more than compute its results, and so does every one around it."""
+
+
+def observed(
+    place: str,
+    cause: str,
+    invocation: Invocation,
+    tensors: Sequence[Tensor],
+    call: Callable[[], Any],
+    held: Mapping[int, str],
+) -> tuple[OpaqueCall | Exception, Any]:
+    """Make a call for its caller, and once more to see what it does besides.
+
+    Args:
+        place: the module's path.
+        cause: why it is not traced.
+        invocation: the call, and
+        tensors: what it is given.
+        call: makes it as the caller wants it.
+        held: the memory of the tensors that the model holds, with their paths.
+
+    Returns:
+        What was seen, or why the module cannot stand in a graph, Unfit or Impure; and the caller's result.
+    """
+    copies = [tensor.clone() for tensor in tensors]
+    buffers = [(buffer, buffer.clone()) for buffer in invocation.module.buffers()]
+    result = call()
+    try:
+        template, first = taken_apart(result)
+        if not all(map(_is_same, tensors, copies)):
+            raise Unfit("changes its arguments in place")
+        second, flops, attends = _again(invocation, template, first, tensors, held)
+        if not all(_is_same(buffer, copy) for buffer, copy in buffers):
+            raise Impure("changes a buffer")
+        if not all(map(_is_same, tensors, copies)):
+            raise Unfit("changes its arguments in place")
+        _refuse_other_sizes(invocation, template, first, copies)
+    except (Unfit, Impure) as error:
+        return error, result
+    of_both = {memory(tensor) for tensor in first} & {memory(tensor) for tensor in second}
+    return (
+        OpaqueCall(
+            place,
+            cause,
+            invocation,
+            template,
+            tuple(map(layout, first)),
+            describe_layouts(first),
+            frozenset(i for i, tensor in enumerate(first) if memory(tensor) in of_both),
+            tuple(name for name, weight in invocation.module.named_parameters() if _is_trained(weight)),
+            flops,
+            attends,
+        ),
+        result,
+    )
+
+
+def _again(
+    invocation: Invocation, template: Any, first: Sequence[Tensor], tensors: Sequence[Tensor], held: Mapping[int, str]
+) -> tuple[list[Tensor], int, bool]:
+    """The results of another call, and what it takes.
+
+    Raises:
+        Impure: it is not the same, or leaves traces.
+    """
+    writes, counter, random = Writes(), FlopCounterMode(display=False), _random_states(tensors)
+    try:
+        with writes, counter:
+            again, second = invocation.run(tensors)
+        if again != template or [*map(layout, second)] != [*map(layout, first)]:
+            raise Unfit("returns another structure when it is called again")
+        if not all(map(_is_same, first, second)):
+            raise Impure("computes other bits when it is called again with the same inputs")
+        if not all(map(torch.equal, random, _random_states(tensors))):
+            raise Impure("draws random numbers")
+        inputs = {memory(tensor) for tensor in tensors}
+        for tensor in writes.written:
+            place = held.get(memory(tensor))
+            if place is not None and memory(tensor) not in inputs:
+                raise Impure(f"writes into '{place}'")
+    finally:
+        writes.undo()
+    attends = any("attention" in str(operation) for operation in counter.get_flop_counts()["Global"])
+    return second, counter.get_total_flops(), attends
+
+
+def _refuse_other_sizes(
+    invocation: Invocation, template: Any, first: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> None:
+    """Other values must not lead to results of other sizes; whether they make sense does not matter."""
+    writes, made = Writes(), torch.Generator().manual_seed(0)
+    try:
+        with writes:
+            again, others = invocation.run([_otherwise(tensor, made) for tensor in tensors])
+    except Unfit:
+        raise
+    except Exception:
+        return
+    finally:
+        writes.undo()
+    if again != template or [*map(kind_of, others)] != [*map(kind_of, first)]:
+        raise Unfit("returns tensors whose sizes depend on values")
+
+
+def _otherwise(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A tensor of the same kind with other values, indices and masks in another order."""
+    if not tensor.is_floating_point():
+        return tensor.flatten().flip(0).view(tensor.shape)
+    return torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+
+
+def held_memory(model: nn.Module) -> dict[int, str]:
+    """The memory of every tensor that a module of the model holds, with its path."""
+    return {
+        memory(value): f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name, value in _tensors_of(module)
+    }
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, value in chain(module._parameters.items(), module._buffers.items(), list(vars(module).items())):
+        items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
+        yield from ((name, item) for item in items if isinstance(item, Tensor))
+
+
+def _is_same(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors have the same bits."""
+    return torch.equal(ours, theirs) or torch.equal(_bytes(ours), _bytes(theirs))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+
+
+def _is_trained(weight: nn.Parameter) -> bool:
+    return type(weight) is nn.Parameter and weight.requires_grad
+
+
+def _random_states(tensors: Sequence[Tensor]) -> list[Tensor]:
+    devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
