@@ -19,7 +19,8 @@ def flops(node: fx.Node) -> int:
     """Floating-point operations of a product; everything else counts 0, as in the papers' figures.
 
     Attention with queries (…, L, d), keys (…, S, d) and values (…, S, e) takes 2·L·S·(d + e) for each
-    batch entry and head. An opaque call takes what a real one took at capture. A fused kernel that is called for its log-sum-exp alone scores tokens: it counts 0.
+    batch entry and head. An opaque call takes what a real one took at capture. A fused kernel that is called
+    for its log-sum-exp alone scores tokens: it counts 0.
     """
     if node.target in ops.FUSED_ATTENTION:
         return _attention(node) if any(user.args[1] == 0 and user.users for user in node.users) else 0

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphcache.ir.opaque import OPAQUE, called
+from graphcache.ir.opaque import OPAQUE
 
 aten = torch.ops.aten
 

@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +18,17 @@ from graphcache.hooks import is_own
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, Output, StepGraph
+from graphcache.ir.opaque import Opaque
 from graphcache.kernels import ChosenKernels
 from graphcache.numeric_time import ADVICE, named_numbers, refuse_unlike_numbers, run_as_tensors
 from graphcache.opaque import is_foreign, named
 from graphcache.plain_tensors import Originals
 from graphcache.quiet import quiet_tracing
 from graphcache.rehearsal import Undo, random_states_kept, rehearse
+from graphcache.standing_in import StandIns
 from graphcache.undisturbed import undisturbed
 from graphcache.unseen_writes import SeenWrites
-from graphcache.untraceable import OpaqueModules, Untraceable
+from graphcache.untraceable import Chosen, Untraceable
 
 _PURE_RANDOM = {
     torch.ops.aten.scaled_dot_product_attention.default,
@@ -35,7 +37,7 @@ _PURE_RANDOM = {
 
 
 def capture(
-    model: nn.Module, call: CallSpec, tensors: tuple[torch.Tensor, ...]
+    model: nn.Module, call: CallSpec, tensors: tuple[torch.Tensor, ...], before: Sequence[Opaque] = ()
 ) -> tuple[StepGraph, OutputSpec]:
     """Trace one evaluation of `model` into a pure graph over flat tensors.
 
@@ -43,6 +45,7 @@ def capture(
         model: in eval mode, without hooks.
         call: how the flat tensors make up the arguments.
         tensors: example leaves; only their shapes, strides, dtypes and devices matter.
+        before: opaque calls of an earlier capture, whose modules are not tried again.
 
     Returns:
         The graph, sharing the model's parameters, and the structure of the model's result.
@@ -54,7 +57,7 @@ def capture(
     tensors = tuple([originals.plain(tensor) for tensor in tensors])
     devices = {tensor.device for tensor in (*tensors, *model.parameters())}
 
-    opaque = OpaqueModules(model)
+    stand_ins = StandIns(model, Chosen(model, before))
 
     def called() -> None:
         with ChosenKernels():
@@ -63,13 +66,13 @@ def capture(
             else:
                 OutputSpec.of(call.run(model, tensors))
         numbers = [tensors[index] for index in call.numbers]
-        opaque.observe(lambda: run_as_tensors(call, model, tensors), numbers)
+        stand_ins.observe(lambda: run_as_tensors(call, model, tensors), numbers)
 
     def rehearsal() -> Undo:
         return rehearse(called, devices)
 
     def trace() -> tuple[StepGraph, OutputSpec]:
-        return _traced(model, call, tensors, originals, opaque)
+        return _traced(model, call, tensors, originals, stand_ins)
 
     with (
         COMPILING,
@@ -82,7 +85,7 @@ def capture(
             try:
                 return undisturbed(model, originals, rehearsal, trace)
             except Untraceable as error:
-                opaque.widen(error)
+                stand_ins.chosen.widen(error)
 
 
 def _traced(
@@ -90,13 +93,13 @@ def _traced(
     call: CallSpec,
     tensors: tuple[torch.Tensor, ...],
     originals: Originals,
-    opaque: OpaqueModules,
+    stand_ins: StandIns,
 ) -> tuple[StepGraph, OutputSpec]:
     outputs: list[OutputSpec] = []
-    wrapper = _FlatCall(model, call, opaque.begin, outputs.append)
+    wrapper = _FlatCall(model, call, stand_ins.begin, outputs.append)
     try:
         with (
-            opaque.standing_in(),
+            stand_ins.standing_in(),
             quiet_tracing(),
             _without_stack_traces(),
             # export writes code for modules that nobody calls, which takes a seventh of the time
@@ -106,12 +109,12 @@ def _traced(
             program = torch.export.export(wrapper, tensors, strict=False)
             program, graph = _functional(program)
     except CaptureError as error:
-        raise Untraceable(str(error), opaque.around_error(error), f": {error}") from error
+        raise Untraceable(str(error), stand_ins.chosen.around_error(error), f": {error}") from error
     except Exception as error:
         reason = explain(error)
         if call.numbers:
             reason += f". Besides, {named_numbers(call)}. {ADVICE}"
-        around = opaque.around_error(error)
+        around = stand_ins.chosen.around_error(error)
         cause = error.__cause__ if isinstance(error, Stopped) else error
         raise Untraceable(reason, around, because(error)) from cause
     _refuse_mutation(program.graph_signature)
@@ -124,7 +127,7 @@ def _traced(
         graph,
         tuple(Input(call.kind(index), index, name) for index, name in enumerate(call.leaf_names)),
         tuple(Output(index) for index in range(output.count)),
-        opaque=opaque.calls,
+        opaque=stand_ins.calls,
     )
     return step, output
 
@@ -241,7 +244,7 @@ def _refuse_foreign(graph: fx.Graph, held: Mapping[str, Any]) -> None:
         value = held[node.target]
         if isinstance(value, torch.Tensor) and is_foreign(value):
             reader = next(iter(node.users))
-            raise _untraceable(reader, f"reads '{node.target}', a {type(value).__name__} that cannot be traced")
+            raise _untraceable(reader, f"reads '{node.target}', a {type(value).__name__}, as plain bytes")
 
 
 def _refuse_ops(graph: fx.Graph) -> None:

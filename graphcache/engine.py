@@ -17,6 +17,7 @@ from graphcache.compile import Backend, begin_generation, prior_compilation
 from graphcache.halves import is_doubled, is_listed_twice
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import PlanError, StateError
+from graphcache.ir.opaque import Opaque
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Role
@@ -89,6 +90,7 @@ class Engine:
         self.outer: Any = None
         self.calls = 0
         self._said: set[str] = set()
+        self._opaque: Sequence[Opaque] = ()
         self._looked_at: set[str] = set()
         self._specs: dict[Key, CallSpec] = {}
         self._lock = threading.RLock()
@@ -374,7 +376,8 @@ class Engine:
 
     def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor]) -> Captured:
         split = self.options.plan.splits_parallel
-        captured = Captured.of(self.model, spec, tensors, self.options.observers, split)
+        captured = Captured.of(self.model, spec, tensors, self.options.observers, split, self._opaque)
+        self._opaque = captured.step.opaque
         for text in told(captured.step.opaque):
             self._say_once(text)
         self.variants.captured()

@@ -13,7 +13,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graphcache.ir.errors import CaptureError
-from graphcache.ir.opaque import describe_layouts
+from graphcache.ir.opaque import Opaque, describe_layouts
 from graphcache.ir.tree import Leaf, Record, fields_of, fill, is_record, sequence_of
 
 _STILL = (type(None), str, bytes, torch.dtype, torch.device, enum.Enum, type)
@@ -74,28 +74,26 @@ class Invocation:
             yield
 
 
-@dataclass(frozen=True, eq=False)
-class OpaqueCall:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OpaqueCall(Opaque):
     """One call of a module, and what it returned at capture.
 
     `kept` are results in memory that the module holds on to; `weights` the names of its parameters that need
     gradients.
     """
 
-    place: str
-    cause: str
     invocation: Invocation
     template: Any
     layouts: tuple[Any, ...]
-    described: str
     kept: frozenset[int]
     weights: tuple[str, ...]
-    flops: int
-    attends: bool
+    described: str
 
     @property
-    def module(self) -> nn.Module:
-        return self.invocation.module
+    def key(self) -> str:
+        called = self.invocation
+        shaped = called.template, called.kinds, called.autocast, self.template, self.layouts
+        return repr((id(self.module), shaped, sorted(self.kept), self.weights))
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The module's results for these inputs, laid as at capture and each in memory of its own.
@@ -164,7 +162,7 @@ def _apart(value: Any, leaves: list[Tensor], plain: tuple[type, ...], does: str)
 
 
 def is_foreign(tensor: Tensor) -> bool:
-    """Whether tracing would lose what a subclass adds to the numbers, such as in which way they are packed."""
+    """Whether tracing would lose what a subclass adds to the numbers, such as how they are packed."""
     kind = type(tensor)
     if kind in (Tensor, nn.Parameter) or isinstance(tensor, (FakeTensor, FunctionalTensor)):
         return False

@@ -20,6 +20,7 @@ from graphcache.halves import Half, capture_half
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import CacheWrite, Input, StepGraph, storage_bytes, value_of
+from graphcache.ir.opaque import Opaque
 from graphcache.ir.plan import Plan
 from graphcache.ir.resolve import resolve
 from graphcache.ir.schedule import Guided, Memory, Phase, Role, Schedule, site_of
@@ -51,10 +52,11 @@ class Captured:
         tensors: Sequence[torch.Tensor],
         observers: Sequence[Observer] = (),
         split: bool = False,
+        before: Sequence[Opaque] = (),
     ) -> "Captured":
-        """Capture a call; `split`: fused branches as two sites."""
+        """Capture a call; `split`: fused branches as two sites; `before`: opaque calls of an earlier one."""
         examples = distinct([_dense(tensor) for tensor in tensors])
-        step, output = capture(model, call, tuple(examples))
+        step, output = capture(model, call, tuple(examples), before)
         passes: list[Pass] = [Simplify(), Tag()]
         step = run([*passes, Split()] if split else passes, step, observers)
         strides = tuple(tensor.stride() for tensor in examples)
@@ -125,11 +127,12 @@ class Program:
             CaptureError: one half of the batch cannot run alone.
         """
 
-        def capture(rows: Sequence[torch.Tensor]) -> Captured:
-            split = any(branch.role == "parallel.mlp" for branch in self.captured.step.branches)
-            return Captured.of(model, self.captured.call, rows, self.observers, split)
-
         call, step = self.captured.call, self.captured.step
+
+        def capture(rows: Sequence[torch.Tensor]) -> Captured:
+            split = any(branch.role == "parallel.mlp" for branch in step.branches)
+            return Captured.of(model, call, rows, self.observers, split, step.opaque)
+
         self.half = capture_half(
             step, self._held, call, laid(self.captured.strides, tensors), conditional, capture
         )

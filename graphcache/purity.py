@@ -55,25 +55,28 @@ def observed(
     except (Unfit, Impure) as error:
         return error, result
     of_both = {memory(tensor) for tensor in first} & {memory(tensor) for tensor in second}
-    return (
-        OpaqueCall(
-            place,
-            cause,
-            invocation,
-            template,
-            tuple(map(layout, first)),
-            describe_layouts(first),
-            frozenset(i for i, tensor in enumerate(first) if memory(tensor) in of_both),
-            tuple(name for name, weight in invocation.module.named_parameters() if _is_trained(weight)),
-            flops,
-            attends,
-        ),
-        result,
+    made = OpaqueCall(
+        place=place,
+        cause=cause,
+        module=invocation.module,
+        flops=flops,
+        attends=attends,
+        invocation=invocation,
+        template=template,
+        layouts=tuple(map(layout, first)),
+        kept=frozenset(i for i, tensor in enumerate(first) if memory(tensor) in of_both),
+        weights=tuple(name for name, weight in invocation.module.named_parameters() if _is_trained(weight)),
+        described=describe_layouts(first),
     )
+    return made, result
 
 
 def _again(
-    invocation: Invocation, template: Any, first: Sequence[Tensor], tensors: Sequence[Tensor], held: Mapping[int, str]
+    invocation: Invocation,
+    template: Any,
+    first: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    held: Mapping[int, str],
 ) -> tuple[list[Tensor], int, bool]:
     """The results of another call, and what it takes.
 

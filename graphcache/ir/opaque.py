@@ -4,10 +4,11 @@ import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from graphcache.ir.errors import StateError
 
@@ -19,37 +20,48 @@ _TAGS = [
 ]
 
 
-class Opaque(Protocol):
-    """What an opaque call runs, and what is known of it.
+_NUMBERS = itertools.count(1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Opaque:
+    """A call of a module that was not traced, and what is known of it.
 
     `place` is the module's path, `cause` why it is not traced, `flops` what a real call took, and `attends`
-    whether PyTorch's attention ran in it.
+    whether PyTorch's attention ran in it. `number` stands for the call in graphs.
     """
 
     place: str
     cause: str
-    module: torch.nn.Module
+    module: nn.Module
     flops: int
     attends: bool
+    number: int = field(default_factory=_NUMBERS.__next__)
+
+    @property
+    def key(self) -> str:
+        """Equal for calls that do the same."""
+        raise NotImplementedError
 
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The module's results, none of which shares memory with another tensor."""
+        raise NotImplementedError
 
 
-class _Calls(weakref.WeakValueDictionary[int, Opaque]):
+class _Calls:
     """What the numbers in graphs stand for, as long as a captured step owns it; no number is used twice."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self._numbers = itertools.count(1)
+        self._by_number: weakref.WeakValueDictionary[int, Opaque] = weakref.WeakValueDictionary()
+        self._by_key: weakref.WeakValueDictionary[str, Opaque] = weakref.WeakValueDictionary()
 
-    def add(self, call: Opaque) -> int:
-        number = next(self._numbers)
-        self[number] = call
-        return number
+    def known(self, call: Opaque) -> Opaque:
+        call = self._by_key.setdefault(call.key, call)
+        self._by_number[call.number] = call
+        return call
 
     def find(self, number: int) -> Opaque:
-        call = self.get(number)
+        call = self._by_number.get(number)
         if call is None:
             raise StateError(
                 f"opaque call {number} is gone with the capture that it belongs to; run the transformed "
@@ -62,28 +74,33 @@ class _Calls(weakref.WeakValueDictionary[int, Opaque]):
 _CALLS = _Calls()
 
 
+def known(call: Opaque) -> Opaque:
+    """A call that does the same and is owned already, such as by code that was compiled; or this one."""
+    return _CALLS.known(call)
+
+
 def opaque_call(call: Opaque, tensors: list[Tensor], weights: list[Tensor], results: str) -> list[Tensor]:
     """Run a call through its operation, which tracing records.
 
     Args:
-        call: owned by whoever runs the graph.
+        call: known, and owned by whoever runs the graph.
         tensors: what the module is given.
         weights: its parameters that need gradients; it computes with its own, gradients arrive at these.
         results: the layouts of its results, as `describe_layouts` says.
     """
-    made: list[Tensor] = torch.ops.graphcache.opaque(_CALLS.add(call), tensors, weights, results)
+    made: list[Tensor] = torch.ops.graphcache.opaque(call.number, tensors, weights, results)
     return made
 
 
 def describe_layouts(tensors: Sequence[Tensor]) -> str:
     """Dtype, device, shape and strides of tensors as text."""
     return "; ".join(
-        f"{str(tensor.dtype).removeprefix('torch.')} {tensor.device} {_text(tensor.shape)} {_text(tensor.stride())}"
-        for tensor in tensors
+        f"{str(t.dtype).removeprefix('torch.')} {t.device} {_sizes(t.shape)} {_sizes(t.stride())}"
+        for t in tensors
     )
 
 
-def _text(sizes: Sequence[int]) -> str:
+def _sizes(sizes: Sequence[int]) -> str:
     return f"({','.join(map(str, sizes))})"
 
 
@@ -96,7 +113,7 @@ def _empty(results: str) -> Iterator[Tensor]:
 
 @contextmanager
 def _as_outside() -> Iterator[None]:
-    """Within an operation PyTorch switches autograd off; here it works, and records nothing unless asked to."""
+    """Autograd, which PyTorch switches off within an operation, works; it records nothing unless asked to."""
     if torch.is_inference_mode_enabled():
         yield
         return
