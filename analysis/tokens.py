@@ -7,6 +7,7 @@ from functools import cached_property
 
 from torch import fx
 
+from graphcache.analysis import ops
 from graphcache.analysis.dataflow import Dataflow
 from graphcache.analysis.token_rules import Axis, Untokenised, demands
 from graphcache.analysis.ways import unwrap
@@ -119,8 +120,9 @@ class _Search:
             if self._is_boundary(node):
                 gathered[node] = self._gathered(node, axis)
                 continue
-            call = called(node)
-            if call is not None:
+            if ops.is_result_of_call(node):
+                call = called(node.all_input_nodes[0])
+                assert call is not None
                 raise Untokenised(
                     node, f"calls module '{call.place}', which was not traced and may mix tokens"
                 )

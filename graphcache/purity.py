@@ -40,15 +40,16 @@ def observed(
         What was seen, or why the module cannot stand in a graph, Unfit or Impure; and the caller's result.
     """
     copies = [tensor.clone() for tensor in tensors]
-    buffers = [(buffer, buffer.clone()) for buffer in invocation.module.buffers()]
+    buffers = [(name, buffer, buffer.clone()) for name, buffer in invocation.module.named_buffers()]
     result = call()
     try:
         template, first = taken_apart(result)
         if not all(map(_is_same, tensors, copies)):
             raise Unfit("changes its arguments in place")
         second, flops, attends = _again(invocation, template, first, tensors, held)
-        if not all(_is_same(buffer, copy) for buffer, copy in buffers):
-            raise Impure("changes a buffer")
+        for name, buffer, copy in buffers:
+            if not _is_same(buffer, copy):
+                raise Impure(f"changes '{place}.{name}'")
         if not all(map(_is_same, tensors, copies)):
             raise Unfit("changes its arguments in place")
         _refuse_other_sizes(invocation, template, first, copies)
@@ -97,10 +98,10 @@ def _again(
         for tensor in writes.written:
             place = held.get(memory(tensor))
             if place is not None and memory(tensor) not in inputs:
-                raise Impure(f"writes into '{place}'")
+                raise Impure(f"changes '{place}'")
     finally:
         writes.undo()
-    attends = any("attention" in str(operation) for operation in counter.get_flop_counts()["Global"])
+    attends = any("attention" in str(operation) for operation in counter.get_flop_counts().get("Global", {}))
     return second, counter.get_total_flops(), attends
 
 
@@ -139,7 +140,7 @@ def held_memory(model: nn.Module) -> dict[int, str]:
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, value in chain(module._parameters.items(), module._buffers.items(), list(vars(module).items())):
+    for name, value in chain([*vars(module).items()], module._parameters.items(), module._buffers.items()):
         items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
         yield from ((name, item) for item in items if isinstance(item, Tensor))
 

@@ -41,8 +41,8 @@ class Chosen:
         self.modules = dict(model.named_modules())
         same = [call for call in before if self.modules.get(call.place) is call.module]
         self.causes = {call.place: call.cause for call in same}
+        self._errors: dict[str, Untraceable] = {}
         self._unfit: dict[str, str] = {}
-        self._first: CaptureError | None = None
         for path, module in self.modules.items():
             foreign = [(name, value) for name, value in _own_tensors(module) if is_foreign(value)]
             if path and foreign:
@@ -56,7 +56,6 @@ class Chosen:
         Raises:
             CaptureError: no module is left but the model itself.
         """
-        self._first = self._first or error
         for path in error.around:
             if path in self.causes:
                 for other in self._alike(path):
@@ -64,10 +63,11 @@ class Chosen:
                     self._unfit.setdefault(other, error.cause)
         left = [path for path in error.around if path not in self._unfit]
         if not left:
-            tried = [f"{named(path)} be called as it is{why}" for path, why in self._unfit.items()]
-            also = f". Nor can {tried[-1]}" if tried else ""
-            raise CaptureError(f"{self._first}{also}") from self._first.__cause__
-        self.causes |= dict.fromkeys(self._alike(left[0]), error.cause)
+            tried = [f"{named(path)} be called as it is{self._unfit[path]}" for path in error.around]
+            first = next((self._errors[path] for path in error.around if path in self._errors), error)
+            raise CaptureError(". Nor can ".join(map(str, (first, *tried)))) from first.__cause__
+        for path in self._alike(left[0]):
+            self._errors[path], self.causes[path] = error, error.cause
         outer = tuple(f"{path}." for path in self.causes)
         self.causes = {path: cause for path, cause in self.causes.items() if not path.startswith(outer)}
 

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from graphcache.ir.call import CallSpec
+from graphcache.ir.opaque import Opaque
 from graphcache.kernels import attention_kernels
 from graphcache.modes import ambient
 from graphcache.program import Captured
@@ -54,8 +55,9 @@ class Sharing:
         tensors: Sequence[Tensor],
         observers: Sequence[Any] = (),
         split: bool = False,
+        before: Sequence[Opaque] = (),
     ) -> Captured:
-        make = partial(self.capture, model, call, tensors, observers, split)
+        make = partial(self.capture, model, call, tensors, observers, split, before)
         if observers:
             return make()
         likeness = _Likeness(model)
@@ -65,8 +67,10 @@ class Sharing:
             return make()
         known = self.captures.get(key)
         if known is None:
-            known = self.captures[key] = make()
-            return known
+            made = make()
+            if not made.step.opaque:  # opaque calls are of the model's own modules
+                self.captures[key] = made
+            return made
         return _with_weights_of(model, known)
 
 

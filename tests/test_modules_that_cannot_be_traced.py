@@ -1,0 +1,524 @@
+"""Modules that tracing cannot see through are called as they are, in the middle of the graph."""
+
+import copy
+import gc
+import logging
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import graphcache
+from graphcache import CaptureError, Plan, PlanError, StateError, presets
+from graphcache.ir.opaque import OPAQUE, describe_layouts
+from graphcache.ir.text import render
+from reference import assert_same, capture_call
+from untraced import DIM, Experts, Transformer, arguments, by_reference, generation, holding
+
+FORA = presets.fora(4, interval=2)
+TAYLOR = presets.taylorseer(4, interval=2, order=1)
+
+
+class ThroughNumpy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(np.tanh(self.up(x).detach().numpy())).mul_(2)
+
+
+class Rounding(torch.autograd.Function):
+    """Scales by a number that it reads on the way, and passes gradients on times three."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * (2 if x.abs().max().item() > 1 else 3)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient * 3
+
+
+class OwnGradient(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Rounding.apply(self.up(x))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Asking(nn.Module):
+    """An MLP; `asks` makes it look at values, to no effect."""
+
+    def __init__(self, asks: bool = True) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(DIM, 2 * DIM), nn.Linear(2 * DIM, DIM)
+        self.asks = asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.asks and bool(x.isnan().any()):
+            return torch.zeros_like(x)
+        return self.down(F.gelu(self.up(x)))  # type: ignore[no-any-return]
+
+
+class Pieces(NamedTuple):
+    tokens: Tensor
+    parts: dict[str, Any]
+
+
+class Structured(nn.Module):
+    """Its inner module takes and returns more than a tensor."""
+
+    class Inner(nn.Module):
+        def forward(self, pair: tuple[Tensor, str], *, scale: float, mask: Tensor | None = None) -> Pieces:
+            x, word = pair
+            assert mask is None
+            assert word == "twice"
+            count = int((x > 100).sum())
+            return Pieces(x * scale + count, {"rest": [x.flip(1), None], "kind": word})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.Inner()
+        self.out = nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = self.inner((x, "twice"), scale=2.0)
+        assert pieces.parts["kind"] == "twice"
+        return self.out(pieces.tokens + pieces.parts["rest"][0])  # type: ignore[no-any-return]
+
+
+class Chosen(nn.Module):
+    """Returns as many rows as there are large values, and so cannot be called alone; the module around it can."""
+
+    class Rows(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x[x[:, 0] > 0]
+            return rows * 2 if rows.shape[0] > 1 else rows
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = self.Rows()
+        self.out = nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x + self.rows(x.flatten(0, 1)).sum(0))  # type: ignore[no-any-return]
+
+
+class Aliasing(nn.Module):
+    """Returns its input as it is, or a view of what it keeps."""
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(DIM))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            assert not x.isnan().any()
+            return x, x.transpose(1, 2), self.table[2:]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        same, turned, rest = self.inner(x)
+        return F.pad(rest, (1, 1)) * same.tanh() + turned.transpose(1, 2)
+
+
+KINDS: dict[str, Callable[[], nn.Module]] = {
+    "experts": Experts,
+    "numpy": ThroughNumpy,
+    "own gradient": OwnGradient,
+    "structured": Structured,
+    "chosen rows": Chosen,
+    "aliasing": Aliasing,
+}
+CALLED = {
+    "experts": "inner",
+    "numpy": "inner",
+    "own gradient": "inner",
+    "structured": "inner.inner",
+    "chosen rows": "inner",
+    "aliasing": "inner.inner",
+}
+
+
+def places(model: Any) -> list[str]:
+    """The modules that a transformed model calls."""
+    program = next(iter(model._graphcache.programs.values()))
+    return [call.place for call in program.step.opaque]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_such_a_model_runs_bit_for_bit(kind: str) -> None:
+    model = holding(KINDS[kind])
+    exact = graphcache.transform(model, presets.compute(4))
+    with torch.no_grad():
+        assert_same(generation(exact), generation(model))
+        assert places(exact) == [f"blocks.{block}.{CALLED[kind]}" for block in range(2)]
+        assert_same(generation(graphcache.transform(model, FORA)), by_reference(model, FORA))
+        assert [site.name for site in graphcache.inspect(model, arguments()).sites] == [
+            f"blocks.{block}.{role}" for block in range(2) for role in ("self", "mlp")
+        ]
+
+
+@pytest.mark.parametrize("kind", ["experts", "own gradient", "structured"])
+def test_gradients_are_those_of_the_module(kind: str) -> None:
+    model = holding(KINDS[kind])
+    exact = graphcache.transform(model, presets.compute(4))
+
+    def gradients(call: Any) -> list[Tensor | None]:
+        given = arguments()
+        x = given["x"].requires_grad_()
+        result = call(x, given["timestep"]).square().sum()
+        return [*torch.autograd.grad(result, [x, *model.parameters()], allow_unused=True)]
+
+    for ours, theirs in zip(gradients(exact), gradients(model), strict=True):
+        assert_same(torch.zeros(()) if ours is None else ours, torch.zeros(()) if theirs is None else theirs)
+
+
+def test_one_graph_under_inductor() -> None:
+    counter = CompileCounterWithBackend("inductor")
+    model = holding(depth=1)
+    cached = graphcache.transform(model, presets.compute(2), backend=counter)
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(generation(cached, 2), generation(model, 2))
+    assert counter.frame_count == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_compiled_graphs_have_gradients_and_call_nothing_that_is_reused() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    model = holding()
+    cached = graphcache.transform(model, FORA, backend=counter)
+    given, results = arguments(), []
+    given["x"].requires_grad_()
+    for call in (cached, model):
+        results.append(torch.autograd.grad(call(**given).square().sum(), [given["x"], *model.parameters()]))
+    torch.testing.assert_close(*results)
+    cached(**arguments(1))
+    assert [sum(n.target is OPAQUE for n in graph.graph.nodes) for graph in counter.graphs] == [2, 0]
+
+
+def test_the_log_and_inspect_name_the_modules_and_the_line(caplog: pytest.LogCaptureFixture) -> None:
+    model = holding()
+    cached = graphcache.transform(model, presets.compute(4))
+    with torch.no_grad():
+        for tokens in (5, 7):
+            generation(cached, tokens=tokens)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert re.search(
+        r"2 modules 'blocks\.\*\.inner' \(Experts\) cannot be traced because of .*untraced\.py:\d+ in forward: "
+        r"`if row\.numel\(\):`.* is called as it is",
+        said,
+    )
+    seen = graphcache.inspect(model, arguments())
+    assert said in str(seen)
+    assert seen.opaque == (said,)
+
+
+def test_its_work_is_priced_as_it_was_counted() -> None:
+    plain, asking = holding(lambda: Asking(asks=False)), holding(Asking)
+    ours, theirs = (graphcache.inspect(model, arguments()) for model in (asking, plain))
+    assert ours.opaque
+    assert not theirs.opaque
+    assert [(site.name, site.flops) for site in ours.sites] == [(site.name, site.flops) for site in theirs.sites]
+    assert ours.flops == theirs.flops
+
+
+def test_several_sizes_take_turns_and_are_compiled_once() -> None:
+    counter = CompileCounterWithBackend("eager")
+    model = holding(depth=1)
+    cached = graphcache.transform(model, FORA, backend=counter, signatures=1)
+    with torch.no_grad():
+        expected = {tokens: by_reference(model, FORA, tokens) for tokens in (5, 7)}
+        for tokens in (5, 7, 5):
+            assert_same(generation(cached, tokens=tokens), expected[tokens])
+    assert counter.frame_count == 4
+
+
+def test_sessions_in_turn() -> None:
+    model = holding()
+    cached = graphcache.transform(model, TAYLOR)
+    with torch.no_grad():
+        expected = by_reference(model, TAYLOR)
+        sessions = [cached.session() for _ in range(2)]
+        for step in range(4):
+            for session in sessions:
+                with session:
+                    assert_same(cached(**arguments(step)), expected[step])
+
+
+def test_a_profile_is_that_of_a_module_that_can_be_traced() -> None:
+    def sampler(model: Any, sample: int, steps: int) -> Tensor:
+        x = arguments(sample)["x"]
+        for step in range(steps):
+            x = x - 0.2 * model(x=x, timestep=torch.full((2,), 1 - step / 4))
+        return x
+
+    ours, theirs = (
+        graphcache.profile(holding(make, 1), [0, 1], steps=3, sampler=sampler, probes=1)
+        for make in (Asking, lambda: Asking(asks=False))
+    )
+    assert ours.numbers == theirs.numbers
+    np.testing.assert_allclose(ours.gram, theirs.gram, rtol=1e-6)
+    np.testing.assert_allclose(ours.effects, theirs.effects, rtol=1e-6)
+    assert np.abs(ours.effects).max() > 0
+
+
+class Deciding(Transformer):
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        x = super().forward(x, timestep)
+        return x if x.sum() > 0 else -x
+
+
+def test_latents_that_decide_in_the_models_own_forward_are_refused() -> None:
+    model = Deciding(Experts, 1).eval()
+    with pytest.raises(CaptureError, match=r"test_modules.*\.py:\d+ in forward: `return x if x\.sum\(\) > 0"):
+        graphcache.transform(model, FORA)(**arguments())
+
+
+class Counted(Asking):
+    """Keeps in a buffer how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return super().forward(x)
+
+
+class CountedUnseen(Counted):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.numpy()[...] += 1
+        return Asking.forward(self, x)
+
+
+class Drawing(Asking):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.randn(1)
+        return super().forward(x)
+
+
+class Drifting(Asking):
+    """Every other call gives another result."""
+
+    turn = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.turn += 1
+        return super().forward(x) + self.turn % 2
+
+
+IMPURE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "buffer": (Counted, r"changes 'blocks\.0\.inner\.calls'"),
+    "buffer in numpy": (CountedUnseen, r"changes 'blocks\.0\.inner\.calls'"),
+    "random": (Drawing, "draws random numbers"),
+    "state": (Drifting, "computes other bits when it is called again"),
+}
+
+
+@pytest.mark.parametrize("kind", IMPURE)
+def test_a_module_that_does_more_than_compute_is_refused(kind: str) -> None:
+    make, why = IMPURE[kind]
+    model = holding(make, 1)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CaptureError, match=rf"'blocks\.0\.inner' cannot be traced because of .*since it {why}"):
+        graphcache.transform(model, FORA)(**arguments())
+    assert_same(model.state_dict(), before)
+
+
+class Writing(nn.Module):
+    """Its inner module writes into what it is given, which the outer one made."""
+
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if bool(x.isnan().any()) else x.mul_(2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.Inner()
+        self.out = nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.out(x)
+        self.inner(made)
+        return made  # type: ignore[no-any-return]
+
+
+def test_a_module_that_changes_its_input_is_called_with_the_one_around_it() -> None:
+    model = holding(Writing)
+    exact = graphcache.transform(model, presets.compute(4))
+    with torch.no_grad():
+        assert_same(generation(exact), generation(model))
+    assert places(exact) == ["blocks.0.inner", "blocks.1.inner"]
+
+
+class Measuring(nn.Module):
+    """Its inner module says a number that depends on values: it cannot be called alone."""
+
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> float:
+            return x.abs().max().item() if x.isfinite().all() else 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = self.Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.inner(x)
+
+
+class MeasuringItself(Transformer):
+    def __init__(self) -> None:
+        super().__init__(Asking, 1)
+        self.measure = Measuring.Inner()
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(x, timestep) / self.measure(x)  # type: ignore[no-any-return]
+
+
+def test_a_number_made_of_values_stays_within_a_call() -> None:
+    model = holding(Measuring)
+    exact = graphcache.transform(model, presets.compute(4))
+    with torch.no_grad():
+        assert_same(generation(exact), generation(model))
+    assert places(exact) == ["blocks.0.inner", "blocks.1.inner"]
+    with pytest.raises(CaptureError, match="`return x.abs.*item.*Nor can module 'measure' be called as it is"):
+        graphcache.transform(MeasuringItself().eval(), FORA)(**arguments())
+
+
+class Growing(nn.Module):
+    """Above a threshold that no test value reaches at capture it returns another shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(-1, keepdim=True) if x.abs().max() > 1e4 else x
+
+
+def test_a_result_of_another_shape_than_at_capture_is_an_error() -> None:
+    model = holding(Growing, 1)
+    model.blocks[0].norm = nn.Identity()  # type: ignore[assignment]
+    cached = graphcache.transform(model, presets.compute(4))
+    with torch.no_grad():
+        cached(**arguments())
+        given = arguments(1)
+        with pytest.raises(CaptureError, match=r"module 'blocks\.0\.inner'.*returns float32 .*at capture"):
+            cached(given["x"] * 1e8, given["timestep"])
+
+
+def test_token_budgets_name_the_module() -> None:
+    budget = "plan steps=4 preset=none\nk = tokens 2 by random multiple=1\n@mlp #k#k"
+    with pytest.raises(PlanError, match=r"blocks\.0\.mlp: no token budget.*module 'blocks\.0\.inner'.*may mix"):
+        graphcache.transform(holding(), Plan.parse(budget), example_inputs=arguments())
+
+
+@pytest.mark.parametrize("travel", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_call_their_own_modules(travel: Callable[[Any], Any]) -> None:
+    model = holding()
+    cached = graphcache.transform(model, presets.compute(4))
+    with torch.no_grad():
+        generation(cached)
+        other = travel(cached)
+        other.blocks[0].inner.gate.weight.mul_(-1)
+        assert_same(generation(other), generation(graphcache.restore(travel(other))))
+        assert_same(generation(cached), generation(model))
+        assert not torch.equal(generation(other)[0], generation(model)[0])
+
+
+def test_weights_and_parts_of_a_called_module_may_change() -> None:
+    model = holding()
+    cached = graphcache.transform(model, presets.compute(4))
+    with torch.no_grad():
+        generation(cached)
+        model.blocks[1].inner.experts[0].weight.mul_(3)
+        assert_same(generation(cached), generation(model))
+        model.blocks[0].inner.experts[1] = nn.Sequential(nn.Linear(DIM, DIM), nn.SiLU()).eval()
+        assert_same(generation(cached), generation(model))
+
+
+def test_a_graph_that_outlives_its_capture_says_so() -> None:
+    step = capture_call(holding(), arguments(), "timestep").step
+    graph = step.module
+    assert "opaque(blocks.0.inner, [%" in render(step)
+    del step
+    gc.collect()
+    with pytest.raises(StateError, match=r"opaque call \d+ is gone with the capture that it belongs to"):
+        graph(*arguments().values())
+
+
+def test_two_captures_print_alike() -> None:
+    one, other = (render(capture_call(holding(), arguments(), "timestep").step) for _ in range(2))
+    assert one == other
+
+
+class Uncast(Transformer):
+    """Its first block's inner module runs without the autocast that is around the model."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            x = x + self.blocks[0].inner(x)
+        return super().forward(x, timestep)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_autocast_around_a_module_is_that_of_the_model(backend: str | None) -> None:
+    """Compiled code is run without autocast, the casts that it makes are in it."""
+    for model in (holding(Asking, 1), Uncast(Asking, 1).eval()):
+        exact = graphcache.transform(model, presets.compute(4), backend=backend)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert_same(exact(**arguments()), model(**arguments()))
+
+
+def test_inference_mode() -> None:
+    model = holding()
+    cached = graphcache.transform(model, FORA)
+    with torch.no_grad():
+        expected = by_reference(model, FORA)
+    with torch.inference_mode():
+        assert_same(generation(cached), expected)
+
+
+def test_what_does_not_depend_on_the_step_is_called_once() -> None:
+    calls = []
+
+    class Text(nn.Module):
+        def forward(self, text: Tensor) -> Tensor:
+            calls.append(0)
+            return text if text.isnan().any() else text * 2
+
+    class Prompted(Transformer):
+        def __init__(self) -> None:
+            super().__init__(Asking, 1)
+            self.prompt = Text()
+
+        def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+            return super().forward(x + self.prompt(text)[:, None], timestep)
+
+    model = Prompted().eval()
+    cached = graphcache.transform(model, presets.compute(4))
+    text = torch.randn(2, DIM)
+    with torch.no_grad():
+        expected = [model(**arguments(step), text=text) for step in range(4)]
+        cached(**arguments(), text=text)
+        cached.reset()
+        calls.clear()
+        assert_same([cached(**arguments(step), text=text) for step in range(4)], expected)
+    assert len(calls) == 1
+
+
+def test_layouts_are_told_in_full() -> None:
+    made = [torch.zeros(2, 3).t(), torch.zeros((), dtype=torch.bool)]
+    assert describe_layouts(made) == "float32 cpu (3,2) (1,3); bool cpu () ()"
