@@ -107,7 +107,7 @@ def _produced(flow: Dataflow, source: fx.Node, branch: fx.Node) -> fx.Node:
             skipped = [n for n in flow.between(previous, node) if n not in (previous, node)]
             if any(ops.is_product(n) for n in skipped):
                 return node
-        if previous is source:
+        if previous is source or not is_tensor(previous):
             return node
         node = previous
     return node
