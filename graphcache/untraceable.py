@@ -89,7 +89,14 @@ class Chosen:
             if around:
                 return around
             chain = chain.__cause__ or chain.__context__
-        return []
+        return self._around_constant(str(error))
+
+    def _around_constant(self, text: str) -> list[str]:
+        """The modules around a value that PyTorch could not follow, which it says when it has traced them."""
+        found = re.search(r"\bmodel\.([\w.]+)\.lifted_tensor", text)
+        names = found[1].split(".") if found else []
+        paths = [".".join(names[:count]) for count in range(len(names), 0, -1)]
+        return [path for path in paths if path in self.modules]
 
     def around(self, frames: Iterable[FrameType]) -> list[str]:
         """The modules whose methods run in frames; tracing runs proxies that share their attributes."""

@@ -98,7 +98,7 @@ class Structured(nn.Module):
 
 
 class Chosen(nn.Module):
-    """Returns as many rows as there are large values, and so cannot be called alone; the module around it can."""
+    """Its inner module returns as many rows as there are large values, and so cannot be called by itself."""
 
     class Rows(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -219,8 +219,8 @@ def test_the_log_and_inspect_name_the_modules_and_the_line(caplog: pytest.LogCap
             generation(cached, tokens=tokens)
     (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert re.search(
-        r"2 modules 'blocks\.\*\.inner' \(Experts\) cannot be traced because of .*untraced\.py:\d+ in forward: "
-        r"`if row\.numel\(\):`.* is called as it is",
+        r"2 modules 'blocks\.\*\.inner' \(Experts\) cannot be traced because of .*untraced\.py:\d+ in "
+        r"forward: `if row\.numel\(\):`.* is called as it is",
         said,
     )
     seen = graphcache.inspect(model, arguments())
@@ -233,7 +233,7 @@ def test_its_work_is_priced_as_it_was_counted() -> None:
     ours, theirs = (graphcache.inspect(model, arguments()) for model in (asking, plain))
     assert ours.opaque
     assert not theirs.opaque
-    assert [(site.name, site.flops) for site in ours.sites] == [(site.name, site.flops) for site in theirs.sites]
+    assert ours.sites == theirs.sites
     assert ours.flops == theirs.flops
 
 
@@ -335,7 +335,7 @@ IMPURE: dict[str, tuple[Callable[[], nn.Module], str]] = {
 def test_a_module_that_does_more_than_compute_is_refused(kind: str) -> None:
     make, why = IMPURE[kind]
     model = holding(make, 1)
-    with pytest.raises(CaptureError, match=rf"'blocks\.0\.inner' cannot be traced because of .*since it {why}"):
+    with pytest.raises(CaptureError, match=rf"'blocks\.0\.inner' cannot be traced.*since it {why}"):
         graphcache.transform(model, FORA)(**arguments())
 
 
@@ -395,7 +395,7 @@ def test_a_number_made_of_values_stays_within_a_call() -> None:
     with torch.no_grad():
         assert_same(generation(exact, 2), generation(model, 2))
     assert called(model) == ["blocks.0.inner"]
-    with pytest.raises(CaptureError, match="`return x.abs.*item.*Nor can module 'measure' be called as it is"):
+    with pytest.raises(CaptureError, match=r"`return x\.abs.*Nor can module 'measure' be called as it is"):
         graphcache.transform(MeasuringItself().eval(), FORA)(**arguments())
 
 
@@ -419,7 +419,7 @@ def test_a_result_of_another_shape_than_at_capture_is_an_error() -> None:
 
 def test_token_budgets_name_the_module() -> None:
     budget = "plan steps=4 preset=none\nk = tokens 2 by random multiple=1\n@mlp #k#k"
-    with pytest.raises(PlanError, match=r"blocks\.0\.mlp: no token budget.*module 'blocks\.0\.inner'.*may mix"):
+    with pytest.raises(PlanError, match=r"blocks\.0\.mlp: no token.*'blocks\.0\.inner'.*may mix"):
         graphcache.transform(holding(depth=1), Plan.parse(budget), example_inputs=arguments())
 
 

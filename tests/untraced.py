@@ -1,4 +1,4 @@
-"""A small diffusion transformer that holds any module in the place of its MLPs, such as one that is not traced."""
+"""A small diffusion transformer with any module in the place of its MLPs, such as one that is not traced."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import graphcache
 from graphcache import Plan
 from reference import Reference, capture_call
 from seeding import numbers_of
@@ -16,7 +15,7 @@ DIM = 8
 
 
 class Experts(nn.Module):
-    """Each token goes through the two experts that its gate scores highest: how many each has depends on values."""
+    """Each token goes through two experts, which its gate chooses: how many each has depends on values."""
 
     def __init__(self, count: int = 3) -> None:
         super().__init__()
@@ -81,7 +80,3 @@ def by_reference(model: nn.Module, plan: Plan, tokens: int = 5) -> Sequence[Tens
     """What the reference interpreter makes of a generation."""
     run = Reference(capture_call(model, arguments(tokens=tokens), "timestep"), plan)
     return [run([*arguments(step, tokens).values()]) for step in range(plan.steps)]
-
-
-def transformed(model: nn.Module, plan: Plan, **options: Any) -> Any:
-    return graphcache.transform(model, plan, **options)
