@@ -2,7 +2,7 @@
 
 import contextlib
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,12 @@ from graphcache.ir.tree import Leaf, Record, fields_of, fill, is_record, sequenc
 
 _STILL = (type(None), str, bytes, torch.dtype, torch.device, enum.Enum, type)
 """What may stand beside the tensors of a result; a number may depend on values."""
-_GIVEN = (*_STILL, bool, int, float, complex, slice, range, torch.memory_format, torch.layout)
+PLAIN = (*_STILL, bool, int, float, complex, slice, range, torch.memory_format, torch.layout)
 """What may stand beside the tensors of the arguments."""
+
+
+Autocast = tuple[str, bool, torch.dtype]
+"""A kind of device, whether autocast is on there, and to which dtype it casts."""
 
 
 class Unfit(Exception):
@@ -33,7 +37,7 @@ class Invocation:
     module: nn.Module
     template: Any
     kinds: tuple[tuple[Any, ...], ...]
-    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    autocast: tuple[Autocast, ...]
 
     @staticmethod
     def of(module: nn.Module, args: Any, kwargs: Any) -> tuple["Invocation", list[Tensor]]:
@@ -43,7 +47,7 @@ class Invocation:
             Unfit: its arguments are no trees of tensors.
         """
         tensors: list[Tensor] = []
-        template = _apart((args, kwargs), tensors, _GIVEN, "is given")
+        template = _apart((args, kwargs), tensors, PLAIN, "is given")
         if not tensors:
             raise Unfit("is given no tensor")
         kinds = {"cpu", *(tensor.device.type for tensor in (*tensors, *module.parameters()))} - {"meta"}
@@ -61,17 +65,13 @@ class Invocation:
             Unfit: it is no tree of tensors.
         """
         args, kwargs = fill(self.template, tensors)
-        with self._surrounded():
+        if all(map(_is_now, self.autocast)):
             return taken_apart(self.module.forward(*args, **kwargs))
-
-    @contextlib.contextmanager
-    def _surrounded(self) -> Iterator[None]:
-        """Autocast as it was: compiled code is run without."""
         with contextlib.ExitStack() as stack:
+            # compiled code is run without autocast, its casts are in it
             for kind, enabled, dtype in self.autocast:
-                if torch.is_autocast_enabled(kind) != enabled or torch.get_autocast_dtype(kind) != dtype:
-                    stack.enter_context(torch.autocast(kind, dtype, enabled))
-            yield
+                stack.enter_context(torch.autocast(kind, dtype, enabled))
+            return taken_apart(self.module.forward(*args, **kwargs))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -107,15 +107,13 @@ class OpaqueCall(Opaque):
             raise self._other(str(error)) from error
         if template != self.template or [*map(kind_of, leaves)] != [kind[:3] for kind in self.layouts]:
             raise self._other(f"returns {describe_layouts(leaves)}")
-        seen = {memory(tensor) for tensor in tensors}
-        for index, (_, _, shape, strides) in enumerate(self.layouts):
-            leaf = leaves[index]
-            if leaf.stride() != strides:
+        seen = set(map(memory, tensors))
+        for index, (leaf, (_, _, shape, strides)) in enumerate(zip(leaves, self.layouts, strict=True)):
+            place = memory(leaf)
+            if leaf.stride() != strides or index in self.kept or place in seen:
                 made = torch.empty_strided(shape, strides, dtype=leaf.dtype, device=leaf.device)
                 leaves[index] = made.copy_(leaf)
-            elif index in self.kept or memory(leaf) in seen:
-                leaves[index] = leaf.clone()
-            seen.add(memory(leaves[index]))
+            seen.add(place)
         return leaves
 
     def _other(self, does: str) -> CaptureError:
@@ -170,6 +168,11 @@ def is_foreign(tensor: Tensor) -> bool:
         return False
     defines = any("__torch_function__" in vars(base) for base in kind.__mro__[: kind.__mro__.index(Tensor)])
     return defines or bool(vars(tensor))
+
+
+def _is_now(autocast: Autocast) -> bool:
+    kind, enabled, dtype = autocast
+    return torch.is_autocast_enabled(kind) == enabled and torch.get_autocast_dtype(kind) == dtype
 
 
 def kind_of(tensor: Tensor) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
 """Whether a module may be called in the middle of a graph: it computes its results and does nothing else."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -10,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from graphcache.ir.graph import layout
 from graphcache.ir.opaque import describe_layouts
-from graphcache.opaque import Invocation, OpaqueCall, Unfit, kind_of, memory, taken_apart
+from graphcache.opaque import PLAIN, Invocation, OpaqueCall, Unfit, kind_of, memory, taken_apart
 from graphcache.rehearsal import Writes
+
+_NOTHING = (object(),)
 
 
 class Impure(Exception):
@@ -42,6 +44,7 @@ def observed(
     copies = [tensor.clone() for tensor in tensors]
     buffers = [(name, buffer, buffer.clone()) for name, buffer in invocation.module.named_buffers()]
     result = call()
+    before = _state(invocation.module)
     try:
         template, first = taken_apart(result)
         if not all(map(_is_same, tensors, copies)):
@@ -50,6 +53,10 @@ def observed(
         for name, buffer, copy in buffers:
             if not _is_same(buffer, copy):
                 raise Impure(f"changes '{place}.{name}'")
+        after = _state(invocation.module)
+        for name in before.keys() | after.keys():
+            if not _is_kept(before.get(name, _NOTHING), after.get(name, _NOTHING)):
+                raise Impure(f"keeps '{place}.{name}' from call to call")
         if not all(map(_is_same, tensors, copies)):
             raise Unfit("changes its arguments in place")
         _refuse_other_sizes(invocation, template, first, copies)
@@ -87,7 +94,7 @@ def _again(
     writes, counter, random = Writes(), FlopCounterMode(display=False), _random_states(tensors)
     try:
         with writes, counter:
-            again, second = invocation.run(tensors)
+            again, second = invocation.run([tensor.detach() for tensor in tensors])
         if again != template or [*map(layout, second)] != [*map(layout, first)]:
             raise Unfit("returns another structure when it is called again")
         if not all(map(_is_same, first, second)):
@@ -128,6 +135,28 @@ def _otherwise(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if not tensor.is_floating_point():
         return tensor.flatten().flip(0).view(tensor.shape)
     return torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+
+
+def _state(module: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """The attributes of a module and its parts, each with what it holds if that is a container."""
+    return {
+        f"{path}.{name}".lstrip("."): (value, *_items(value))
+        for path, part in module.named_modules()
+        for name, value in [*vars(part).items()]
+    }
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return [*value] if isinstance(value, (list, tuple, set)) else ()
+
+
+def _is_kept(before: Sequence[Any], after: Sequence[Any]) -> bool:
+    return len(before) == len(after) and all(
+        one is other or (isinstance(one, PLAIN) and type(one) is type(other) and one == other)
+        for one, other in zip(before, after, strict=True)
+    )
 
 
 def held_memory(model: nn.Module) -> dict[int, str]:

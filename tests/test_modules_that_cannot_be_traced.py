@@ -20,6 +20,7 @@ from graphcache import CaptureError, Plan, PlanError, StateError, presets
 from graphcache.ir.opaque import OPAQUE, describe_layouts
 from graphcache.ir.text import render
 from reference import assert_same, capture_call
+from seeding import numbers_of
 from untraced import DIM, Experts, Transformer, arguments, by_reference, generation, holding
 
 FORA = presets.fora(4, interval=2)
@@ -260,6 +261,45 @@ def test_sessions_in_turn() -> None:
                     assert_same(cached(**arguments(step)), expected[step])
 
 
+def test_experts_of_a_published_model() -> None:
+    """HiDream counts its experts' tokens in NumPy; it has experts for the image, and for image and text."""
+    from diffusers import HiDreamImageTransformer2DModel
+
+    with numbers_of("hidream"):
+        model = HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            caption_channels=[8, 8],
+            text_emb_dim=8,
+            axes_dims_rope=(4, 2, 2),
+            max_resolution=(8, 8),
+            llama_layers=(0, 1),
+        ).eval()
+        for weight in model.parameters():
+            nn.init.normal_(weight, std=0.2)
+        shapes = {"t5": (2, 3, 8), "llama3": (2, 2, 3, 8)}
+        given = {f"encoder_hidden_states_{name}": torch.randn(shape) for name, shape in shapes.items()}
+        given |= {"pooled_embeds": torch.randn(2, 8), "return_dict": False}
+    cached = graphcache.transform(model, presets.fora(2, interval=2), timestep="timesteps")
+    with torch.no_grad():
+        for step in range(2):
+            latents = torch.randn(2, 4, 8, 8), torch.full((2,), 900.0 - 100 * step)
+            results = [call(*latents, **given)[0] for call in (cached, model)]
+            assert torch.equal(*results) == (step == 0)
+    (program,) = cached._graphcache.programs.values()
+    assert [call.place for call in program.step.opaque] == [
+        "double_stream_blocks.0.block.ff_i",
+        "single_stream_blocks.0.block.ff_i",
+    ]
+    roles = [branch.role + ".context" * branch.context for branch in program.step.branches]
+    assert roles == ["joint", "joint.context", "mlp", "mlp.context", "self", "mlp"]
+
+
 def test_a_profile_is_that_of_a_module_that_can_be_traced() -> None:
     def sampler(model: Any, sample: int, steps: int) -> Tensor:
         x = arguments(sample)["x"]
@@ -323,11 +363,18 @@ class Drifting(Asking):
         return super().forward(x) + self.turn % 2
 
 
+class Remembering(Asking):
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x
+        return super().forward(x)
+
+
 IMPURE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "buffer": (Counted, r"changes 'blocks\.0\.inner\.calls'"),
     "buffer in numpy": (CountedUnseen, r"changes 'blocks\.0\.inner\.calls'"),
     "random": (Drawing, "draws random numbers"),
     "state": (Drifting, "computes other bits when it is called again"),
+    "memory": (Remembering, r"keeps 'blocks\.0\.inner\.last' from call to call"),
 }
 
 

@@ -3,7 +3,6 @@
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from graphcache.ir.errors import StateError
 
-_AUTOGRAD = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
+_KEYS = torch._C.DispatchKey
+_AUTOGRAD = (_KEYS.AutogradFunctionality, _KEYS.AutogradOther, _KEYS.AutogradNestedTensor)
 _TAGS = [
     getattr(torch.Tag, name)
     for name in ("needs_exact_strides", "cudagraph_unsafe")
@@ -111,23 +111,18 @@ def _empty(results: str) -> Iterator[Tensor]:
         yield torch.empty_strided(shape, stride, dtype=getattr(torch, dtype), device=device)
 
 
-@contextmanager
-def _as_outside() -> Iterator[None]:
-    """Autograd, which PyTorch switches off within an operation, works; it records nothing unless asked to."""
-    if torch.is_inference_mode_enabled():
-        yield
-        return
+def _as_outside() -> Any:
+    """Autograd works as outside of operations, within which PyTorch switches it off."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
-    for name in _AUTOGRAD:
-        excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.no_grad():
-        yield
+    if not torch.is_inference_mode_enabled():
+        for key in _AUTOGRAD:
+            excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
 @torch.library.custom_op("graphcache::opaque", mutates_args=(), tags=_TAGS)
 def _opaque(handle: int, tensors: list[Tensor], weights: list[Tensor], results: str) -> list[Tensor]:
-    with _as_outside():
+    with _as_outside(), torch.no_grad():
         return _CALLS.find(handle).run(tensors)
 
 
