@@ -95,6 +95,10 @@ class OpaqueCall(Opaque):
         shaped = called.template, called.kinds, called.autocast, self.template, self.layouts
         return repr((id(self.module), shaped, sorted(self.kept), self.weights))
 
+    def trained(self) -> list[Tensor]:
+        """The module's parameters that need gradients."""
+        return [self.module.get_parameter(name) for name in self.weights]
+
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The module's results for these inputs, laid as at capture and each in memory of its own.
 

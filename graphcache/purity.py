@@ -99,15 +99,17 @@ def _again(
             raise Unfit("returns another structure when it is called again")
         if not all(map(_is_same, first, second)):
             raise Impure("computes other bits when it is called again with the same inputs")
-        if not all(map(torch.equal, random, _random_states(tensors))):
-            raise Impure("draws random numbers")
-        inputs = {memory(tensor) for tensor in tensors}
-        for tensor in writes.written:
-            place = held.get(memory(tensor))
-            if place is not None and memory(tensor) not in inputs:
-                raise Impure(f"changes '{place}'")
+    except (Unfit, Impure):
+        raise
+    except Exception as error:
+        raise Impure(f"fails when it is called again ({type(error).__name__}: {error})") from error
     finally:
+        written = {memory(tensor) for tensor in writes.written} - {memory(tensor) for tensor in tensors}
         writes.undo()
+    if not all(map(torch.equal, random, _random_states(tensors))):
+        raise Impure("draws random numbers")
+    for place in written & held.keys():
+        raise Impure(f"changes '{held[place]}'")
     attends = any("attention" in str(operation) for operation in counter.get_flop_counts().get("Global", {}))
     return second, counter.get_total_flops(), attends
 

@@ -1,6 +1,7 @@
 """Real calls of the modules that are not traced, and operations that stand in for them while others are."""
 
 import contextlib
+import functools
 import sys
 import threading
 from collections import Counter
@@ -120,6 +121,7 @@ class StandIns:
 def _replacement(path: str, forward: Forward, act: Act) -> Forward:
     here, is_inside = threading.get_ident(), False
 
+    @functools.wraps(forward)
     def instead(*args: Any, **kwargs: Any) -> Any:
         nonlocal is_inside
         if is_inside or threading.get_ident() != here:

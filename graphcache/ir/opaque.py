@@ -43,6 +43,10 @@ class Opaque:
         """Equal for calls that do the same."""
         raise NotImplementedError
 
+    def trained(self) -> list[Tensor]:
+        """The module's parameters that need gradients, as many as the operation is given weights."""
+        raise NotImplementedError
+
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The module's results, none of which shares memory with another tensor."""
         raise NotImplementedError
@@ -141,10 +145,11 @@ def _gradients(
     """
     with _as_outside(), torch.enable_grad():
         tensors = [tensor.detach().requires_grad_(i in wanted) for i, tensor in enumerate(inputs[:count])]
-        results = _CALLS.find(handle).run(tensors)
+        call = _CALLS.find(handle)
+        results = call.run(tensors)
         pairs = [(results[i], gradient) for i, gradient in zip(places, given, strict=True)]
         pairs = [(result, gradient) for result, gradient in pairs if result.requires_grad]
-        leaves = [[*tensors, *inputs[count:]][i] for i in wanted]
+        leaves = [[*tensors, *call.trained()][i] for i in wanted]
         found: Sequence[Tensor | None] = [None] * len(leaves)
         if pairs:
             sources, gradients = zip(*pairs, strict=True)
