@@ -49,6 +49,7 @@ class Chosen:
                 name, value = foreign[0]
                 kind = type(value).__name__
                 self.causes[path] = f": its {name} is a {kind}, of which tracing sees the bytes alone"
+        self._drop_inner()
 
     def widen(self, error: Untraceable) -> None:
         """Choose the innermost module around the place where tracing stopped that will do, and those like it.
@@ -61,15 +62,24 @@ class Chosen:
                 for other in self._alike(path):
                     self.causes.pop(other, None)
                     self._unfit.setdefault(other, error.cause)
-        left = [path for path in error.around if path not in self._unfit]
+        inner = self._inner()
+        left = [path for path in error.around if path not in self._unfit and not path.startswith(inner)]
         if not left:
-            tried = [f"{named(path)} be called as it is{self._unfit[path]}" for path in error.around]
+            tried = [(path, self._unfit[path]) for path in error.around if path in self._unfit]
             first = next((self._errors[path] for path in error.around if path in self._errors), error)
-            raise CaptureError(". Nor can ".join(map(str, (first, *tried)))) from first.__cause__
+            also = [f". Nor can {named(path)} be called as it is{why}" for path, why in tried]
+            raise CaptureError(f"{first}{''.join(also)}") from first.__cause__
         for path in self._alike(left[0]):
             self._errors[path], self.causes[path] = error, error.cause
-        outer = tuple(f"{path}." for path in self.causes)
-        self.causes = {path: cause for path, cause in self.causes.items() if not path.startswith(outer)}
+        self._drop_inner()
+
+    def _inner(self) -> tuple[str, ...]:
+        """How paths of modules begin that are called within another."""
+        return tuple(f"{path}." for path in self.causes)
+
+    def _drop_inner(self) -> None:
+        inner = self._inner()
+        self.causes = {path: cause for path, cause in self.causes.items() if not path.startswith(inner)}
 
     def _alike(self, path: str) -> list[str]:
         wanted = _likeness(self.modules[path])

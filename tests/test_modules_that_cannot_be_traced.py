@@ -6,6 +6,7 @@ import logging
 import pickle
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import graphcache
 from graphcache import CaptureError, Plan, PlanError, StateError, presets
+from graphcache.analysis.fingerprint import fingerprint
 from graphcache.ir.opaque import OPAQUE, describe_layouts
 from graphcache.ir.text import render
 from reference import assert_same, capture_call
@@ -236,6 +238,10 @@ def test_its_work_is_priced_as_it_was_counted() -> None:
     assert not theirs.opaque
     assert ours.sites == theirs.sites
     assert ours.flops == theirs.flops
+    names = {fingerprint(capture_call(model, arguments(), "timestep").step) for model in (plain, asking)}
+    asking.requires_grad_(False)
+    names.add(fingerprint(capture_call(asking, arguments(), "timestep").step))
+    assert len(names) == 1
 
 
 def test_several_sizes_take_turns_and_are_compiled_once() -> None:
@@ -525,6 +531,20 @@ def test_autocast_around_a_module_is_that_of_the_model(backend: str | None) -> N
         exact = graphcache.transform(model, presets.compute(4), backend=backend)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             assert_same(exact(**arguments()), model(**arguments()))
+
+
+def test_calls_go_on_while_another_thread_captures_the_model() -> None:
+    model = holding(depth=1)
+    cached = graphcache.transform(model, presets.compute(1))
+    with torch.no_grad(), ThreadPoolExecutor(1) as pool:
+        expected = model(**arguments())
+        captures = pool.submit(graphcache.inspect, model, arguments(tokens=7))
+        calls = 0
+        while not captures.done() or not calls:
+            with cached.session():
+                assert_same(cached(**arguments()), expected)
+            calls += 1
+        assert captures.result().opaque
 
 
 def test_inference_mode() -> None:
