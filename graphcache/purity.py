@@ -5,19 +5,33 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from graphcache.ir.graph import layout
 from graphcache.ir.opaque import describe_layouts
 from graphcache.opaque import PLAIN, Invocation, OpaqueCall, Unfit, kind_of, memory, taken_apart
 from graphcache.rehearsal import Writes
 
+_ALSO_COUNTED: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
+"""Operations whose work PyTorch does not count by itself."""
 _NOTHING = (object(),)
 
 
 class Impure(Exception):
     """A module does more than compute its results, and so does every one around it."""
+
+
+class _Attention(TorchFunctionMode):
+    """Whether PyTorch's attention is asked for."""
+
+    is_met = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.is_met = self.is_met or func is F.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
 
 
 def observed(
@@ -91,9 +105,10 @@ def _again(
     Raises:
         Impure: it is not the same, or leaves traces.
     """
-    writes, counter, random = Writes(), FlopCounterMode(display=False), _random_states(tensors)
+    writes, attention, random = Writes(), _Attention(), _random_states(tensors)
+    counter = FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED)
     try:
-        with writes, counter:
+        with writes, counter, attention:
             again, second = invocation.run([tensor.detach() for tensor in tensors])
         if again != template or [*map(layout, second)] != [*map(layout, first)]:
             raise Unfit("returns another structure when it is called again")
@@ -110,8 +125,7 @@ def _again(
         raise Impure("draws random numbers")
     for place in written & held.keys():
         raise Impure(f"changes '{held[place]}'")
-    attends = any("attention" in str(operation) for operation in counter.get_flop_counts().get("Global", {}))
-    return second, counter.get_total_flops(), attends
+    return second, counter.get_total_flops(), attention.is_met
 
 
 def _refuse_other_sizes(

@@ -7,6 +7,7 @@ import pickle
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,6 +74,12 @@ class Asking(nn.Module):
         return self.down(F.gelu(self.up(x)))  # type: ignore[no-any-return]
 
 
+@dataclass
+class Given:
+    x: Tensor
+    word: str
+
+
 class Pieces(NamedTuple):
     tokens: Tensor
     parts: dict[str, Any]
@@ -82,12 +89,12 @@ class Structured(nn.Module):
     """Its inner module takes and returns more than a tensor."""
 
     class Inner(nn.Module):
-        def forward(self, pair: tuple[Tensor, str], *, scale: float, mask: Tensor | None = None) -> Pieces:
-            x, word = pair
+        def forward(self, given: Given, *, scales: tuple[float, int], mask: Tensor | None = None) -> Pieces:
             assert mask is None
-            assert word == "twice"
-            count = int((x > 100).sum())
-            return Pieces(x * scale + count, {"rest": [x.flip(1), None], "kind": word})
+            count = int((given.x > 100).sum())
+            return Pieces(
+                given.x * scales[0] + count, {"rest": [given.x.flip(scales[1]), None], "kind": given.word}
+            )
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +102,7 @@ class Structured(nn.Module):
         self.out = nn.Linear(DIM, DIM)
 
     def forward(self, x: Tensor) -> Tensor:
-        pieces = self.inner((x, "twice"), scale=2.0)
+        pieces = self.inner(Given(x, "twice"), scales=(2.0, 1))
         assert pieces.parts["kind"] == "twice"
         return self.out(pieces.tokens + pieces.parts["rest"][0])  # type: ignore[no-any-return]
 
@@ -554,6 +561,40 @@ def test_inference_mode() -> None:
         expected = generation(cached)
     with torch.inference_mode():
         assert_same(generation(cached), expected)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(DIM, DIM), nn.Linear(DIM, 2 * DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
+        assert not x.isnan().any()
+        k, v = self.kv(x if text is None else text).chunk(2, dim=-1)
+        return self.out(F.scaled_dot_product_attention(self.q(x), k, v))  # type: ignore[no-any-return]
+
+
+class Reader(nn.Module):
+    """Two blocks of attention to itself, to a text, and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.other, self.mlp = (
+            nn.ModuleList(make() for _ in range(2)) for make in (Attention, Attention, Asking)
+        )
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        for own, other, mlp in zip(self.own, self.other, self.mlp, strict=True):
+            x = x * torch.cos(timestep)[:, None, None]
+            x = x + own(x)
+            x = x + other(x, text)
+            x = x + mlp(x)
+        return x
+
+
+def test_called_attention_has_its_role() -> None:
+    found = capture_call(Reader().eval(), {**arguments(), "text": torch.randn(2, 3, DIM)}, "timestep").step
+    assert [branch.role for branch in found.branches] == ["self", "cross", "mlp"] * 2
 
 
 def test_what_does_not_depend_on_the_step_is_called_once() -> None:

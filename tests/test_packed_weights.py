@@ -1,5 +1,6 @@
 """Weights that are packed in tensors of a class of their own: what unpacks them is called as it is."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +9,9 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CaptureError, presets
-from reference import Reference, assert_same, capture_call
+from graphcache.ir.graph import value_of
+from reference import Reference, assert_same, capture_call, runner_tensors
 from seeding import numbers_of
-from tiny import TinyDiT
 from untraced import DIM, Transformer, arguments, generation, holding
 
 FORA = presets.fora(4, interval=2)
@@ -87,47 +88,68 @@ def test_a_model_that_unpacks_weights_in_its_own_forward_is_refused() -> None:
         graphcache.transform(Reading().eval(), FORA)(**arguments())
 
 
-def packed(model: nn.Module, kind: Any) -> nn.Module:
-    """The model with its linear layers as diffusers loads them from a GGUF file."""
+def written(model: nn.Module, path: Path, kind: Any) -> None:
+    """A GGUF file with the model's weights, those of linear layers packed."""
     import gguf
-    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
-    for module in list(model.modules()):
-        for name, part in list(module.named_children()):
-            if isinstance(part, nn.Linear) and part.in_features % 32 == 0:
-                made = GGUFLinear(
-                    part.in_features, part.out_features, part.bias is not None, compute_dtype=torch.float32
-                )
-                values = torch.from_numpy(gguf.quants.quantize(part.weight.detach().numpy(), kind))
-                made.weight, made.bias = GGUFParameter(values, quant_type=kind), part.bias
-                setattr(module, name, made)
-    return model
-
-
-def call(step: int, text: Tensor) -> dict[str, Any]:
-    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(step))
-    return {"x": x, "timestep": torch.full((2,), 1 - step / 8), "text": text}
+    writer = gguf.GGUFWriter(path, "tiny")
+    for name, weight in model.state_dict().items():
+        if weight.dim() == 2 and weight.shape[1] % 32 == 0:
+            writer.add_tensor(name, gguf.quants.quantize(weight.numpy(), kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-def test_weights_in_gguf(kind: str) -> None:
-    """Results, sites, work and what is hoisted are those of a model with plain weights."""
+def test_weights_in_gguf(tmp_path: Path) -> None:
+    """Results are the loaded model's; sites, work and what is hoisted those of one with plain weights."""
     gguf = pytest.importorskip("gguf")
-    pytest.importorskip("diffusers")
+    from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig
+
     with numbers_of("gguf"):
-        plain, model, text = TinyDiT(1, 32).eval(), TinyDiT(1, 32), torch.randn(2, 32)
-    model = packed(model, gguf.GGMLQuantizationType[kind]).eval()
+        plain = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=32,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            axes_dims_rope=(4, 4, 8),
+        ).eval()
+        fixed = {
+            "encoder_hidden_states": torch.randn(1, 3, 32),
+            "pooled_projections": torch.randn(1, 32),
+            "img_ids": torch.zeros(6, 3),
+            "txt_ids": torch.zeros(3, 3),
+            "return_dict": False,
+        }
+        latents = [torch.randn(1, 6, 32) for _ in range(4)]
+    written(plain, tmp_path / "model.gguf", gguf.GGMLQuantizationType.Q4_0)
+    plain.save_config(tmp_path)
+    model = FluxTransformer2DModel.from_single_file(
+        tmp_path / "model.gguf",
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        config=str(tmp_path),
+    ).eval()
     cached = graphcache.transform(model, FORA)
+    given = [{"hidden_states": x, "timestep": torch.tensor([1 - i / 8])} for i, x in enumerate(latents)]
     with torch.no_grad():
-        given = [call(step, text) for step in range(4)]
-        results = [cached(**kwargs) for kwargs in given]
-        captured = capture_call(model, given[0], "timestep")
-        run = Reference(captured, FORA)
-        assert_same(results, [run([*kwargs.values()]) for kwargs in given])
-        assert_same(results[::2], [model(**kwargs) for kwargs in given[::2]])
-    assert len(captured.step.opaque) == 5
-    ours, theirs = (graphcache.inspect(item, given[0]) for item in (model, plain))
+        results = [cached(**kwargs, **fixed)[0] for kwargs in given]
+        assert_same(results[::2], [model(**kwargs, **fixed)[0] for kwargs in given[::2]])
+        (program,) = cached._graphcache.programs.values()
+        run = Reference(program.captured, FORA)
+        expected = [run(runner_tensors(model, {**kwargs, **fixed}))[0] for kwargs in given]
+        assert_same(results, expected)
+    assert len(program.step.opaque) == 28
+    ours, theirs = (graphcache.inspect(item, {**given[0], **fixed}) for item in (model, plain))
     assert ours.sites == theirs.sites
     assert (ours.flops, ours.hoisted_flops) == (theirs.flops, theirs.hoisted_flops)
-    prologue = next(iter(cached._graphcache.programs.values())).prologue
-    assert [node.meta["val"].shape for node in prologue.step.results()] == [(2, 32)], "no unpacked weight"
+    hoisted = [value_of(node).shape for node in program.prologue.step.results()]
+    assert (1, 3, 32) in hoisted
+    matrices = {weight.shape for weight in plain.parameters() if weight.dim() == 2}
+    assert matrices.isdisjoint(hoisted), "weights stay packed"
