@@ -241,7 +241,7 @@ def _unlifted(program: Any, exported: fx.Graph) -> tuple[fx.Graph, dict[str, Any
 def _refuse_foreign(graph: fx.Graph, held: Mapping[str, Any]) -> None:
     """Weights of which tracing saw the bytes alone must be read by opaque calls only."""
     for node in graph.find_nodes(op="get_attr"):
-        value = held[node.target]
+        value = held.get(node.target)
         if isinstance(value, torch.Tensor) and is_foreign(value):
             reader = next(iter(node.users))
             raise _untraceable(reader, f"reads '{node.target}', a {type(value).__name__}, as plain bytes")

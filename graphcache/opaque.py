@@ -87,7 +87,6 @@ class OpaqueCall(Opaque):
     layouts: tuple[Any, ...]
     kept: frozenset[int]
     weights: tuple[str, ...]
-    described: str
 
     @property
     def key(self) -> str:

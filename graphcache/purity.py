@@ -8,20 +8,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from graphcache.ir.graph import layout
-from graphcache.ir.opaque import describe_layouts
+from graphcache.ir.opaque import Opaque, describe_layouts, known, opaque_call
 from graphcache.opaque import PLAIN, Invocation, OpaqueCall, Unfit, kind_of, memory, taken_apart
 from graphcache.rehearsal import Writes
 
-_ALSO_COUNTED: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
-"""Operations whose work PyTorch does not count by itself."""
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention
+_COUNTS: dict[Any, Any] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_FLASH],
+}
+"""What operations take, by PyTorch's formulas; its own counter fails where gradients are computed."""
 _NOTHING = (object(),)
 
 
 class Impure(Exception):
     """A module does more than compute its results, and so does every one around it."""
+
+
+class _Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts floating-point operations."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        count = _COUNTS.get(getattr(func, "_overloadpacket", None))
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=result)
+        return result
 
 
 class _Attention(TorchFunctionMode):
@@ -41,7 +64,7 @@ def observed(
     tensors: Sequence[Tensor],
     call: Callable[[], Any],
     held: Mapping[int, str],
-) -> tuple[OpaqueCall | Exception, Any]:
+) -> tuple[Opaque | Exception, Any]:
     """Make a call for its caller, and once more to see what it does besides.
 
     Args:
@@ -90,7 +113,11 @@ def observed(
         weights=tuple(name for name, weight in invocation.module.named_parameters() if _is_trained(weight)),
         described=describe_layouts(first),
     )
-    return made, result
+    try:
+        _refuse_failing(known(made), tensors, first)
+    except Impure as error:
+        return error, result
+    return known(made), result
 
 
 def _again(
@@ -105,10 +132,9 @@ def _again(
     Raises:
         Impure: it is not the same, or leaves traces.
     """
-    writes, attention, random = Writes(), _Attention(), _random_states(tensors)
-    counter = FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED)
+    writes, work, attention, random = Writes(), _Work(), _Attention(), _random_states(tensors)
     try:
-        with writes, counter, attention:
+        with writes, work, attention:
             again, second = invocation.run([tensor.detach() for tensor in tensors])
         if again != template or [*map(layout, second)] != [*map(layout, first)]:
             raise Unfit("returns another structure when it is called again")
@@ -125,7 +151,18 @@ def _again(
         raise Impure("draws random numbers")
     for place in written & held.keys():
         raise Impure(f"changes '{held[place]}'")
-    return second, counter.get_total_flops(), attention.is_met
+    return second, work.flops, attention.is_met
+
+
+def _refuse_failing(call: Opaque, tensors: Sequence[Tensor], first: Sequence[Tensor]) -> None:
+    """The call must do as an operation of a graph what it does by itself, such as compile code."""
+    try:
+        results = opaque_call(call, [*tensors], [])
+    except Exception as error:
+        text = str(error).strip().split("\n")[0]
+        raise Impure(f"fails within an operation ({type(error).__name__}: {text})") from error
+    if not all(map(_is_same, results, first)):
+        raise Impure("computes other bits within an operation")
 
 
 def _refuse_other_sizes(

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from graphcache.ir.errors import CaptureError
-from graphcache.ir.opaque import Opaque, known, opaque_call
-from graphcache.opaque import Invocation, OpaqueCall, Unfit, named, put_together
+from graphcache.ir.opaque import Opaque, opaque_call
+from graphcache.opaque import Invocation, Unfit, named, put_together
 from graphcache.purity import Impure, held_memory, observed
 from graphcache.untraceable import Chosen, Untraceable
 
@@ -54,7 +54,7 @@ class StandIns:
         problems: list[tuple[str, list[str], Exception]] = []
 
         def see(path: str, forward: Forward, args: Any, kwargs: Any) -> Any:
-            found: OpaqueCall | Exception
+            found: Opaque | Exception
             try:
                 invocation, tensors = Invocation.of(self.chosen.modules[path], args, kwargs)
                 if any(tensor is number for tensor in tensors for number in numbers):
@@ -69,7 +69,7 @@ class StandIns:
             if isinstance(found, Exception):
                 problems.append((path, self.chosen.around(_frames()), found))
             else:
-                self._calls[path].append(known(found))
+                self._calls[path].append(found)
             return result
 
         with self._instead(see):
@@ -81,8 +81,8 @@ class StandIns:
         text = f"{named(path)} cannot be traced{self.chosen.causes[path]}"
         if isinstance(problem, Impure):
             raise CaptureError(
-                f"{text}. It cannot be called as it is either, since it {problem}, which a step that reuses "
-                "its result would leave out: make its forward pure"
+                f"{text}. Nor can it be called as it is: it {problem}, and a part of a graph must give the "
+                "same for the same inputs and do nothing else"
             ) from problem
         raise Untraceable(f"{text}; it {problem}", around, f": it {problem}") from problem
 
@@ -98,7 +98,7 @@ class StandIns:
                 raise Unfit("is given other arguments while it is traced than in a real call")
             call = calls[place]
             weights = [_weight(module, name) for name in call.weights]
-            return put_together(call.template, opaque_call(call, tensors, weights, call.described))
+            return put_together(call.template, opaque_call(call, tensors, weights))
 
         with self._instead(stand_in):
             yield

@@ -5,7 +5,7 @@ import gc
 import logging
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -145,9 +145,25 @@ class Aliasing(nn.Module):
         return F.pad(rest, (1, 1)) * same.tanh() + turned.transpose(1, 2)
 
 
+class Kernel(nn.Module):
+    """Runs an operator of another library, of which nobody said what its result looks like."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.test_untraced.doubled(x)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operator() -> Iterator[None]:
+    with torch.library._scoped_library("test_untraced", "FRAGMENT") as library:
+        library.define("doubled(Tensor x) -> Tensor")
+        library.impl("doubled", lambda x: x * 2, "CPU")
+        yield
+
+
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "experts": Experts,
     "numpy": ThroughNumpy,
+    "kernel": Kernel,
     "own gradient": OwnGradient,
     "structured": Structured,
     "chosen rows": Chosen,
@@ -156,6 +172,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 CALLED = {
     "experts": "inner",
     "numpy": "inner",
+    "kernel": "inner",
     "own gradient": "inner",
     "structured": "inner.inner",
     "chosen rows": "inner",
@@ -382,10 +399,18 @@ class Remembering(Asking):
         return super().forward(x)
 
 
+class Conditional(Asking):
+    """PyTorch's conditional compiles what it runs, which it does not within an operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, self.up, lambda given: self.up(given) * 2, (x,))[..., :DIM]
+
+
 IMPURE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "buffer": (Counted, r"changes 'blocks\.0\.inner\.calls'"),
     "buffer in numpy": (CountedUnseen, r"changes 'blocks\.0\.inner\.calls'"),
     "random": (Drawing, "draws random numbers"),
+    "conditional": (Conditional, "fails within an operation"),
     "state": (Drifting, "computes other bits when it is called again"),
     "memory": (Remembering, r"keeps 'blocks\.0\.inner\.last' from call to call"),
 }
@@ -394,8 +419,9 @@ IMPURE: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.parametrize("kind", IMPURE)
 def test_a_module_that_does_more_than_compute_is_refused(kind: str) -> None:
     make, why = IMPURE[kind]
+    said = rf"cannot be traced.*Nor can it be called as it is: it {why}"
     model = holding(make, 1)
-    with pytest.raises(CaptureError, match=rf"'blocks\.0\.inner' cannot be traced.*since it {why}"):
+    with pytest.raises(CaptureError, match=said):
         graphcache.transform(model, FORA)(**arguments())
 
 

@@ -28,7 +28,8 @@ class Opaque:
     """A call of a module that was not traced, and what is known of it.
 
     `place` is the module's path, `cause` why it is not traced, `flops` what a real call took, and `attends`
-    whether PyTorch's attention ran in it. `number` stands for the call in graphs.
+    whether PyTorch's attention ran in it. `described` are the layouts of its results, by `describe_layouts`.
+    `number` stands for the call in graphs.
     """
 
     place: str
@@ -36,6 +37,7 @@ class Opaque:
     module: nn.Module
     flops: int
     attends: bool
+    described: str
     number: int = field(default_factory=_NUMBERS.__next__)
 
     @property
@@ -83,16 +85,15 @@ def known(call: Opaque) -> Opaque:
     return _CALLS.known(call)
 
 
-def opaque_call(call: Opaque, tensors: list[Tensor], weights: list[Tensor], results: str) -> list[Tensor]:
+def opaque_call(call: Opaque, tensors: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
     """Run a call through its operation, which tracing records.
 
     Args:
         call: known, and owned by whoever runs the graph.
         tensors: what the module is given.
         weights: its parameters that need gradients; it computes with its own, gradients arrive at these.
-        results: the layouts of its results, as `describe_layouts` says.
     """
-    made: list[Tensor] = torch.ops.graphcache.opaque(call.number, tensors, weights, results)
+    made: list[Tensor] = torch.ops.graphcache.opaque(call.number, tensors, weights, call.described)
     return made
 
 
