@@ -78,46 +78,51 @@ def observed(
     Returns:
         What was seen, or why the module cannot stand in a graph, Unfit or Impure; and the caller's result.
     """
+    module = invocation.module
     copies = [tensor.clone() for tensor in tensors]
-    buffers = [(name, buffer, buffer.clone()) for name, buffer in invocation.module.named_buffers()]
+    buffers = [(name, buffer, buffer.clone()) for name, buffer in module.named_buffers()]
     result = call()
-    before = _state(invocation.module)
+    before = _state(module)
     try:
         template, first = taken_apart(result)
         if not all(map(_is_same, tensors, copies)):
             raise Unfit("changes its arguments in place")
         second, flops, attends = _again(invocation, template, first, tensors, held)
-        for name, buffer, copy in buffers:
-            if not _is_same(buffer, copy):
-                raise Impure(f"changes '{place}.{name}'")
-        after = _state(invocation.module)
-        for name in before.keys() | after.keys():
-            if not _is_kept(before.get(name, _NOTHING), after.get(name, _NOTHING)):
-                raise Impure(f"keeps '{place}.{name}' from call to call")
-        if not all(map(_is_same, tensors, copies)):
-            raise Unfit("changes its arguments in place")
+        _refuse_traces(place, buffers, before, _state(module))
         _refuse_other_sizes(invocation, template, first, copies)
+        of_both = {memory(tensor) for tensor in first} & {memory(tensor) for tensor in second}
+        made = OpaqueCall(
+            place=place,
+            cause=cause,
+            module=module,
+            flops=flops,
+            attends=attends,
+            described=describe_layouts(first),
+            invocation=invocation,
+            template=template,
+            layouts=tuple(map(layout, first)),
+            kept=frozenset(i for i, tensor in enumerate(first) if memory(tensor) in of_both),
+            weights=tuple(name for name, weight in module.named_parameters() if _is_trained(weight)),
+        )
+        _refuse_failing(known(made), tensors, first)
     except (Unfit, Impure) as error:
         return error, result
-    of_both = {memory(tensor) for tensor in first} & {memory(tensor) for tensor in second}
-    made = OpaqueCall(
-        place=place,
-        cause=cause,
-        module=invocation.module,
-        flops=flops,
-        attends=attends,
-        invocation=invocation,
-        template=template,
-        layouts=tuple(map(layout, first)),
-        kept=frozenset(i for i, tensor in enumerate(first) if memory(tensor) in of_both),
-        weights=tuple(name for name, weight in invocation.module.named_parameters() if _is_trained(weight)),
-        described=describe_layouts(first),
-    )
-    try:
-        _refuse_failing(known(made), tensors, first)
-    except Impure as error:
-        return error, result
     return known(made), result
+
+
+def _refuse_traces(
+    place: str,
+    buffers: Sequence[tuple[str, Tensor, Tensor]],
+    before: Mapping[str, Sequence[Any]],
+    after: Mapping[str, Sequence[Any]],
+) -> None:
+    """Calls must leave the values of buffers, and a second one all attributes, as they were before it."""
+    for name, buffer, copy in buffers:
+        if not _is_same(buffer, copy):
+            raise Impure(f"changes '{place}.{name}'")
+    for name in before.keys() | after.keys():
+        if not _is_kept(before.get(name, _NOTHING), after.get(name, _NOTHING)):
+            raise Impure(f"keeps '{place}.{name}' from call to call")
 
 
 def _again(

@@ -33,6 +33,27 @@ class Experts(nn.Module):
         return total.view_as(x)
 
 
+class Asking(nn.Module):
+    """An MLP; `asks` makes it look at values, to no effect."""
+
+    def __init__(self, asks: bool = True) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(DIM, 2 * DIM), nn.Linear(2 * DIM, DIM)
+        self.asks = asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.asks and bool(x.isnan().any()):
+            return torch.zeros_like(x)
+        return self.down(F.gelu(self.up(x)))  # type: ignore[no-any-return]
+
+
+class Largest(nn.Module):
+    """Says a number that depends on values, and so cannot be called by itself."""
+
+    def forward(self, x: Tensor) -> float:
+        return x.abs().max().item() if x.isfinite().all() else 1.0
+
+
 class Block(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
