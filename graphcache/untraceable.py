@@ -141,7 +141,8 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _likeness(module: nn.Module) -> Any:
-    """Equal for modules that presumably can or cannot be traced alike: sizes do not count, switches do."""
+    """Equal for modules that presumably can or cannot be traced alike: switches and parts count, no sizes."""
     tensors = {(name, type(value), value.dtype) for name, value in _own_tensors(module)}
     switches = {(name, value) for name, value in vars(module).items() if isinstance(value, (bool, str))}
-    return type(module), tensors, switches
+    parts = [(name, _likeness(part)) for name, part in module.named_children()]
+    return type(module), tensors, switches, parts

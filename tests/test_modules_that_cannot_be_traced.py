@@ -233,6 +233,26 @@ def test_compiled_graphs_have_gradients_and_call_nothing_that_is_reused() -> Non
     assert [sum(n.target is OPAQUE for n in graph.graph.nodes) for graph in counter.graphs] == [1, 0]
 
 
+class Total(nn.Module):
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows.sum(0)
+
+
+class Beginning(Transformer):
+    """Begins with a sequence that cannot be traced; its blocks hold one that can."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: nn.Sequential(nn.Linear(DIM, DIM), nn.SiLU()), 1)
+        self.before = nn.Sequential(Chosen.Rows(), Total())
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(x + self.before(x.flatten(0, 1)), timestep)
+
+
+def test_modules_of_a_class_that_hold_other_parts_are_traced() -> None:
+    assert called(Beginning().eval()) == ["before"]
+
+
 def test_the_log_and_inspect_name_the_modules_and_the_line(caplog: pytest.LogCaptureFixture) -> None:
     model = holding()
     cached = graphcache.transform(model, presets.compute(4))
