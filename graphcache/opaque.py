@@ -139,11 +139,6 @@ def taken_apart(result: Any) -> tuple[Any, list[Tensor]]:
     return template, leaves
 
 
-def put_together(template: Any, leaves: Sequence[Tensor]) -> Any:
-    """A result made of its tensors again."""
-    return fill(template, leaves)
-
-
 def _apart(value: Any, leaves: list[Tensor], plain: tuple[type, ...], does: str) -> Any:
     if isinstance(value, Tensor):
         if value.layout is not torch.strided or is_foreign(value):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.opaque import Opaque, opaque_call
-from graphcache.opaque import Invocation, Unfit, named, put_together
+from graphcache.ir.tree import fill
+from graphcache.opaque import Invocation, Unfit, named
 from graphcache.purity import Impure, held_memory, observed
 from graphcache.untraceable import Chosen, Untraceable
 
@@ -98,7 +99,7 @@ class StandIns:
                 raise Unfit("is given other arguments while it is traced than in a real call")
             call = calls[place]
             weights = [_weight(module, name) for name in call.weights]
-            return put_together(call.template, opaque_call(call, tensors, weights))
+            return fill(call.template, opaque_call(call, tensors, weights))
 
         with self._instead(stand_in):
             yield
