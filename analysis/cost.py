@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from graphcache.analysis import ops
 from graphcache.ir.graph import StepGraph, has_static_shape, is_tensor, storage_bytes, value_of
+from graphcache.ir.opaque import called
 
 aten = ops.aten
 
@@ -18,10 +19,14 @@ def flops(node: fx.Node) -> int:
     """Floating-point operations of a product; everything else counts 0, as in the papers' figures.
 
     Attention with queries (…, L, d), keys (…, S, d) and values (…, S, e) takes 2·L·S·(d + e) for each
-    batch entry and head. A fused kernel that is called for its log-sum-exp alone scores tokens: it counts 0.
+    batch entry and head. An opaque call takes what a real one took at capture. A fused kernel that is called
+    for its log-sum-exp alone scores tokens: it counts 0.
     """
     if node.target in ops.FUSED_ATTENTION:
         return _attention(node) if any(user.args[1] == 0 and user.users for user in node.users) else 0
+    call = called(node)
+    if call is not None:
+        return call.flops
     if node.op != "call_function" or not ops.is_product(node) or not is_tensor(node):
         return 0
     tensors = [item for item in node.all_input_nodes if is_tensor(item)]

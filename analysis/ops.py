@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphcache.ir.opaque import OPAQUE
+
 aten = torch.ops.aten
 
 VIEWS = frozenset(
@@ -108,6 +110,7 @@ HEAVY = (
         aten.conv3d.default,
         aten.conv3d.padding,
         aten.convolution.default,
+        OPAQUE,
     }
 )
 """What a cache is for: work that grows with channels or tokens squared."""
@@ -118,7 +121,12 @@ def is_view(node: fx.Node) -> bool:
 
 
 def is_slice(node: fx.Node) -> bool:
-    return node.target in SLICES
+    return node.target in SLICES and not is_result_of_call(node)
+
+
+def is_result_of_call(node: fx.Node) -> bool:
+    """Whether the node is a result of a module that was not traced."""
+    return node.target is operator.getitem and any(item.target is OPAQUE for item in node.all_input_nodes)
 
 
 def integer(node: fx.Node, place: int, default: int | None = None) -> int:
@@ -143,7 +151,10 @@ def is_product(node: fx.Node) -> bool:
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
-    """The tensors that a product multiplies."""
+    """The tensors that a product multiplies; of an opaque call those that it is given."""
+    if node.target is OPAQUE:
+        given: Any = node.args[1]
+        return list(given)
     first = node.args[0]
     if node.target is aten.einsum.default:
         tensors: Any = node.args[1]

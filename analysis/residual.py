@@ -102,7 +102,7 @@ def _produced(flow: Dataflow, source: fx.Node, branch: fx.Node) -> fx.Node:
     inside = flow.descendants[source]
     dominators: dict[fx.Node, fx.Node] | None = None
     node = branch
-    while not (ops.is_product(node) or ops.is_slice(node)):
+    while not (ops.is_product(node) or ops.is_slice(node) or ops.is_result_of_call(node)):
         operands = [item for item in node.all_input_nodes if inside >> flow.index[item] & 1]
         if len(operands) == 1:
             previous = operands[0]
@@ -112,7 +112,7 @@ def _produced(flow: Dataflow, source: fx.Node, branch: fx.Node) -> fx.Node:
             skipped = [n for n in flow.between(previous, node) if n not in (previous, node)]
             if any(ops.is_product(n) for n in skipped):
                 return node
-        if previous is source:
+        if previous is source or not is_tensor(previous):
             return node
         node = previous
     return node

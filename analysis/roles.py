@@ -7,10 +7,11 @@ from functools import cached_property
 from torch import fx
 
 from graphcache.analysis import ops
-from graphcache.analysis.dataflow import Dataflow
+from graphcache.analysis.dataflow import LATENT, Dataflow
 from graphcache.analysis.layout import Layout, axes, layouts
 from graphcache.analysis.ways import Residual, unwrap
-from graphcache.ir.graph import is_tensor
+from graphcache.ir.graph import is_tensor, value_of
+from graphcache.ir.opaque import OPAQUE, called
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Roles:
         if self.is_fused(residual, work, attention):
             return "parallel"
         own = {residual.stream, residual.source, unwrap(residual.stream)}
-        reads = {node: [self.read_streams(item) for item in ops.operands(node)] for node in attention}
+        reads = {node: [self.read_streams(item) for item in self.operands(node)] for node in attention}
         inner = [node for node in attention if all(streams & own for streams in reads[node])]
         if not inner:
             return "cross"
@@ -68,11 +69,23 @@ class Roles:
 
     def is_attention(self, node: fx.Node) -> bool:
         """A product of two activations; one with a weight is a projection."""
+        call = called(node)
+        if call is not None:
+            return call.attends
         if node.target in ops.ATTENTION:
             return True
         if node.target not in ops.CONTRACTIONS or not ops.is_product(node):
             return False
         return all(self.flow.depends[item] for item in ops.operands(node))
+
+    def operands(self, node: fx.Node) -> list[fx.Node]:
+        """What attention multiplies; an opaque call's are what it is given of the latents, and texts."""
+        items = ops.operands(node)
+        if node.target is not OPAQUE:
+            return items
+        tensors = [(item, value_of(item)) for item in items]
+        texts = {item for item, value in tensors if value.dim() == 3 and value.is_floating_point()}
+        return [item for item in items if item in texts or self.flow.depends[item] & LATENT]
 
     def is_fused(self, residual: Residual, inside: list[fx.Node], attention: list[fx.Node]) -> bool:
         """Whether a path with work of its own joins the attention's result (a fused attention and MLP)."""
@@ -112,7 +125,7 @@ class Roles:
         Channels are contracted away by the patch embedding, so of the axes 1 and 2 only frames remain.
         """
         node = next(iter(attention))
-        query = ops.operands(node)[0]
+        query = self.operands(node)[0]
         layout = self.layout.get(query)
         if layout is None or not is_tensor(self.latent) or self.latent.meta["val"].dim() != 5:
             return ""

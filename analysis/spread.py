@@ -6,6 +6,7 @@ from torch import fx
 
 from graphcache.analysis import ops
 from graphcache.ir.graph import is_tensor, value_of
+from graphcache.ir.opaque import OPAQUE
 
 aten = ops.aten
 
@@ -73,7 +74,7 @@ class Spread:
 
     def _decide(self, node: fx.Node) -> bool:
         if not is_tensor(node):
-            return all(self(item) for item in node.all_input_nodes)
+            return node.target is not OPAQUE and all(self(item) for item in node.all_input_nodes)
         if self.is_vector(node) or node.target in _FILLED:
             return True
         if node.target not in _TOKENWISE:

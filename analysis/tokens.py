@@ -7,11 +7,13 @@ from functools import cached_property
 
 from torch import fx
 
+from graphcache.analysis import ops
 from graphcache.analysis.dataflow import Dataflow
 from graphcache.analysis.token_rules import Axis, Untokenised, demands
 from graphcache.analysis.ways import unwrap
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Branch, Hoisted, StepGraph, has_static_shape, is_tensor, value_of
+from graphcache.ir.opaque import called
 from graphcache.ir.schedule import Memory, memory
 
 
@@ -118,6 +120,12 @@ class _Search:
             if self._is_boundary(node):
                 gathered[node] = self._gathered(node, axis)
                 continue
+            if ops.is_result_of_call(node):
+                call = called(node.all_input_nodes[0])
+                assert call is not None
+                raise Untokenised(
+                    node, f"calls module '{call.place}', which was not traced and may mix tokens"
+                )
             computed[node] = axis
             wanted = demands(node, axis)
             todo += wanted.along

@@ -61,7 +61,17 @@ class Answers:
     given: list[Answer] = field(default_factory=list)
     tensors: nn.Module = field(default_factory=nn.Module)
     asked: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    listens: bool = True
     _known: dict[Any, _Held] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it, nothing that is asked is written down."""
+        self.listens = False
+        try:
+            yield
+        finally:
+            self.listens = True
 
     def record(self) -> TorchFunctionMode:
         """A mode within which a real call's answers are written down."""
@@ -112,6 +122,8 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self._answers.listens:
+            return func(*args, **kwargs)
         if func is torch.Tensor.tolist:
             with self:
                 return _listed(args[0])

@@ -15,6 +15,7 @@ from graphcache.explanation import BRANCHES
 from graphcache.ir.call import OutputSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import StepGraph
+from graphcache.untraceable import Untraceable
 
 _ON_NUMBERS = (operator.eq, torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
 
@@ -25,10 +26,6 @@ class Traced(NamedTuple):
     step: StepGraph
     output: OutputSpec
     conditions: Conditions | None
-
-
-class Untraceable(CaptureError):
-    """The model can be called, but not be traced."""
 
 
 class _Varying(CaptureError):
@@ -56,7 +53,7 @@ def traced(attempt: Callable[[Answers | None], Traced], asks: bool) -> Traced:
     if asks:
         with contextlib.suppress(CaptureError):
             return _traced_with_answers(attempt)
-    failed: CaptureError | None = None
+    failed: Untraceable | None = None
     try:
         plain = attempt(None)
         if not _has_to_know_sizes(plain.step):
@@ -68,9 +65,9 @@ def traced(attempt: Callable[[Answers | None], Traced], asks: bool) -> Traced:
     except Diverged:
         if failed is not None:
             raise failed from failed.__cause__
-    except CaptureError:
+    except CaptureError as error:
         if failed is not None:
-            raise
+            raise Untraceable(str(error), failed.around, failed.cause) from error.__cause__
     return plain
 
 

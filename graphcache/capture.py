@@ -2,7 +2,8 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,21 +12,25 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from graphcache.answers import Answers, Diverged
-from graphcache.asking import Traced, Untraceable, decided, traced
+from graphcache.asking import Traced, decided, traced
 from graphcache.compile import COMPILING
-from graphcache.explanation import Stopped, explain
+from graphcache.explanation import Stopped, because, explain
 from graphcache.functional import Unknown, erase_unread, functional, inlined, is_functional
 from graphcache.hooks import is_own
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, Output, StepGraph
+from graphcache.ir.opaque import Opaque
 from graphcache.kernels import ChosenKernels
 from graphcache.numeric_time import about_numbers, refuse_unlike_numbers, run_as_tensors
+from graphcache.opaque import is_foreign, named
 from graphcache.plain_tensors import Originals
 from graphcache.quiet import quiet_tracing
 from graphcache.rehearsal import random_states_kept, rehearse
+from graphcache.standing_in import StandIns
 from graphcache.undisturbed import undisturbed
 from graphcache.unseen_writes import SeenWrites
+from graphcache.untraceable import Chosen, Untraceable
 
 _PURE_RANDOM = {
     torch.ops.aten.scaled_dot_product_attention.default,
@@ -34,7 +39,11 @@ _PURE_RANDOM = {
 
 
 def capture(
-    model: nn.Module, call: CallSpec, tensors: tuple[torch.Tensor, ...], asks: bool = False
+    model: nn.Module,
+    call: CallSpec,
+    tensors: tuple[torch.Tensor, ...],
+    asks: bool = False,
+    before: Sequence[Opaque] = (),
 ) -> Traced:
     """Trace one evaluation of `model` into a pure graph over flat tensors.
 
@@ -47,6 +56,7 @@ def capture(
         tensors: example leaves; beside the values that forward asks for, only their shapes, strides, dtypes
             and devices matter.
         asks: whether forward is known to ask for values.
+        before: opaque calls of an earlier capture, whose modules are not tried again.
 
     Returns:
         The graph, sharing the model's parameters, the structure of the model's result, and the values that
@@ -59,11 +69,18 @@ def capture(
     tensors = tuple([originals.plain(tensor) for tensor in tensors])
     devices = {tensor.device for tensor in (*tensors, *model.parameters())}
 
+    stand_ins = StandIns(model, Chosen(model, before))
+
     def called(answers: Answers | None) -> None:
         if answers is not None:
-            with answers.record():
+            with stand_ins.apart(answers.paused), answers.record():
                 run_as_tensors(call, model, tensors)
-            return
+        else:
+            first_called()
+        numbers = [tensors[index] for index in call.numbers]
+        stand_ins.observe(lambda: run_as_tensors(call, model, tensors), numbers)
+
+    def first_called() -> None:
         with ChosenKernels():
             if call.numbers:
                 refuse_unlike_numbers(call, model, tensors)
@@ -75,7 +92,7 @@ def capture(
             model,
             originals,
             lambda: rehearse(lambda: called(answers), devices),
-            lambda: _traced(model, call, tensors, originals, answers),
+            lambda: _traced(model, call, tensors, originals, stand_ins, answers),
         )
 
     with (
@@ -85,7 +102,11 @@ def capture(
         torch.no_grad(),
         random_states_kept(devices),
     ):
-        return traced(attempt, asks)
+        while True:
+            try:
+                return traced(attempt, asks)
+            except Untraceable as error:
+                stand_ins.chosen.widen(error)
 
 
 def _traced(
@@ -93,14 +114,16 @@ def _traced(
     call: CallSpec,
     tensors: tuple[torch.Tensor, ...],
     originals: Originals,
+    stand_ins: StandIns,
     answers: Answers | None,
 ) -> Traced:
     if answers is not None and not answers.given:
         raise Diverged
     outputs: list[OutputSpec] = []
-    wrapper = _FlatCall(model, call, outputs.append, answers)
+    wrapper = _FlatCall(model, call, stand_ins.begin, outputs.append, answers)
     try:
         with (
+            stand_ins.standing_in(),
             quiet_tracing(),
             _without_stack_traces(),
             # export writes code for modules that nobody calls, which takes a seventh of the time
@@ -109,13 +132,16 @@ def _traced(
         ):
             program = torch.export.export(wrapper, tensors, strict=False)
             program, graph = _functional(program)
-    except CaptureError:
-        raise
+    except CaptureError as error:
+        raise Untraceable(str(error), stand_ins.chosen.around_error(error), f": {error}") from error
     except Exception as error:
         reason = explain(error) + "." * bool(call.numbers) + about_numbers(call)
-        raise Untraceable(reason) from (error.__cause__ if isinstance(error, Stopped) else error)
+        around = stand_ins.chosen.around_error(error)
+        cause = error.__cause__ if isinstance(error, Stopped) else error
+        raise Untraceable(reason, around, because(error)) from cause
     _refuse_mutation(program.graph_signature)
     graph, held = _unlifted(program, graph)
+    _refuse_foreign(graph, held)
     _refuse_ops(graph)
     results: Any = graph.output_node().args[0]
     step = StepGraph(
@@ -123,6 +149,7 @@ def _traced(
         graph,
         tuple(Input(call.kind(index), index, name) for index, name in enumerate(call.leaf_names)),
         tuple(Output(index) for index in range(len(results))),
+        opaque=stand_ins.calls,
     )
     if answers is None:
         return Traced(step, outputs[-1], None)
@@ -160,10 +187,12 @@ class _FlatCall(nn.Module):
         self,
         model: nn.Module,
         call: CallSpec,
+        begins: Callable[[], None],
         returned: Callable[[OutputSpec], None],
         answers: Answers | None,
     ) -> None:
         super().__init__()
+        self.begins = begins
         self.model = model
         self.call = call
         self.answers = answers
@@ -173,6 +202,7 @@ class _FlatCall(nn.Module):
         self.returned = returned
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.begins()
         try:
             with self.answers.replay(self.values) if self.answers else contextlib.nullcontext():
                 result = run_as_tensors(self.call, self.model, tensors)
@@ -238,15 +268,24 @@ def _unlifted(program: Any, exported: fx.Graph) -> tuple[fx.Graph, dict[str, Any
     return graph, held
 
 
+def _refuse_foreign(graph: fx.Graph, held: Mapping[str, Any]) -> None:
+    """Weights of which tracing saw the bytes alone must be read by opaque calls only."""
+    for node in graph.find_nodes(op="get_attr"):
+        value = held.get(node.target)
+        if isinstance(value, torch.Tensor) and is_foreign(value):
+            reader = next(iter(node.users))
+            raise _untraceable(reader, f"reads '{node.target}', a {type(value).__name__}, as plain bytes")
+
+
 def _refuse_ops(graph: fx.Graph) -> None:
     for node in graph.nodes:
         target = node.target
         if isinstance(target, torch._ops.HigherOrderOperator):
-            raise CaptureError(f"{_place(node)} runs {target}, whose inner graph cannot be rewritten")
+            raise _untraceable(node, f"runs {target}, whose inner graph cannot be rewritten")
         if not isinstance(target, torch._ops.OpOverload):
             continue
         if target._schema.is_mutable:
-            raise CaptureError(f"{_place(node)} runs {target}, which changes its input in place")
+            raise _untraceable(node, f"runs {target}, which changes its input in place")
         if _drops(node):
             raise CaptureError(f"{_place(node)} runs dropout in training mode; pass training=self.training")
         if torch.Tag.nondeterministic_seeded in target.tags and target not in _PURE_RANDOM:
@@ -264,10 +303,20 @@ def _drops(node: fx.Node) -> bool:
     return is_attention and bool((node.args[4:5] and node.args[4]) or node.kwargs.get("dropout_p"))
 
 
+def _untraceable(node: fx.Node, does: str) -> Untraceable:
+    return Untraceable(f"{_place(node)} {does}", _around(node), f": it {does}")
+
+
 def _place(node: fx.Node) -> str:
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    path = stack[-1][0].removeprefix("model").lstrip(".") if stack else ""
-    return f"module '{path}'" if path else "the model"
+    around = _around(node)
+    return named(around[0]) if around else "the model"
+
+
+def _around(node: fx.Node) -> list[str]:
+    """The paths of the modules that a node was traced in, from the inside out."""
+    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    found = [re.sub(r"@\d+", "", path).removeprefix("model").lstrip(".") for path in reversed(paths)]
+    return [path for path in found if path]
 
 
 def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:

@@ -12,6 +12,7 @@ from torch import fx
 
 from graphcache.compile import Compiled, Kept
 from graphcache.ir.graph import StepGraph, as_bytes, is_tensor, layout, value_of
+from graphcache.ir.opaque import Opaque
 
 VALUES = "values."
 """How the names begin of what a captured graph holds of answers to what forward asked."""
@@ -22,7 +23,7 @@ class Compilations:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._made: OrderedDict[Hashable, Compiled] = OrderedDict()
+        self._made: OrderedDict[Hashable, tuple[Compiled, tuple[Opaque, ...]]] = OrderedDict()
 
     def under(self, circumstances: Hashable) -> Kept:
         """Those compiled for the same signature and modes, such as autocast: code depends on them."""
@@ -31,10 +32,12 @@ class Compilations:
     def find(self, key: Hashable) -> Compiled | None:
         if key in self._made:
             self._made.move_to_end(key)
-        return self._made.get(key)
+            return self._made[key][0]
+        return None
 
-    def keep(self, key: Hashable, code: Compiled) -> None:
-        self._made[key] = code
+    def keep(self, key: Hashable, code: Compiled, opaque: tuple[Opaque, ...]) -> None:
+        """Note code and own the opaque calls in it, so that a capture that has the same finds them."""
+        self._made[key] = code, opaque
         while len(self._made) > self._most:
             self._made.popitem(last=False)
 
@@ -52,7 +55,7 @@ class _Under(Kept):
         return self.compilations.find((self.circumstances, structure(step)))
 
     def keep(self, step: StepGraph, code: Compiled) -> None:
-        self.compilations.keep((self.circumstances, structure(step)), code)
+        self.compilations.keep((self.circumstances, structure(step)), code, step.opaque)
 
 
 def structure(step: StepGraph) -> str:

@@ -18,6 +18,7 @@ from graphcache.decisions import Decisions, bare
 from graphcache.halves import is_doubled, is_listed_twice
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import PlanError, StateError
+from graphcache.ir.opaque import Opaque
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Role
@@ -40,6 +41,7 @@ from graphcache.runner import (
 from graphcache.schedulers import Driver
 from graphcache.session import Branch, Generation, Session
 from graphcache.surroundings import Around, OpenSession, Scopes, Surroundings
+from graphcache.untraceable import told
 from graphcache.variants import Variants
 
 Signature = tuple[Hashable, ...]
@@ -90,6 +92,7 @@ class Engine:
         self.outer: Any = None
         self.calls = 0
         self._said: set[str] = set()
+        self._opaque: Sequence[Opaque] = ()
         self._looked_at: set[str] = set()
         self._specs: dict[Key, CallSpec] = {}
         self._lock = threading.RLock()
@@ -396,7 +399,10 @@ class Engine:
 
     def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor], asks: bool) -> Captured:
         split = self.options.plan.splits_parallel
-        captured = Captured.of(self.model, spec, tensors, self.options.observers, split, asks)
+        captured = Captured.of(self.model, spec, tensors, self.options.observers, split, asks, self._opaque)
+        self._opaque = captured.step.opaque
+        for text in told(captured.step.opaque):
+            self._say_once(text)
         self.variants.captured()
         return captured
 

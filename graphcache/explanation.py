@@ -44,9 +44,17 @@ def explain(error: BaseException) -> str:
     The line is the innermost one that belongs neither to PyTorch nor to Python's own library.
     """
     is_own = isinstance(error, Stopped)
-    if is_own and error.__cause__ is not None:
-        error = error.__cause__
-    return f"the model cannot be captured{user_line(error)}: {_reason(error)}. {_advice(error, is_own)}"
+    return f"the model cannot be captured{because(error)}. {_advice(_raised(error), is_own)}"
+
+
+def because(error: BaseException) -> str:
+    """The line of a model that failed while it was traced, and what was said there."""
+    error = _raised(error)
+    return f"{user_line(error)}: {_reason(error)}"
+
+
+def _raised(error: BaseException) -> BaseException:
+    return error.__cause__ or error if isinstance(error, Stopped) else error
 
 
 BRANCHES = (

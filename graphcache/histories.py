@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from graphcache.ir.errors import GraphCacheError, StateError
-from graphcache.ir.graph import CacheRead, CacheWrite, StepGraph, value_of
+from graphcache.ir.graph import CacheRead, CacheWrite, StepGraph, may_be_same_sizes, value_of
 from graphcache.ir.state import CacheState
 from graphcache.ir.text import describe
 from graphcache.runnable import Runnable
@@ -40,18 +40,14 @@ def refuse_others(cache: CacheState, phase: Runnable) -> None:
         for entry in history[port.entry : port.entry + 1]:
             if not phase.takes(port, entry[port.part]):
                 raise StateError(
-                    f"{port.site}: {describe(entry[port.part])} is cached, and this step reads "
-                    f"{describe(phase.like(port))}; call reset(), and report this as a fault of graphcache"
+                    f"{port.site}: {describe(entry[port.part])} is cached, and this step reads another shape "
+                    "or dtype; call reset(), and report this as a fault of graphcache"
                 )
 
 
 def _agree(port: CacheRead | CacheWrite, known: torch.Tensor, value: torch.Tensor) -> None:
-    if not _alike(known, value):
+    if known.dtype != value.dtype or not may_be_same_sizes(known.shape, value.shape):
         raise GraphCacheError(
             f"{port}: {describe(value)} in one phase of the plan and {describe(known)} in another; report "
             "this as a fault of graphcache"
         )
-
-
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype

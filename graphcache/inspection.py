@@ -14,6 +14,7 @@ from graphcache.ir.graph import storage_bytes, value_of
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
 from graphcache.ir.text import describe
+from graphcache.untraceable import told
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,17 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The sites of a model for one signature; FLOPs are those of one step, per batch as given."""
+    """The sites of a model for one signature; FLOPs are those of one step, per batch as given.
+
+    `opaque` says which modules are called because they cannot be traced, and why.
+    """
 
     sites: tuple[SiteReport, ...]
     blocks: int
     flops: int
     hoisted_flops: int
     nodes: int
+    opaque: tuple[str, ...] = ()
 
     @property
     def roles(self) -> dict[str, int]:
@@ -51,7 +56,7 @@ class Inspection:
             f"{site.name:{width}} {site.shape:18} {site.flops / 1e6:10.2f} {site.share:6.1%}"
             for site in self.sites
         ]
-        return "\n".join((*lines, self.totals))
+        return "\n".join((*lines, self.totals, *self.opaque))
 
     @property
     def totals(self) -> str:
@@ -101,4 +106,5 @@ def inspect(
         for branch in step.branches
     )
     hoisted = graph_flops(program.prologue.step) if program.prologue else 0
-    return Inspection(sites, step.blocks, total, hoisted, len(step.calls()))
+    opaque = tuple(told(step.opaque))
+    return Inspection(sites, step.blocks, total, hoisted, len(step.calls()), opaque)

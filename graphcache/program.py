@@ -22,6 +22,7 @@ from graphcache.histories import entries
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Input, StepGraph, storage_bytes, value_of
+from graphcache.ir.opaque import Opaque
 from graphcache.ir.plan import Plan
 from graphcache.ir.resolve import resolve
 from graphcache.ir.schedule import Guided, Memory, Phase, Role, Schedule, site_of
@@ -55,6 +56,7 @@ class Captured:
         observers: Sequence[Observer] = (),
         split: bool = False,
         asks: bool = False,
+        before: Sequence[Opaque] = (),
     ) -> "Captured":
         """Capture a call.
 
@@ -65,9 +67,10 @@ class Captured:
             observers: told of every pass.
             split: fused branches as two sites.
             asks: forward is known to ask for values.
+            before: opaque calls of an earlier capture.
         """
         examples = distinct([_dense(tensor) for tensor in tensors])
-        step, output, conditions = capture(model, call, tuple(examples), asks)
+        step, output, conditions = capture(model, call, tuple(examples), asks, before)
         passes: list[Pass] = [Simplify(), Tag()]
         step = run([*passes, Split()] if split else passes, step, observers)
         strides = tuple(tensor.stride() for tensor in examples)
@@ -138,12 +141,13 @@ class Program:
             CaptureError: one half of the batch cannot run alone.
         """
 
-        def capture(rows: Sequence[torch.Tensor]) -> Captured:
-            split = any(branch.role == "parallel.mlp" for branch in self.captured.step.branches)
-            asks = self.captured.conditions is not None
-            return Captured.of(model, self.captured.call, rows, self.observers, split, asks)
-
         call, step = self.captured.call, self.captured.step
+
+        def capture(rows: Sequence[torch.Tensor]) -> Captured:
+            split = any(branch.role == "parallel.mlp" for branch in step.branches)
+            asks = self.captured.conditions is not None
+            return Captured.of(model, call, rows, self.observers, split, asks, step.opaque)
+
         self.half = capture_half(
             step, self._held, call, laid(self.captured.strides, tensors), conditional, capture
         )

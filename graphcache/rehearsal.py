@@ -31,7 +31,7 @@ def rehearse(call: Callable[[], Any], devices: Iterable[torch.device]) -> Undo:
     Raises:
         CaptureError: the call fails; then it is undone. Lack of memory is raised as it is.
     """
-    writes = _Writes()
+    writes = Writes()
     try:
         with _disable_current_modes(), random_states_kept(devices), writes:
             call()
@@ -61,7 +61,7 @@ def random_states_kept(devices: Iterable[torch.device]) -> Iterator[None]:
             numpy.random.set_state(arrays)
 
 
-class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps a copy of every tensor older than itself before it is written to."""
 
     supports_higher_order_operators = True
@@ -71,6 +71,11 @@ class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._effects: dict[Any, _Effects] = {}
         self._new: set[int] = set()
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def written(self) -> list[torch.Tensor]:
+        """The older tensors that were written to."""
+        return [tensor for tensor, _ in self._copies]
 
     def undo(self) -> bool:
         """Write the copies back, the newest first, and say whether there are any."""

@@ -11,7 +11,16 @@ from graphcache.analysis.cost import computed_bytes, graph_flops
 from graphcache.analysis.frequency import basis, disc
 from graphcache.compile import Compiled
 from graphcache.halves import Half
-from graphcache.ir.graph import CacheRead, CacheWrite, Coefficients, InPort, StepGraph, Table, value_of
+from graphcache.ir.graph import (
+    CacheRead,
+    CacheWrite,
+    Coefficients,
+    InPort,
+    StepGraph,
+    Table,
+    may_be_same_sizes,
+    value_of,
+)
 
 
 class _Kind(NamedTuple):
@@ -80,12 +89,7 @@ class Runnable:
     def takes(self, port: InPort, tensor: torch.Tensor) -> bool:
         """Whether a tensor has the shape and dtype that a port was made for."""
         kind = self._kinds[port]
-        return tensor.shape == kind.shape and tensor.dtype == kind.dtype
-
-    def like(self, port: InPort) -> torch.Tensor:
-        """A tensor without values, of the shape and dtype that a port was made for."""
-        kind = self._kinds[port]
-        return torch.empty(kind.shape, dtype=kind.dtype, device="meta")
+        return tensor.dtype == kind.dtype and may_be_same_sizes(tensor.shape, kind.shape)
 
     def blank(self, port: CacheRead) -> torch.Tensor:
         """What is read where nothing was stored yet."""

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from graphcache.ir.call import CallSpec
+from graphcache.ir.opaque import Opaque
 from graphcache.kernels import attention_kernels
 from graphcache.modes import ambient
 from graphcache.program import Captured
@@ -55,8 +56,9 @@ class Sharing:
         observers: Sequence[Any] = (),
         split: bool = False,
         asks: bool = False,
+        before: Sequence[Opaque] = (),
     ) -> Captured:
-        make = partial(self.capture, model, call, tensors, observers, split, asks)
+        make = partial(self.capture, model, call, tensors, observers, split, asks, before)
         if observers:
             return make()
         likeness = _Likeness(model)
@@ -67,8 +69,10 @@ class Sharing:
         alike = self.captures.setdefault(key, [])
         known = next((one for one in alike if _holds(one, tensors)), None)
         if known is None:
-            alike.append(make())
-            return alike[-1]
+            made = make()
+            if not made.step.opaque:  # opaque calls are of the model's own modules
+                alike.append(made)
+            return made
         return _with_weights_of(model, known)
 
 

@@ -60,5 +60,5 @@ def test_an_entry_of_another_kind_is_not_read(other: torch.Tensor) -> None:
         cache.entries[port.site] = [(torch.zeros(2, 3, 4),)] * 2
     refuse_others(cache, phase)
     cache.entries[phase.places.reads[0].site] = [(other,)] * 2
-    with pytest.raises(StateError, match=r"is cached, and this step reads f32\[2,3,4\]"):
+    with pytest.raises(StateError, match="is cached, and this step reads another shape or dtype"):
         refuse_others(cache, phase)

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.opaque import Opaque
 from graphcache.ir.selector import STEM
 
 InputKind = Literal["latent", "timestep", "constant"]
@@ -154,7 +155,8 @@ def block_count(branches: Iterable[Branch]) -> int:
 class StepGraph:
     """A pure graph of one model evaluation, its typed ports, its branches and the passes behind it.
 
-    `root` holds the weights that the graph names; every graph of a model shares one.
+    `root` holds the weights that the graph names; every graph of a model shares one. `opaque` are the calls
+    of modules that were not traced, which the graph's operations name by numbers.
     """
 
     root: nn.Module
@@ -163,6 +165,7 @@ class StepGraph:
     outputs: tuple[OutPort, ...]
     branches: tuple[Branch, ...] = ()
     history: tuple[str, ...] = ()
+    opaque: tuple[Opaque, ...] = ()
 
     @cached_property
     def module(self) -> fx.GraphModule:
@@ -259,4 +262,11 @@ def same_sizes(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
     """Whether sizes are known to be equal; of those that depend on data that may be unknown."""
     return len(ours) == len(theirs) and all(
         statically_known_true(one == other) for one, other in zip(ours, theirs, strict=True)
+    )
+
+
+def may_be_same_sizes(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    """Whether sizes are not known to differ."""
+    return len(ours) == len(theirs) and not any(
+        statically_known_true(one != other) for one, other in zip(ours, theirs, strict=True)
     )

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from graphcache.ir.graph import StepGraph
+from graphcache.ir.opaque import called
 
 _SHORT = {
     torch.float32: "f32",
@@ -39,6 +40,9 @@ def _argument(value: Any) -> str:
 def _operation(node: fx.Node) -> str:
     target = getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
     arguments = [_argument(item) for item in node.args]
+    call = called(node)
+    if call is not None:
+        arguments[0] = call.place  # the number is another one in each capture
     arguments += [f"{key}={_argument(item)}" for key, item in node.kwargs.items()]
     return f"{target}({', '.join(arguments)})"
 
