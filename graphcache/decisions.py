@@ -2,7 +2,7 @@
 
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,17 +23,6 @@ class Values:
     """In a program's key: under which number the values are known that it was captured for."""
 
     number: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Check:
-    """Conditions of a capture, of all inputs or of some of their rows."""
-
-    conditions: Conditions
-    rows: Rows | None
-
-    def inputs(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        return tensors if self.rows is None else self.rows.inputs(tensors)
 
 
 class Decisions:
@@ -66,10 +55,11 @@ class Decisions:
         `rows`: of the half that was captured beside it.
         """
         signature = self._signatures.setdefault(_shared(bare(key)), _Signature())
-        number = next((item.number for item in key if isinstance(item, Values)), 0)
+        number = key[-2].number if isinstance(key[-2], Values) else 0
         if not number and rows is None:
             number = next(signature.numbers)
-        signature.note(number, _Check(conditions, rows))
+        if not number or rows is None or number in signature.checks:
+            signature.note(number, conditions, rows)
         return self.completed(key, tensors)
 
     def knows(self, key: Key) -> bool:
@@ -86,23 +76,21 @@ class Decisions:
 class _Signature:
     """The values that are known of one signature, by their numbers.
 
+    Each number has conditions of all inputs, or of their rows that a half is captured for, or of both.
     Threads look while another one notes, so that what is known is replaced and never changed.
     """
 
-    checks: dict[int, tuple[_Check, ...]] = field(default_factory=dict)
+    checks: dict[int, Mapping[Rows | None, Conditions]] = field(default_factory=dict)
     numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     leaves: tuple[int, ...] = ()
     reads_weights: bool = False
     stamps: "dict[tuple[int, ...], _Stamp]" = field(default_factory=dict)
 
-    def note(self, number: int, check: _Check) -> None:
-        before = self.checks.get(number, ())
-        if check in before:
-            return
-        known = {**self.checks, number: (*before, check)}
+    def note(self, number: int, conditions: Conditions, rows: Rows | None) -> None:
+        known = {**self.checks, number: {**self.checks.get(number, {}), rows: conditions}}
         self.checks = dict(list(known.items())[-_KNOWN:])
-        self.leaves = tuple(sorted({*self.leaves, *check.conditions.leaves}))
-        self.reads_weights = self.reads_weights or check.conditions.reads_weights
+        self.leaves = tuple(sorted({*self.leaves, *conditions.leaves}))
+        self.reads_weights = self.reads_weights or conditions.reads_weights
         self.stamps = {}
 
     def number(self, tensors: Sequence[torch.Tensor], begins: bool) -> int:
@@ -125,11 +113,12 @@ class _Signature:
     def _found(self, tensors: Sequence[torch.Tensor]) -> int | None:
         looks: dict[tuple[str, Rows | None], _Look] = {}
         for number, checks in self.checks.items():
-            for check in checks:
-                key = check.conditions.structure, check.rows
+            for rows, conditions in checks.items():
+                key = conditions.structure, rows
                 if key not in looks:
-                    looks[key] = _Look(check.conditions.found(check.inputs(tensors)))
-                if not looks[key].finds(check.conditions.expected):
+                    given = tensors if rows is None else rows.inputs(tensors)
+                    looks[key] = _Look(conditions.found(given))
+                if not looks[key].finds(conditions.expected):
                     break
             else:
                 return number
@@ -172,8 +161,8 @@ class _Stamp:
 
 
 def bare(key: Key) -> Key:
-    """A key without a number of values."""
-    return tuple([item for item in key if not isinstance(item, Values)])
+    """A key without a number of values, which stands before the last item."""
+    return (*key[:-2], key[-1]) if isinstance(key[-2], Values) else key
 
 
 def _shared(key: Key) -> Key:
