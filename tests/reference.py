@@ -15,11 +15,11 @@ from torch import Tensor, fx, nn
 import graphcache
 from graphcache.analysis.bases import coefficients
 from graphcache.analysis.dataflow import Dataflow
-from graphcache.analysis.tokens import memories, token_cuts
+from graphcache.analysis.tokens import TokenCut, memories, token_cuts
 from graphcache.capture import forward_parameters
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import PlanError
-from graphcache.ir.graph import StepGraph
+from graphcache.ir.graph import StepGraph, value_of
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
 from graphcache.ir.resolve import resolve
@@ -239,14 +239,14 @@ class Reference:
         """The newest value with the chosen tokens' own in it."""
         newest = (site.history[0][1][0] if site.patched is None else site.patched).clone()
         cut, choice = self.tokens[site.name], site.chosen[self.now]
-        values, fresh = (item.view(cut.rows, cut.tokens, -1) for item in (newest, raw.contiguous()))
-        for row in range(cut.rows):
-            places = choice.places[row]
-            if letter.option("by") == "cluster":
-                share = float(letter.option("blend"))
-                spread = fresh[row][places][choice.clusters[row]]
+        if letter.option("by") == "cluster":
+            values, fresh = (item.view(cut.rows, cut.tokens, -1) for item in (newest, raw.contiguous()))
+            share = float(letter.option("blend"))
+            for row, clusters in enumerate(choice.clusters):
+                spread = fresh[row][choice.places[row]][clusters]
                 values[row] = values[row] * (1 - share) + spread * share
-            values[row][places] = fresh[row][places]
+        inside = held_by(cut, choice.places)
+        newest[inside] = raw[inside]
         site.patched = newest
         return newest.clone()
 
@@ -265,10 +265,8 @@ class Reference:
             if kept is None or letter is None or not letter.is_tokens:
                 continue
             cut = next(item for n, item in self.tokens[name].memory.items() if n.name == node.name)
-            axis = cut.computed[cut.value]
-            for row in range(cut.rows):
-                places = named[name].chosen[self.now].places[row] + axis.start
-                kept[row].index_copy_(axis.dim - 1, places, raw[row].index_select(axis.dim - 1, places))
+            inside = held_by(cut, named[name].chosen[self.now].places)
+            kept[inside] = raw[inside]
         taken = any(letter is not None and letter.is_tokens for letter in letters)
         return kept.clone() if taken and kept is not None else raw
 
@@ -281,6 +279,25 @@ class Reference:
             first_forecast=row.actions.index(letter.symbol),
             listed=row.listed(self.now),
         )
+
+
+def held_by(cut: TokenCut, places: Tensor) -> Tensor:
+    """Which entries of a cut's value are of the chosen tokens: of each entry, its row and its token."""
+    numbers = {"row": torch.zeros(1, dtype=torch.int64), "token": torch.zeros(1, dtype=torch.int64)}
+    inside = torch.ones(1, dtype=torch.bool)
+    factors = [factor for dimension in cut.layout for factor in dimension]
+    for place, factor in enumerate(factors):
+        entries = torch.arange(factor.size).view(-1, *(1 for _ in factors[place + 1 :]))
+        if factor.window is not None:
+            own = entries - factor.window.start
+            inside = inside & (own >= 0) & (own < factor.window.count)
+            entries = (own + factor.window.first).clamp(0, cut.tokens - 1)
+        if factor.kind in numbers:
+            numbers[factor.kind] = numbers[factor.kind] + entries * factor.stride
+    chosen_ones = torch.zeros(cut.rows, cut.tokens, dtype=torch.bool).scatter(1, places.cpu(), True)
+    held = chosen_ones[numbers["row"], numbers["token"]] & inside
+    sizes = [factor.size for factor in factors]
+    return held.expand(sizes).reshape(value_of(cut.value).shape).to(places.device)
 
 
 def weighted(history: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
