@@ -40,7 +40,8 @@ class Factor:
         """The entries that change every `inner` ones, so many of them; None if the window is cut up."""
         if inner == 1 and size == self.size:
             return self
-        return None if self.window else Factor(size, self.kind, self.stride * inner)
+        stride = 1 if self.kind == "other" else self.stride * inner
+        return None if self.window else Factor(size, self.kind, stride)
 
     def around(self, inner: "Factor") -> "Factor | None":
         """The two as one factor, if they are one."""
