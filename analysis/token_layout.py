@@ -57,7 +57,7 @@ Layout = tuple[Dimension, ...]
 
 def other(size: int) -> Dimension:
     """A dimension without rows and tokens."""
-    return (Factor(size),) if size > 1 else ()
+    return (Factor(size),) if size != 1 else ()
 
 
 def token_part(size: int, window: Window, tokens: int) -> Factor:
