@@ -67,7 +67,8 @@ def taken_rows(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
         start += value_of(source).shape[dim] if start < 0 else 0
         arguments = [source, dim, start, start + count]
     if node.target in (aten.slice.Tensor, aten.narrow.default):
-        source, dim, start, stop, step = (*arguments, *(0, 0, 2**62, 1)[len(arguments) - 1 :])
+        arguments += (0, 0, 2**62, 1)[len(arguments) - 1 :]
+        source, dim, start, stop, step = arguments
         size = value_of(source).shape[dim]
         if not all(isinstance(number, int) for number in (start or 0, stop, size)) or step != 1:
             return None  # which rows these are depends on data, or some are left out

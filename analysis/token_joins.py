@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import fx
@@ -97,7 +98,8 @@ def written_over(node: fx.Node, known: Known) -> Followed:
     dim = _dimension(node, rank, 2)
     if node.target is aten.select_scatter.default:
         return _selected_over(node, dim, known)
-    begin, end, step = (*arguments[3:], *(None, None, 1)[len(arguments[3:]) :])
+    arguments += (0, None, None, 1)[len(arguments) - 2 :]
+    begin, end, step = arguments[3:]
     owner = base if base in known.layouts else piece
     if not is_marked(known.needed(node, owner)[dim]):
         return aligned(node, [base, piece], known, free=(dim - rank,))
@@ -138,7 +140,7 @@ def _outside(held: Window, first: int, last: int) -> list[Window]:
 def _joined(node: fx.Node, dim: int, parts: Sequence[_Part], known: Known) -> Followed:
     """One window out of pieces that follow each other."""
     ordered = sorted(parts, key=lambda part: part.window.first)
-    for one, following in zip(ordered, ordered[1:], strict=False):
+    for one, following in pairwise(ordered):
         a, b = one.window, following.window
         if (a.start + a.count, a.first + a.count) != (b.start, b.first):
             raise Untokenised(node, "joins tokens in another order, or leaves some of them out")
@@ -167,12 +169,14 @@ def padded(node: fx.Node, known: Known) -> Followed:
     layout = known.needed(node, source)
     rank = len(layout)
     shape = value_of(node).shape
-    moved = [dim for dim in range(rank) if shape[dim] != value_of(source).shape[dim] and is_marked(layout[dim])]
+    moved = [
+        dim for dim in range(rank) if shape[dim] != value_of(source).shape[dim] and is_marked(layout[dim])
+    ]
     if not moved:
         refuse(node, any(is_marked(layout[rank - 1 - i // 2]) for i, n in enumerate(amounts) if n))
         return Followed(laid([int(size) for size in shape], marks(layout)), {source: layout})
     (dim, *more), (before, after) = moved, amounts[2 * (rank - 1 - moved[0]) :][:2]
-    refuse(node, bool(more) or min(before, after) < 0 or len(amounts) > 2 and any(_beside(amounts, rank - 1 - dim)))
+    refuse(node, bool(more) or min(before, after) < 0 or any(_beside(amounts, rank - 1 - dim)))
     held = _only_token(node, layout, dim, known).held
     factor = token_part(int(shape[dim]), replace(held, start=held.start + before), known.tokens)
     return Followed((*layout[:dim], (factor,), *layout[dim + 1 :]), {source: layout}, how="passed")

@@ -22,8 +22,8 @@ class Window:
 class Factor:
     """Part of a dimension: `size` entries that count rows, tokens, or anything else.
 
-    From one entry to the next the number of the row or token grows by `stride`. With a `window`, which factors
-    of single tokens have, the entries outside of it are no tokens of the site.
+    From one entry to the next the number of the row or token grows by `stride`. With a `window`, which
+    factors of single tokens have, the entries outside of it are no tokens of the site.
     """
 
     size: int
@@ -173,7 +173,9 @@ def viewed(layout: Layout, result: torch.Tensor) -> Layout | None:
 
 def _is_whole(result: torch.Tensor) -> bool:
     """Whether a view has every element of what it views once."""
-    pairs = sorted((stride, size) for size, stride in zip(result.shape, result.stride(), strict=True) if size > 1)
+    pairs = sorted(
+        (stride, size) for size, stride in zip(result.shape, result.stride(), strict=True) if size > 1
+    )
     distance = 1
     for stride, size in pairs:
         if stride != distance:

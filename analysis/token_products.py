@@ -7,7 +7,7 @@ from torch import fx
 
 from graphcache.analysis import ops
 from graphcache.analysis.token_layout import Dimension, Layout, is_marked, laid, marks, other, size_of
-from graphcache.analysis.token_operands import Followed, Known, Untokenised, aligned, meets_tokens, refuse
+from graphcache.analysis.token_operands import Followed, Known, Untokenised, meets_tokens, refuse
 from graphcache.ir.graph import value_of
 
 aten = ops.aten
@@ -50,7 +50,12 @@ def attention(node: fx.Node, known: Known) -> Followed:
 
 
 def _meet(
-    node: fx.Node, item: fx.Node, met: Layout, known: Known, along: dict[fx.Node, Layout], whole: list[fx.Node]
+    node: fx.Node,
+    item: fx.Node,
+    met: Layout,
+    known: Known,
+    along: dict[fx.Node, Layout],
+    whole: list[fx.Node],
 ) -> None:
     """Sort a further operand by whether the chosen tokens' part of it is needed, or all of it."""
     own = known.of(item)
@@ -65,7 +70,7 @@ def _meet(
 def matmul(node: fx.Node, known: Known) -> Followed:
     """A product: the tokens are the left operand's rows, the right one's columns, or a dimension of both.
 
-    Of two that hold them, the left one's tokens are followed: they are queries, and what is right of them keys.
+    Of two that hold them, the left one's tokens are followed: they are queries, those on the right keys.
     """
     bias = node.args[:1] if node.target in (aten.addmm.default, aten.baddbmm.default) else ()
     left, right = (item for item in node.args[len(bias) :][:2] if isinstance(item, fx.Node))
@@ -80,7 +85,10 @@ def matmul(node: fx.Node, known: Known) -> Followed:
         if is_marked(layout[place], "token") and not any(is_marked(d, "token") for d in layout[:-2]):
             whole.append(beside)
         elif marks(layout).keys().isdisjoint((-1, -2)):
-            sizes = [*(size_of(dim) for dim in found[:-2]), *(int(size) for size in value_of(beside).shape[-2:])]
+            sizes = [
+                *(size_of(dim) for dim in found[:-2]),
+                *(int(size) for size in value_of(beside).shape[-2:]),
+            ]
             _meet(node, beside, laid(sizes, marks(layout)), known, along, whole)
         else:
             continue
@@ -115,7 +123,7 @@ def einsum(node: fx.Node, known: Known) -> Followed:
 
 def _letters(terms: Sequence[str], items: Sequence[fx.Node], known: Known) -> list[Mapping[str, Dimension]]:
     """Of each operand, the letters that run over rows or tokens."""
-    result = []
+    result = list[Mapping[str, Dimension]]()
     for term, item in zip(terms, items, strict=True):
         layout = known.layouts.get(item, ())
         result.append({letter: dim for letter, dim in zip(term, layout, strict=False) if is_marked(dim)})
@@ -151,6 +159,7 @@ def _by_letters(
         refuse(node, own is not None and own != met)
         along[item] = met
     layout = tuple(
-        chosen.get(letter, other(int(size))) for letter, size in zip(result, value_of(node).shape, strict=True)
+        chosen.get(letter, other(int(size)))
+        for letter, size in zip(result, value_of(node).shape, strict=True)
     )
     return Followed(layout, along, tuple(whole))

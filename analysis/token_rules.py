@@ -39,7 +39,11 @@ def follow(node: fx.Node, known: Known) -> Followed:
 def _by_kind(target: object) -> Rule | None:
     """The rule of an operation that says itself that it goes element by element."""
     tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
-    return _elementwise if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags else None
+    return (
+        _elementwise
+        if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+        else None
+    )
 
 
 def _elementwise(node: fx.Node, known: Known) -> Followed:
@@ -47,7 +51,7 @@ def _elementwise(node: fx.Node, known: Known) -> Followed:
 
 
 def _like(node: fx.Node, known: Known) -> Followed:
-    """The first operand in the dtype of the second, or filled with one number: nothing else is read of them."""
+    """The first operand in the dtype of the second, or its shape filled with one number."""
     source: Any = node.args[0]
     return aligned(node, [source], known)
 
@@ -68,16 +72,14 @@ def _reduced(node: fx.Node, known: Known) -> Followed:
     source: Any = node.args[0]
     layout = known.needed(node, source)
     rank, place = len(layout), 2 if node.target is aten.linalg_vector_norm.default else 1
-    given: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", _DEFAULT.get(node.target))
+    default = -1 if node.target is aten.glu.default else None
+    given: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", default)
     given = list(range(rank)) if given is None or given == [] else given
     dims = {dim % rank for dim in ([given] if isinstance(given, int) else given)}
     refuse(node, any(is_marked(layout[dim]) for dim in dims))
     if value_of(node).dim() == rank:
         return Followed(laid([int(n) for n in value_of(node).shape], marks(layout)), {source: layout})
     return Followed(tuple(found for dim, found in enumerate(layout) if dim not in dims), {source: layout})
-
-
-_DEFAULT = {aten.glu.default: -1}
 
 
 def _view(node: fx.Node, known: Known) -> Followed:
@@ -101,7 +103,6 @@ _REGROUPED = (
     aten.flatten.using_ints,
     aten.unflatten.int,
     aten.view_as.default,
-    aten.contiguous.default,
     aten.ravel.default,
     aten.squeeze.default,
     aten.squeeze.dim,
@@ -190,6 +191,7 @@ _RULES = _table(
             [
                 *(ops.COPIES - {aten.type_as.default}),
                 aten.alias.default,
+                aten.contiguous.default,
                 aten.detach.default,
                 aten.complex.default,
                 aten.polar.default,

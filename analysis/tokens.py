@@ -21,10 +21,11 @@ from graphcache.ir.schedule import Memory, memory
 class TokenCut:
     """How a branch runs on a budget of its stream's tokens.
 
-    The stream is (rows, tokens, channels), its tokens along one or several dimensions; the `layout` says where
-    the value has them. `computed` are the values to be computed for the chosen tokens only, in graph order, and `gathered` those of which the chosen
-    tokens are taken, in the layout in which they are met. `memory` are operands that the chosen tokens meet
-    whole, attention's keys and values, each with the same analysis of how its own tokens' part is computed.
+    The stream is (rows, tokens, channels), its tokens along one or several dimensions; the `layout` says
+    where the value has them. `computed` are the values to be computed for the chosen tokens only, in graph
+    order, and `gathered` those of which the chosen tokens are taken, in the layout in which they are met.
+    `memory` are operands that the chosen tokens meet whole, attention's keys and values, each with the same
+    analysis of how its own tokens' part is computed.
     """
 
     site: str
@@ -102,7 +103,9 @@ class _Search:
             node = todo.pop()
             if node not in found:
                 found.add(node)
-                todo += node.all_input_nodes if node not in self.streams and node.op == "call_function" else ()
+                todo += (
+                    node.all_input_nodes if node not in self.streams and node.op == "call_function" else ()
+                )
         return found
 
     @cached_property

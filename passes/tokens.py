@@ -136,7 +136,9 @@ class Tokens:
         joined[place] = self.count
         index = self._expanded(index, joined)
         node = self.chain.emit(aten.gather.default, node, place, index)
-        node = self._viewed(node, [*joined[:place], self.count, *(1 for _ in ordered[1:]), *joined[place + 1 :]])
+        node = self._viewed(
+            node, [*joined[:place], self.count, *(1 for _ in ordered[1:]), *joined[place + 1 :]]
+        )
         return self._permuted(node, [order.index(dim) for dim in range(len(order))])
 
     def _permuted(self, node: fx.Node, order: Sequence[int]) -> fx.Node:
@@ -144,7 +146,7 @@ class Tokens:
         return node if in_order else self.chain.emit(aten.permute.default, node, list(order))
 
     def _places(self, factors: Sequence[Factor], place: int, token: Factor) -> fx.Node:
-        """The chosen entries, by row, of a value with a dimension for each factor and that of tokens at `place`."""
+        """The chosen entries, row by row, of a value with a dimension for each factor, tokens at `place`."""
         places = self.chosen
         if token.window is not None:
             places = self._entries(token)
@@ -159,7 +161,7 @@ class Tokens:
         return self._viewed(places, sizes)
 
     def _entries(self, token: Factor) -> fx.Node:
-        """Where a factor of single tokens holds the chosen ones; of those that it does not hold, any entry."""
+        """Where a factor of single tokens holds the chosen ones; for those that it lacks any entry."""
         held, places = token.held, self.chosen
         if held.start != held.first:
             places = self.chain.emit(aten.add.Tensor, places, held.start - held.first)
@@ -201,6 +203,8 @@ class Tokens:
             return self._viewed(taken[0], self._shape(followed.layout))
         if followed.how == "expanded":
             return self._expanded(taken[0], self._shape(followed.layout))
+        if node.target is aten.view_as_complex.default:
+            return self.chain.emit(node.target, self.chain.emit(aten.contiguous.default, taken[0]))
         if node.target is aten.type_as.default:
             return self.chain.cast(taken[0], value_of(node).dtype)
         return self._applied(node, dict(zip(followed.along, taken, strict=True)))
@@ -217,7 +221,9 @@ class Tokens:
         index = self._viewed(
             index, [n if is_marked(dim) else 1 for n, dim in zip(shape, followed.layout, strict=True)]
         )
-        (result, _), *further = [(self._taken(node, followed.along[node]), first) for node, first in followed.parts]
+        (result, _), *further = [
+            (self._taken(node, followed.along[node]), first) for node, first in followed.parts
+        ]
         for node, first in further:
             inside = self.chain.emit(aten.ge.Scalar, index, first)
             result = self.chain.emit(aten.where.self, inside, node, result)
@@ -260,7 +266,9 @@ def by_token(chain: Chain, node: fx.Node, cut: TokenCut) -> fx.Node:
     layout = cut.layout if rows == cut.rows else halved(cut.layout, rows)
     factors = [factor for dimension in layout for factor in dimension]
     kinds = ("row", "token", "other")
-    order = sorted(range(len(factors)), key=lambda dim: (kinds.index(factors[dim].kind), -factors[dim].stride))
+    order = sorted(
+        range(len(factors)), key=lambda dim: (kinds.index(factors[dim].kind), -factors[dim].stride)
+    )
     node = chain.emit(aten.reshape.default, node, [factor.size for factor in factors])
     node = chain.emit(aten.permute.default, node, order)
     return chain.emit(aten.reshape.default, node, [rows, cut.tokens, -1])

@@ -219,7 +219,10 @@ class Reference:
             number = [branch.name for branch in self.captured.step.branches].index(site.name)
             score = raw
             if steps[0][1].option("by") == "norm":
-                norms = raw.float().reshape(cut.rows, cut.tokens, -1).norm(dim=-1)
+                rows, numbers, _ = numbered(cut)
+                squares = torch.zeros(cut.rows, cut.tokens, dtype=torch.float64)
+                norms = squares.index_put((rows, numbers), raw.double().cpu() ** 2, accumulate=True).sqrt()
+                norms = norms.to(raw.device)
                 score = norms / norms.norm(dim=-1, keepdim=True)
             tokens = Tokens(cut.rows, cut.tokens, raw.device, self.plan.grid)
             selection = Selection(site.name, tuple(steps), step - self.now)
@@ -281,23 +284,27 @@ class Reference:
         )
 
 
-def held_by(cut: TokenCut, places: Tensor) -> Tensor:
-    """Which entries of a cut's value are of the chosen tokens: of each entry, its row and its token."""
-    numbers = {"row": torch.zeros(1, dtype=torch.int64), "token": torch.zeros(1, dtype=torch.int64)}
-    inside = torch.ones(1, dtype=torch.bool)
+def numbered(cut: TokenCut) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each entry of a cut's value its row and its token, and whether it is any token's."""
     factors = [factor for dimension in cut.layout for factor in dimension]
-    for place, factor in enumerate(factors):
-        entries = torch.arange(factor.size).view(-1, *(1 for _ in factors[place + 1 :]))
+    grids = torch.meshgrid([torch.arange(factor.size) for factor in factors], indexing="ij")
+    inside = torch.ones([factor.size for factor in factors], dtype=torch.bool)
+    numbers = {kind: torch.zeros(inside.shape, dtype=torch.int64) for kind in ("row", "token", "other")}
+    for factor, entries in zip(factors, grids, strict=True):
         if factor.window is not None:
             own = entries - factor.window.start
-            inside = inside & (own >= 0) & (own < factor.window.count)
+            inside &= (own >= 0) & (own < factor.window.count)
             entries = (own + factor.window.first).clamp(0, cut.tokens - 1)
-        if factor.kind in numbers:
-            numbers[factor.kind] = numbers[factor.kind] + entries * factor.stride
+        numbers[factor.kind] += entries * factor.stride
+    shape = value_of(cut.value).shape
+    return numbers["row"].view(shape), numbers["token"].view(shape), inside.view(shape)
+
+
+def held_by(cut: TokenCut, places: Tensor) -> Tensor:
+    """Which entries of a cut's value are of the chosen tokens."""
+    rows, tokens, inside = numbered(cut)
     chosen_ones = torch.zeros(cut.rows, cut.tokens, dtype=torch.bool).scatter(1, places.cpu(), True)
-    held = chosen_ones[numbers["row"], numbers["token"]] & inside
-    sizes = [factor.size for factor in factors]
-    return held.expand(sizes).reshape(value_of(cut.value).shape).to(places.device)
+    return (chosen_ones[rows, tokens] & inside).to(places.device)
 
 
 def weighted(history: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

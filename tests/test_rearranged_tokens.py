@@ -3,9 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,7 +104,11 @@ def structural(draw: st.DrawFn, shape: Sequence[int]) -> tuple[str, Move, Move]:
     dim, other = draw(dims), draw(dims)
     if kind == "split" and rank < 6:
         part = draw(st.sampled_from(_divisors(shape[dim])))
-        return f"split {dim} {part}", lambda v: v.unflatten(dim, (-1, part)), lambda v: v.flatten(dim, dim + 1)
+        return (
+            f"split {dim} {part}",
+            lambda v: v.unflatten(dim, (-1, part)),
+            lambda v: v.flatten(dim, dim + 1),
+        )
     if kind == "merge" and dim + 1 < rank:
         sizes = tuple(shape[dim : dim + 2])
         return f"merge {dim}", lambda v: v.flatten(dim, dim + 1), lambda v: v.unflatten(dim, sizes)
@@ -144,7 +146,9 @@ def local(draw: st.DrawFn, shape: Sequence[int]) -> tuple[str, Move]:
         "written": _written(dim, at),
         "repeated": _repeated(dim, flag, draw(st.booleans())),
         "expanded": lambda v: v.unsqueeze(dim).expand(*v.shape[:dim], 3, *v.shape[dim:]).select(dim, 1),
-        "padded": lambda v: nn.functional.pad(v, (0, 0) * (v.dim() - 1 - dim) + (2, 1)).narrow(dim, 2, v.shape[dim]),
+        "padded": lambda v: nn.functional.pad(v, (0, 0) * (v.dim() - 1 - dim) + (2, 1)).narrow(
+            dim, 2, v.shape[dim]
+        ),
         "pairs": _in_pairs if shape[-1] % 2 == 0 else torch.neg,
         "summed": lambda v: torch.stack([v, v.flip(-1)], 0).sum(0),
         "mixed": lambda v: v @ _numbers((shape[-1], shape[-1])),
@@ -209,8 +213,7 @@ def check(rearrangement: Rearrangement) -> bool:
     planned = graphcache.transform(model, Plan.parse(f"plan steps=2\n{letter}\n* #a"))
     try:
         planned(x=x, timestep=torch.tensor(1.0))
-    except PlanError as error:
-        assert "no token budget, since node" in str(error) or "no residual branches" in str(error)
+    except PlanError:
         return False
     ours = planned(x=later, timestep=torch.tensor(0.5))
     whole = owners(model, x)
@@ -220,3 +223,16 @@ def check(rearrangement: Rearrangement) -> bool:
     expected = later + torch.where(fresh, model.branch(later), model.branch(x))
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6, msg=str(rearrangement.names))
     return True
+
+
+def test_random_rearrangements_are_followed_rightly_or_refused() -> None:
+    taken = list[bool]()
+
+    @settings(QUICK, max_examples=20)
+    @given(rearrangements())
+    def run(rearrangement: Rearrangement) -> None:
+        taken.append(check(rearrangement))
+
+    with torch.no_grad():
+        run()
+    assert sum(taken) >= 5

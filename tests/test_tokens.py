@@ -198,6 +198,15 @@ class TestChoices:
         frozen = tables("tokens 8 by norm multiple=1 staleness=0.0", score=score.repeat(2, 1))
         assert all(torch.equal(table, one) for table in frozen)
 
+    def test_age_counts_in_periods_or_else_in_cycles(self) -> None:
+        """Scores differ by 1/160 at least: age 1 of a cycle's 5 steps outweighs that, 1 of 1000 does not."""
+        score = (torch.arange(16) / 160).repeat(2, 1)
+        text = "tokens 8 by norm multiple=1 staleness=0.25"
+        one, two, *_ = cycle = tables(text, score=score)
+        assert not torch.equal(one, two)
+        assert_same(tables(f"{text} period=5", score=score), cycle)
+        assert all(torch.equal(table, one) for table in tables(f"{text} period=1000", score=score))
+
     def test_scores_of_half_the_rows_serve_both_halves(self) -> None:
         for table in tables("tokens 5 by norm multiple=1", rows=4, score=torch.rand(2, 16)):
             assert_same(table[:2], table[2:])

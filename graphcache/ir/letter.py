@@ -146,8 +146,8 @@ class Letter:
     - `random`: each token once before any one twice; `stratified`: one from each of `count` stretches;
     - `influence`: the attention that a token receives (of a part of the `queries`), `entropy`: how evenly it
       attends to the text, `norm`: the size of its cached value; all normalised over the tokens. A token that
-      was not computed for n steps gains `staleness`·n / `period`, which is the steps of the cycle if it is 0; in
-      each `spread`×`spread` block of the grid of tokens the best one's score grows by the share `bonus`;
+      was not computed for n steps gains `staleness`·n / `period`, by default the steps of the cycle; in each
+      `spread`×`spread` block of the grid of tokens the best one's score grows by the share `bonus`;
     - `cluster`: the token next to the mean of each of `count` clusters; the others move the share `blend` of
       the way to their cluster's new value.
     With `halves=shared` both halves of a batch that are the same latents take the same tokens.
