@@ -1,8 +1,8 @@
 """Which dimension of each value indexes tokens: how a branch is computed for some of them alone."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import fx
@@ -25,7 +25,7 @@ class TokenCut:
     where the value has them. `computed` are the values to be computed for the chosen tokens only, in graph
     order, and `gathered` those of which the chosen tokens are taken, in the layout in which they are met.
     `memory` are operands that the chosen tokens meet whole, attention's keys and values, each with the same
-    analysis of how its own tokens' part is computed.
+    analysis of how its own tokens' part is computed; `beside` says the same of other streams' parts in it.
     """
 
     site: str
@@ -36,6 +36,7 @@ class TokenCut:
     computed: Mapping[fx.Node, Followed]
     gathered: tuple[tuple[fx.Node, Layout], ...]
     memory: Mapping[fx.Node, "TokenCut"]
+    beside: tuple["TokenCut", ...] = ()
 
 
 def cut_tokens(flow: Dataflow, branch: Branch) -> TokenCut:
@@ -56,10 +57,14 @@ def cut_tokens(flow: Dataflow, branch: Branch) -> TokenCut:
 
 @dataclass
 class _Search:
-    """Follows the tokens from a branch's stream to its value, then asks back what that is computed from."""
+    """Follows the tokens from a branch's stream to its value, then asks back what that is computed from.
+
+    `start` is another stream's value, of which the branch's attention reads tokens as well.
+    """
 
     flow: Dataflow
     branch: Branch
+    start: fx.Node | None = None
     nodes: dict[str, fx.Node] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,11 +76,13 @@ class _Search:
 
     @cached_property
     def stream(self) -> fx.Node:
-        return self.nodes[self.branch.stream]
+        return self.nodes[self.branch.stream] if self.start is None else self.start
 
     @cached_property
     def own(self) -> set[fx.Node]:
         """Values on the branch's own stream: its tokens in their order."""
+        if self.start is not None:
+            return {self.start}
         found = set()
         for other in self.flow.step.branches:
             if other.context == self.branch.context:
@@ -183,7 +190,19 @@ class _Search:
         cut = self._cut(node)
         if cut.memory:
             raise Untokenised(node, "is read whole, and mixes tokens itself")
-        return cut
+        return replace(cut, beside=tuple(self._beside(node)) if windows else ())
+
+    def _beside(self, node: fx.Node) -> Iterator[TokenCut]:
+        """How the other streams' parts of an operand are computed, as far as they can be followed."""
+        others = (self.way & self.streams) - self.own if self.start is None else set[fx.Node]()
+        for stream in sorted(others, key=self.flow.index.__getitem__):
+            search = _Search(self.flow, self.branch, stream)
+            try:
+                layout = search.known.of(node)
+                if layout is not None:
+                    yield search._memory(node)
+            except Untokenised:
+                continue
 
 
 def token_cuts(flow: Dataflow, names: Collection[str]) -> dict[str, TokenCut]:

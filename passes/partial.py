@@ -1,6 +1,6 @@
 """A site on a budget of tokens: its cached value with the chosen tokens computed anew."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +83,13 @@ def chosen_tokens(rewriter: Rewriter, site: str, cut: TokenCut, budget: Budget, 
     return rewriter.input(Chosen(site), like, shape=(rows, count), dtype=torch.int64)
 
 
+def uncovered(cuts: Collection[TokenCut]) -> list[TokenCut]:
+    """The parts of an operand that other streams' tokens have in it, and none of the sites: computed whole."""
+    own = {cut.layout for cut in cuts}
+    others = {other.layout: other for cut in cuts for other in cut.beside}
+    return [other for layout, other in others.items() if layout not in own]
+
+
 def remembered(
     rewriter: Rewriter, memory: Memory, actions: Mapping[str, Action], cuts: Mapping[str, TokenCut]
 ) -> fx.Node | None:
@@ -97,11 +104,19 @@ def remembered(
         return None
     chain = rewriter.after(operand)
     whole = rewriter.input(CacheRead(memory.name, 0, 0, changed=True), value_of(operand))
-    for site in memory.sites:
+    own = {
+        site: next(cut for node, cut in cuts[site].memory.items() if node.name == memory.node)
+        for site in memory.sites
+    }
+    for other in uncovered(own.values()):
+        every = chain.emit(aten.arange.default, other.tokens, device=value_of(whole).device)
+        every = chain.emit(aten.expand.default, every, [other.rows, other.tokens])
+        tokens = Tokens(rewriter, other, every, chain)
+        whole = tokens.scatter(whole, other.layout, tokens.value())
+    for site, cut in own.items():
         budget = actions[site].budget
         if budget is None:
             continue
-        cut = next(cut for node, cut in cuts[site].memory.items() if node.name == memory.node)
         chosen = chosen_tokens(rewriter, site, cut, budget, cut.rows)
         if chosen is not None:
             tokens = Tokens(rewriter, cut, chosen, chain)

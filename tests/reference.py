@@ -263,6 +263,17 @@ class Reference:
             self.remembered[node.name] = raw.clone()
             return raw
         kept = self.remembered.get(node.name)
+        cuts = [
+            next(item for n, item in self.tokens[name].memory.items() if n.name == node.name)
+            for name in memory.sites
+        ]
+        followed = {other.layout: numbered(other)[2] for cut in cuts for other in cut.beside}
+        for inside in (
+            inside for layout, inside in followed.items() if layout not in {c.layout for c in cuts}
+        ):
+            if kept is not None:
+                # what no site of the plan updates belongs to this step
+                kept[inside.to(raw.device)] = raw[inside.to(raw.device)]
         for name in memory.sites:
             letter = self.letters.get(named[name].symbol)
             if kept is None or letter is None or not letter.is_tokens:

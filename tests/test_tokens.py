@@ -112,6 +112,18 @@ class TestPartialBranches:
         ours = run(on, Plan.parse(f"plan steps=3\n{letter}\n@self #aa"), given)
         assert_same(ours, run(on, Plan.parse("plan steps=3\n@self ###"), given))
 
+    @pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "cogvideox", "hunyuan_video"])
+    @pytest.mark.parametrize("rows", ["@joint {0}\n@joint.context {0}\n@parallel {0}", "@joint {0}"])
+    def test_all_tokens_of_joint_attention_equal_compute(self, name: str, rows: str) -> None:
+        """Also where text is attended to that the plan, or the last block, says nothing of."""
+        on = subject(name)
+        given = [inputs(on, 1 - step / 3, step) for step in range(3)]
+        letter = "a = tokens 1000000 by random multiple=1"
+        if not any(branch.role == "parallel" for branch in on.captured.step.branches):
+            rows = rows.replace("\n@parallel {0}", "")
+        ours = run(on, Plan.parse(f"plan steps=3\n{letter}\n{rows.format('#aa')}"), given)
+        assert_same(ours, run(on, Plan.parse(f"plan steps=3\n{rows.format('###')}"), given))
+
 
 MIXED = {
     "dit": "a = tokens 5 by random multiple=1\nb = tokens .5 by stratified multiple=1\n@self #aa.#a\n"
