@@ -8,6 +8,7 @@ from functools import cached_property
 from torch import fx
 
 from graphcache.analysis.dataflow import Dataflow
+from graphcache.analysis.layout import axes
 from graphcache.analysis.token_layout import Layout, stream_layout, tokens_of, whole_tokens
 from graphcache.analysis.token_operands import Followed, Known, Untokenised
 from graphcache.analysis.token_rules import follow
@@ -21,11 +22,12 @@ from graphcache.ir.schedule import Memory, memory
 class TokenCut:
     """How a branch runs on a budget of its stream's tokens.
 
-    The stream is (rows, tokens, channels), its tokens along one or several dimensions; the `layout` says
-    where the value has them. `computed` are the values to be computed for the chosen tokens only, in graph
-    order, and `gathered` those of which the chosen tokens are taken, in the layout in which they are met.
-    `memory` are operands that the chosen tokens meet whole, attention's keys and values, each with the same
-    analysis of how its own tokens' part is computed; `beside` says the same of other streams' parts in it.
+    The stream is (rows, tokens, channels) or (tokens, rows, channels), its tokens along one or several
+    dimensions; the `layout` says where the value has them. `computed` are the values to be computed for the
+    chosen tokens only, in graph order, and `gathered` those of which the chosen tokens are taken, in the layout
+    in which they are met. `memory` are operands that the chosen tokens meet whole, attention's keys and values,
+    each with the same analysis of how its own tokens' part is computed; `beside` says the same of other
+    streams' parts in it.
     """
 
     site: str
@@ -121,18 +123,29 @@ class _Search:
         shape = value_of(self.stream).shape
         if len(shape) < 2 or not has_static_shape(self.stream):
             raise Untokenised(self.stream, f"is {tuple(shape)}, not (rows, tokens, channels)")
-        start = stream_layout(shape)
-        known = Known(*tokens_of(start))
+        known = Known(*tokens_of(self._laid(self.stream)))
         derived = set[fx.Node]()
         for node in sorted(self.way, key=self.flow.index.__getitem__):
             if node in self.streams:
                 if node in self.own:
-                    known.layouts[node] = stream_layout(value_of(node).shape)
+                    known.layouts[node] = self._laid(node)
             elif node.op == "call_function" and not derived.isdisjoint(node.all_input_nodes):
                 self._follow(node, known)
             if known.is_own(node) or not (is_tensor(node) or derived.isdisjoint(node.all_input_nodes)):
                 derived.add(node)
         return known
+
+    def _laid(self, stream: fx.Node) -> Layout:
+        """Rows before tokens, unless the latents' samples are the second of three dimensions."""
+        shape = [int(size) for size in value_of(stream).shape]
+        batch = value_of(self.flow.latent).shape[0]
+        if len(shape) != 3 or shape[1] != batch:
+            return stream_layout(shape)
+        samples = [0 in axes(dimension) for dimension in self.flow.layouts.get(self.stream, ())]
+        if samples == [False, True, False] or shape[0] % batch or (batch == 1 and shape[0] > 1):
+            rows, tokens, channels = stream_layout([shape[1], shape[0], shape[2]])
+            return tokens, rows, channels
+        return stream_layout(shape)
 
     def _follow(self, node: fx.Node, known: Known) -> None:
         if not is_tensor(node):

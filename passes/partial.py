@@ -84,7 +84,7 @@ def chosen_tokens(rewriter: Rewriter, site: str, cut: TokenCut, budget: Budget, 
 
 
 def uncovered(cuts: Collection[TokenCut]) -> list[TokenCut]:
-    """The parts of an operand that other streams' tokens have in it, and none of the sites: computed whole."""
+    """The parts of an operand that are other streams' tokens, and no site's: they are computed whole."""
     own = {cut.layout for cut in cuts}
     others = {other.layout: other for cut in cuts for other in cut.beside}
     return [other for layout, other in others.items() if layout not in own]

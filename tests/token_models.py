@@ -64,6 +64,20 @@ class Fused(Attending):
         return stream[:, :count]
 
 
+class SequenceFirst(Attending):
+    """The samples are the stream's second dimension."""
+
+    def __init__(self) -> None:
+        super().__init__(tokens_first)
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        x = (x + self.time(timestep[:, None])[:, None]).transpose(0, 1).contiguous()
+        for _ in range(2):
+            x = x + self.attend(self, F.layer_norm(x, (WIDTH,)).transpose(0, 1), text).transpose(0, 1)
+            x = x + self.down(F.gelu(self.up(F.layer_norm(x, (WIDTH,)))))
+        return x.transpose(0, 1)
+
+
 def angles(tokens: int, channels: int) -> Tensor:
     return torch.arange(tokens)[:, None] * torch.linspace(0.1, 1, channels)
 
@@ -239,8 +253,8 @@ def pieces_in_another_order(model: Attending, x: Tensor, text: Tensor) -> Tensor
 
 def made(name: str) -> Attending:
     """A model with fixed weights."""
-    model = Fused() if name == "fused" else Attending(ATTENTIONS[name])
-    return model.eval()
+    whole: dict[str, type[Fused | SequenceFirst]] = {"fused": Fused, "sequence_first": SequenceFirst}
+    return (whole[name]() if name in whole else Attending(ATTENTIONS[name])).eval()
 
 
 def arguments(batch: int) -> dict[str, Any]:
