@@ -63,11 +63,10 @@ def _only_token(node: fx.Node, layout: Layout, dim: int, known: Known) -> Factor
 
 @dataclass(frozen=True)
 class _Part:
-    """A piece, the layout it has, and the place of its first entry among the result's."""
+    """A piece, and the tokens that it gives to the result; the window starts in the result's entries."""
 
     node: fx.Node
     window: Window
-    """In the result's entries."""
 
 
 def concatenated(node: fx.Node, known: Known) -> Followed:

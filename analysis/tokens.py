@@ -24,10 +24,10 @@ class TokenCut:
 
     The stream is (rows, tokens, channels) or (tokens, rows, channels), its tokens along one or several
     dimensions; the `layout` says where the value has them. `computed` are the values to be computed for the
-    chosen tokens only, in graph order, and `gathered` those of which the chosen tokens are taken, in the layout
-    in which they are met. `memory` are operands that the chosen tokens meet whole, attention's keys and values,
-    each with the same analysis of how its own tokens' part is computed; `beside` says the same of other
-    streams' parts in it.
+    chosen tokens only, in graph order, and `gathered` those of which the chosen tokens are taken, in the
+    layout in which they are met. `memory` are operands that the chosen tokens meet whole, attention's keys
+    and values, each with the same analysis of how its own tokens' part is computed; `beside` says the same
+    of other streams' parts in it.
     """
 
     site: str
