@@ -74,3 +74,19 @@ def test_what_moves_or_mixes_tokens_is_refused(name: str) -> None:
     on = laid_out(name, 2)
     with pytest.raises(PlanError, match=f"no token budget, since node .*{REFUSED[name]}"):
         Program(on.captured, None).check(budgeted("a = tokens 4 by random", on, "#a"))
+
+
+@pytest.mark.parametrize(
+    ("name", "letter", "reason"),
+    [
+        ("across_samples_in_one_sequence", "entropy", r"attention is not \(rows, heads, tokens, channels\)"),
+        ("samples_in_one_sequence", "influence", r"attention is not \(rows, heads, tokens, channels\)"),
+        ("tokens_first", "cluster", r"is not \(rows, tokens, channels\), of which clusters are made"),
+    ],
+)
+def test_scores_that_need_another_layout_are_refused(name: str, letter: str, reason: str) -> None:
+    on = laid_out(name, 2)
+    role = on.captured.step.branches[0].role
+    plan = Plan.parse(f"plan steps=2\na = tokens 4 by {letter}\n@{role} #a")
+    with pytest.raises(PlanError, match=reason):
+        Program(on.captured, None).check(plan)
