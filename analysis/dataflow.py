@@ -6,6 +6,7 @@ from functools import cached_property
 
 from torch import fx
 
+from graphcache.analysis.layout import Layout, layouts
 from graphcache.ir.graph import Hoisted, InPort, Input, StepGraph
 
 LATENT, TIMESTEP, CONSTANT = 1, 2, 4
@@ -66,6 +67,16 @@ class Dataflow:
             for operand in node.all_input_nodes:
                 found[node] |= found[operand]
         return found
+
+    @cached_property
+    def latent(self) -> fx.Node:
+        """The latents, or the first of several."""
+        return next(n for port, n in self.step.ports() if isinstance(port, Input) and port.kind == "latent")
+
+    @cached_property
+    def layouts(self) -> dict[fx.Node, Layout]:
+        """Which of the latents' axes the dimensions of each value run over, where that is known."""
+        return layouts(self.nodes, self.latent)
 
     def reaches(self, source: fx.Node, target: fx.Node) -> bool:
         return bool(self.ancestors[target] >> self.index[source] & 1)

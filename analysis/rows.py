@@ -9,7 +9,13 @@ from graphcache.analysis.dataflow import Dataflow
 from graphcache.ir.graph import is_tensor, value_of
 
 aten = ops.aten
-_SPLITS = (aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default)
+SPLITS = (
+    aten.split_with_sizes.default,
+    aten.split.Tensor,
+    aten.chunk.default,
+    aten.tensor_split.sections,
+    aten.tensor_split.indices,
+)
 _ELEMENTWISE = (aten.add.Tensor, aten.mul.Tensor, *ops.COPIES)
 
 
@@ -56,15 +62,20 @@ def taken_rows(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
         return None
     arguments: list[Any] = list(node.args)
     dims = value_of(node).dim()
-    if node.target is aten.slice.Tensor:
-        source, dim, start, stop = (*arguments, *(0, 0, 2**62)[len(arguments) - 1 :])[:4]
+    if node.target is aten.narrow.default:
+        source, dim, start, count = arguments
+        start += value_of(source).shape[dim] if start < 0 else 0
+        arguments = [source, dim, start, start + count]
+    if node.target in (aten.slice.Tensor, aten.narrow.default):
+        arguments += (0, 0, 2**62, 1)[len(arguments) - 1 :]
+        source, dim, start, stop, step = arguments
         size = value_of(source).shape[dim]
-        if not all(isinstance(number, int) for number in (start or 0, stop, size)):
-            return None  # which rows these are depends on data
+        if not all(isinstance(number, int) for number in (start or 0, stop, size)) or step != 1:
+            return None  # which rows these are depends on data, or some are left out
         first, last = (min(b + size if b < 0 else b, size) for b in (start or 0, stop))
         return source, dim % dims, first, last
     split = arguments[0] if arguments else None
-    if isinstance(split, fx.Node) and split.target in _SPLITS:
+    if isinstance(split, fx.Node) and split.target in SPLITS:
         pieces: list[Any] = list(split.args)
         dim = pieces[2] if len(pieces) > 2 else 0
         sizes = [int(piece.shape[dim]) for piece in split.meta["val"]]

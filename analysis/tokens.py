@@ -2,18 +2,19 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from torch import fx
 
-from graphcache.analysis import ops
 from graphcache.analysis.dataflow import Dataflow
-from graphcache.analysis.token_rules import Axis, Untokenised, demands
+from graphcache.analysis.layout import axes
+from graphcache.analysis.token_layout import Layout, stream_layout, tokens_of, whole_tokens
+from graphcache.analysis.token_operands import Followed, Known, Untokenised
+from graphcache.analysis.token_rules import follow
 from graphcache.analysis.ways import unwrap
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Branch, Hoisted, StepGraph, has_static_shape, is_tensor, value_of
-from graphcache.ir.opaque import called
 from graphcache.ir.schedule import Memory, memory
 
 
@@ -21,19 +22,23 @@ from graphcache.ir.schedule import Memory, memory
 class TokenCut:
     """How a branch runs on a budget of its stream's tokens.
 
-    The stream is (rows, tokens, channels). `computed` are the values to be computed for the chosen tokens
-    only, in graph order, and `gathered` those of which the chosen tokens are taken; both with the dimension
-    that indexes tokens. `memory` are operands that the chosen tokens meet whole, attention's keys and values,
-    each with the same analysis of how its own tokens' part is computed.
+    The stream is (rows, tokens, channels) or (tokens, rows, channels), its tokens along one or several
+    dimensions; the `layout` says where the value has them. `computed` are the values to be computed for the
+    chosen tokens only, in graph order, and `gathered` those of which the chosen tokens are taken, in the
+    layout in which they are met. `memory` are operands that the chosen tokens meet whole, attention's keys
+    and values, each with the same analysis of how its own tokens' part is computed; `beside` says the same
+    of other streams' parts in it.
     """
 
     site: str
     value: fx.Node
     rows: int
     tokens: int
-    computed: Mapping[fx.Node, Axis]
-    gathered: Mapping[fx.Node, Axis]
+    layout: Layout
+    computed: Mapping[fx.Node, Followed]
+    gathered: tuple[tuple[fx.Node, Layout], ...]
     memory: Mapping[fx.Node, "TokenCut"]
+    beside: tuple["TokenCut", ...] = ()
 
 
 def cut_tokens(flow: Dataflow, branch: Branch) -> TokenCut:
@@ -44,7 +49,7 @@ def cut_tokens(flow: Dataflow, branch: Branch) -> TokenCut:
     """
     search = _Search(flow, branch)
     try:
-        return search.cut(search.value, Axis.over(search.value, search.tokens))
+        return search.found()
     except Untokenised as error:
         raise PlanError(
             f"site {branch.name}: no token budget, since node {error.node.name} ({error.node.target}) "
@@ -54,10 +59,14 @@ def cut_tokens(flow: Dataflow, branch: Branch) -> TokenCut:
 
 @dataclass
 class _Search:
-    """Walks back from a branch's value to its stream, asking every operation where its tokens come from."""
+    """Follows the tokens from a branch's stream to its value, then asks back what that is computed from.
+
+    `start` is another stream's value, of which the branch's attention reads tokens as well.
+    """
 
     flow: Dataflow
     branch: Branch
+    start: fx.Node | None = None
     nodes: dict[str, fx.Node] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,22 +78,13 @@ class _Search:
 
     @cached_property
     def stream(self) -> fx.Node:
-        return self.nodes[self.branch.stream]
-
-    @cached_property
-    def rows(self) -> int:
-        return int(value_of(self.stream).shape[0])
-
-    @cached_property
-    def tokens(self) -> int:
-        shape = value_of(self.stream).shape
-        if len(shape) != 3:
-            raise Untokenised(self.stream, f"is {tuple(shape)}, not (rows, tokens, channels)")
-        return int(shape[1])
+        return self.nodes[self.branch.stream] if self.start is None else self.start
 
     @cached_property
     def own(self) -> set[fx.Node]:
         """Values on the branch's own stream: its tokens in their order."""
+        if self.start is not None:
+            return {self.start}
         found = set()
         for other in self.flow.step.branches:
             if other.context == self.branch.context:
@@ -94,7 +94,7 @@ class _Search:
         if self.branch.context:
             # of the first block's text a norm may have been hoisted, and with it the stream
             held = (node for port, node in self.flow.step.ports() if isinstance(port, Hoisted))
-            found |= {n for n in held if has_static_shape(n) and value_of(n).shape[:2] == shape[:2]}
+            found |= {n for n in held if has_static_shape(n) and value_of(n).shape[:-1] == shape[:-1]}
         return found
 
     @cached_property
@@ -104,93 +104,118 @@ class _Search:
             found |= {self.nodes[other.stream], self.nodes[other.merge]}
         return found | self.own
 
-    def cut(self, value: fx.Node, axis: Axis) -> TokenCut:
-        """What computes the chosen tokens of a value along an axis."""
-        computed: dict[fx.Node, Axis] = {}
-        gathered: dict[fx.Node, Axis] = {}
-        memory: dict[fx.Node, TokenCut] = {}
-        todo = [(value, axis)]
-        while todo:
-            node, axis = todo.pop()
-            known = computed.get(node) or gathered.get(node)
-            if known is not None:
-                if known != axis:
-                    raise Untokenised(node, "is read along two dimensions")
-                continue
-            if self._is_boundary(node):
-                gathered[node] = self._gathered(node, axis)
-                continue
-            if ops.is_result_of_call(node):
-                call = called(node.all_input_nodes[0])
-                assert call is not None
-                raise Untokenised(
-                    node, f"calls module '{call.place}', which was not traced and may mix tokens"
-                )
-            computed[node] = axis
-            wanted = demands(node, axis)
-            todo += wanted.along
-            for item in wanted.whole:
-                if item not in memory and self._reads_own(item):
-                    memory[item] = self.memory(item)
-        if not any(node in self.own for node in gathered):
-            raise Untokenised(value, "does not come from the site's own tokens")
-        order = [node for node in self.flow.nodes if node in computed]
-        ordered = {node: computed[node] for node in order}
-        return TokenCut(self.branch.name, value, self.rows, self.tokens, ordered, gathered, memory)
-
-    def memory(self, node: fx.Node) -> TokenCut:
-        """How an operand that is read whole gets the chosen tokens' part."""
-        reason: Untokenised | None = None
-        for axis in self._placements(node):
-            try:
-                cut = self.cut(node, axis)
-            except Untokenised as error:
-                reason = reason or error
-                continue
-            if not cut.memory:
-                return cut
-        raise reason or Untokenised(node, "holds the stream's tokens in no dimension that is known")
-
-    def _placements(self, node: fx.Node) -> Iterator[Axis]:
-        """Where the stream's tokens may lie in a value: at either end of a dimension, the likeliest first."""
-        shape = value_of(node).shape
-        for dim in sorted(range(len(shape)), key=lambda dim: dim != len(shape) - 2):
-            for start in dict.fromkeys((int(shape[dim]) - self.tokens, 0)):
-                if start >= 0:
-                    yield Axis(dim, start, self.tokens)
-
-    def _is_boundary(self, node: fx.Node) -> bool:
-        return node in self.streams or node.op != "call_function" or not self._reads_own(node)
-
-    def _gathered(self, node: fx.Node, axis: Axis) -> Axis:
-        shape = value_of(node).shape
-        if node in self.streams and (node not in self.own or axis != Axis(1, 0, self.tokens)):
-            raise Untokenised(node, "is another stream, or not taken token by token")
-        if axis.rows > 1 or (axis.dim and shape[0] not in (1, self.rows)):
-            raise Untokenised(node, f"is {tuple(shape)}: its tokens cannot be told by sample")
-        return axis
-
-    def _reads_own(self, node: fx.Node) -> bool:
-        """Whether a value is computed from the site's own stream within the branch."""
-        if not is_tensor(node) or node in self.streams:
-            return node in self.own
-        ancestors = self.flow.ancestors[node]
-        return any(ancestors >> self.flow.index[item] & 1 for item in self._sources)
-
     @cached_property
-    def _sources(self) -> set[fx.Node]:
-        """The own stream's values that the branch reads, each way cut at the first one."""
-        found, seen, todo = set(), set[fx.Node](), [self.value]
+    def way(self) -> set[fx.Node]:
+        """What the value is computed from, each way cut at the first stream."""
+        found, todo = set[fx.Node](), [self.value]
         while todo:
             node = todo.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node in self.streams:
-                found |= {node} & self.own
-            elif node.op == "call_function":
-                todo += node.all_input_nodes
+            if node not in found:
+                found.add(node)
+                todo += (
+                    node.all_input_nodes if node not in self.streams and node.op == "call_function" else ()
+                )
         return found
+
+    @cached_property
+    def known(self) -> Known:
+        """Where the branch's values hold the stream's tokens, as far as that can be told."""
+        shape = value_of(self.stream).shape
+        if len(shape) < 2 or not has_static_shape(self.stream):
+            raise Untokenised(self.stream, f"is {tuple(shape)}, not (rows, tokens, channels)")
+        known = Known(*tokens_of(self._laid(self.stream)))
+        derived = set[fx.Node]()
+        for node in sorted(self.way, key=self.flow.index.__getitem__):
+            if node in self.streams:
+                if node in self.own:
+                    known.layouts[node] = self._laid(node)
+            elif node.op == "call_function" and not derived.isdisjoint(node.all_input_nodes):
+                self._follow(node, known)
+            if known.is_own(node) or not (is_tensor(node) or derived.isdisjoint(node.all_input_nodes)):
+                derived.add(node)
+        return known
+
+    def _laid(self, stream: fx.Node) -> Layout:
+        """Rows before tokens, unless the latents' samples are the second of three dimensions."""
+        shape = [int(size) for size in value_of(stream).shape]
+        batch = value_of(self.flow.latent).shape[0]
+        if len(shape) != 3 or shape[1] != batch:
+            return stream_layout(shape)
+        samples = [0 in axes(dimension) for dimension in self.flow.layouts.get(self.stream, ())]
+        if samples == [False, True, False] or shape[0] % batch or (batch == 1 and shape[0] > 1):
+            rows, tokens, channels = stream_layout([shape[1], shape[0], shape[2]])
+            return tokens, rows, channels
+        return stream_layout(shape)
+
+    def _follow(self, node: fx.Node, known: Known) -> None:
+        if not is_tensor(node):
+            return  # the pieces of a split, of which each has a rule
+        try:
+            self.followed[node] = follow(node, known)
+            known.layouts[node] = self.followed[node].layout
+        except Untokenised as error:
+            known.failed[node] = error
+
+    @cached_property
+    def followed(self) -> dict[fx.Node, Followed]:
+        return {}
+
+    def found(self) -> TokenCut:
+        """What computes the chosen tokens of the branch's value."""
+        layout = self.known.needed(self.value, self.value)
+        if not whole_tokens(layout, self.known.tokens):
+            shape = tuple(value_of(self.value).shape)
+            raise Untokenised(self.value, f"is {shape}: not {self.known.tokens} tokens of each sample")
+        return self._cut(self.value)
+
+    def _cut(self, value: fx.Node) -> TokenCut:
+        computed, gathered = set[fx.Node](), dict[tuple[fx.Node, Layout], None]()
+        memory: dict[fx.Node, TokenCut] = {}
+        todo = [value]
+        while todo:
+            node = todo.pop()
+            if node in computed:
+                continue
+            if node not in self.followed:
+                gathered[node, self.known.layouts[node]] = None
+                continue
+            computed.add(node)
+            for item, layout in self.followed[node].along.items():
+                if item in self.known.layouts:
+                    todo.append(item)
+                else:
+                    gathered[item, layout] = None
+            for item in self.followed[node].whole:
+                if item not in memory and self.known.of(item) is not None:
+                    memory[item] = self._memory(item)
+        ordered = {node: self.followed[node] for node in self.flow.nodes if node in computed}
+        known, name = self.known, self.branch.name
+        return TokenCut(
+            name, value, known.rows, known.tokens, known.layouts[value], ordered, tuple(gathered), memory
+        )
+
+    def _memory(self, node: fx.Node) -> TokenCut:
+        """How an operand that is read whole gets the chosen tokens' part."""
+        layout = self.known.layouts[node]
+        windows = [f.held for dim in layout for f in dim if f.kind == "token" and f.window is not None]
+        if any(window.count < self.known.tokens for window in windows):
+            raise Untokenised(node, "holds a part of the site's tokens, and is read whole")
+        cut = self._cut(node)
+        if cut.memory:
+            raise Untokenised(node, "is read whole, and mixes tokens itself")
+        return replace(cut, beside=tuple(self._beside(node)) if windows else ())
+
+    def _beside(self, node: fx.Node) -> Iterator[TokenCut]:
+        """How the other streams' parts of an operand are computed, as far as they can be followed."""
+        others = (self.way & self.streams) - self.own if self.start is None else set[fx.Node]()
+        for stream in sorted(others, key=self.flow.index.__getitem__):
+            search = _Search(self.flow, self.branch, stream)
+            try:
+                layout = search.known.of(node)
+                if layout is not None:
+                    yield search._memory(node)
+            except Untokenised:
+                continue
 
 
 def token_cuts(flow: Dataflow, names: Collection[str]) -> dict[str, TokenCut]:

@@ -10,7 +10,7 @@ from graphcache.ir.errors import PlanError
 from graphcache.ir.letter import Letter, Option
 from graphcache.ir.plan import Plan, Preset, Row, Value, check_steps
 from graphcache.ir.selector import Selector
-from graphcache.toca import published_plan
+from graphcache.toca import aged, published_plan
 
 
 def compute(steps: int) -> Plan:
@@ -220,7 +220,8 @@ def _token_plan(
     steps: int, interval: int, score: Mapping[str, Option], count: int | float, multiple: int
 ) -> Plan:
     """Full steps at an interval; between them attention is reused and MLPs compute some tokens."""
-    letter = Letter("a", "tokens", tuple({"count": count, **score, "multiple": multiple}.items()))
+    options = {"count": count, **aged(score, interval), "multiple": multiple}
+    letter = Letter("a", "tokens", tuple(options.items()))
     reused, partial = ("self", "cross", "joint", "parallel.attention"), ("mlp", "parallel.mlp")
     rows = [(role, ".") for role in reused] + [(role, "a") for role in partial]
     made = (Row(Selector.parse(f"@{role}"), _periodic(steps, interval, act)) for role, act in rows)

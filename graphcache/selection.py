@@ -118,10 +118,11 @@ def _ranked(selection: Selection, score: Tensor, tokens: Tokens) -> dict[int, Te
     score = score.float()
     _, rows, count = score.shape
     missed = torch.zeros_like(score)
+    period = int(selection.steps[0][1].option("period")) or selection.cycle
     places = {}
     for step, letter in selection.steps:
         budget = Budget.of(letter).among(count)
-        total = score + float(letter.option("staleness")) * missed / selection.cycle
+        total = score + float(letter.option("staleness")) * missed / period
         best = _best(_spread(total, letter, tokens), budget)
         places[step] = best.repeat(1, tokens.rows // rows, 1)
         missed = (missed + 1).scatter(-1, best, 0.0)

@@ -81,7 +81,6 @@ def _sloped(weight: float, layers: int = 28) -> Factor:
 
 _INFLUENCE: dict[str, Option] = {"by": "influence", "staleness": 0.25, "spread": 2, "bonus": 0.6}
 _ENTROPY: Mapping[str, Option] = {"by": "entropy", "staleness": 0.25, "spread": 4, "bonus": 0.4}
-_RANDOM: Mapping[str, Option] = {"by": "random"}
 
 
 def _dit(steps: int, interval: int, layer: Factor, step: Factor) -> Published:
@@ -186,6 +185,11 @@ def budgets(name: str, part: Part, steps: int, interval: int, fresh: float, mult
     return assign(raw, part.tokens, model.groups, multiple)
 
 
+def aged(score: Mapping[str, Option], interval: int) -> dict[str, Option]:
+    """The score of tokens whose age counts in the published N, which is not always the steps of the cycle."""
+    return {**score, **({"period": interval} if score["by"] in ("influence", "entropy", "norm") else {})}
+
+
 def published_plan(
     name: str,
     steps: int | None,
@@ -204,7 +208,7 @@ def published_plan(
     steps = model.steps if steps is None else steps
     interval = model.interval if interval is None else interval
     fresh = model.fresh if fresh is None else fresh
-    score: dict[str, Option] = dict(model.score) if by is None else {"by": by}
+    score: dict[str, Option] = aged(model.score if by is None else {"by": by}, interval)
     if queries is not None:
         score["queries"] = queries
     times = timetable(model, steps, interval, quirk)

@@ -1,17 +1,19 @@
 """A site on a budget of tokens: its cached value with the chosen tokens computed anew."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from graphcache.analysis import ops
+from graphcache.analysis.token_layout import halved
 from graphcache.analysis.tokens import TokenCut
+from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import CacheRead, CacheWrite, Chosen, value_of
 from graphcache.ir.schedule import Action, Budget, Memory, patched
 from graphcache.passes.rewrite import Chain, Rewriter
-from graphcache.passes.tokens import Tokens
+from graphcache.passes.tokens import Tokens, is_by_token
 
 aten = ops.aten
 
@@ -54,14 +56,19 @@ class Partial:
         tokens = Tokens(self.rewriter, self.cut, chosen, self.chain)
         assert action.budget is not None
         if action.budget.blend is not None:
+            if not is_by_token(self.cut):
+                raise PlanError(
+                    f"site {self.cut.site}: its value, node {self.cut.value.name}, is not (rows, tokens, "
+                    "channels), of which clusters are made; choose tokens by random or norm"
+                )
             value = value_of(entry)
             port = Chosen(name, clusters=True)
             clusters = self.rewriter.input(port, value, shape=value.shape[:2], dtype=torch.int64)
             entry = tokens.blend(entry, computed, clusters, action.budget.blend)
-        axis = self.cut.computed[self.cut.value]
-        if axis.rows > 1:
-            axis = replace(axis, rows=int(value_of(chosen).shape[0]))
-        result = tokens.scatter(entry, axis, computed)
+        layout = self.cut.layout
+        if tokens.rows < self.cut.rows:
+            layout = halved(layout, tokens.rows)
+        result = tokens.scatter(entry, layout, computed)
         if action.patches:
             self.rewriter.write(CacheWrite(patched(name), 0), result)
         return result
@@ -72,8 +79,15 @@ def chosen_tokens(rewriter: Rewriter, site: str, cut: TokenCut, budget: Budget, 
     count = budget.among(cut.tokens)
     if not count:
         return None
-    like = value_of(next(iter(cut.gathered)))
+    like = value_of(cut.gathered[0][0])
     return rewriter.input(Chosen(site), like, shape=(rows, count), dtype=torch.int64)
+
+
+def uncovered(cuts: Collection[TokenCut]) -> list[TokenCut]:
+    """The parts of an operand that are other streams' tokens, and no site's: they are computed whole."""
+    own = {cut.layout for cut in cuts}
+    others = {other.layout: other for cut in cuts for other in cut.beside}
+    return [other for layout, other in others.items() if layout not in own]
 
 
 def remembered(
@@ -90,13 +104,21 @@ def remembered(
         return None
     chain = rewriter.after(operand)
     whole = rewriter.input(CacheRead(memory.name, 0, 0, changed=True), value_of(operand))
-    for site in memory.sites:
+    own = {
+        site: next(cut for node, cut in cuts[site].memory.items() if node.name == memory.node)
+        for site in memory.sites
+    }
+    for other in uncovered(own.values()):
+        every = chain.emit(aten.arange.default, other.tokens, device=value_of(whole).device)
+        every = chain.emit(aten.expand.default, every, [other.rows, other.tokens])
+        tokens = Tokens(rewriter, other, every, chain)
+        whole = tokens.scatter(whole, other.layout, tokens.value())
+    for site, cut in own.items():
         budget = actions[site].budget
         if budget is None:
             continue
-        cut = next(cut for node, cut in cuts[site].memory.items() if node.name == memory.node)
         chosen = chosen_tokens(rewriter, site, cut, budget, cut.rows)
         if chosen is not None:
             tokens = Tokens(rewriter, cut, chosen, chain)
-            whole = tokens.scatter(whole, cut.computed[cut.value], tokens.value())
+            whole = tokens.scatter(whole, cut.layout, tokens.value())
     return whole

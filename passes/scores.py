@@ -9,11 +9,13 @@ from torch import fx
 
 from graphcache.analysis import ops
 from graphcache.analysis.dataflow import Dataflow
+from graphcache.analysis.token_layout import Layout
 from graphcache.analysis.tokens import cut_tokens
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Branch, value_of
 from graphcache.ir.schedule import Measure, site_of
 from graphcache.passes.rewrite import Chain, Rewriter
+from graphcache.passes.tokens import by_token
 
 aten = ops.aten
 
@@ -48,12 +50,14 @@ def measured(
     Raises:
         PlanError: the score needs attention that the site's block does not have.
     """
+    site = next(b for b in rewriter.step.branches if b.name == site_of(name))
+    cut = cut_tokens(flow, site)
     if measure.by == "norm":
         chain = rewriter.after(raw)
-        wide = chain.cast(raw, torch.float32)
+        wide = chain.cast(by_token(chain, raw, cut), torch.float32)
         scores = chain.emit(aten.linalg_vector_norm.default, wide, 2, [-1])
     else:
-        branch = _attending(rewriter, name, measure)
+        branch = _attending(rewriter, site, measure)
         attention = _Attention.of(rewriter, flow, branch)
         # text and image of one attention share what it is asked
         key = attention.node.name, measure
@@ -66,16 +70,15 @@ def measured(
             scores = chain.emit(aten.slice.Tensor, scores, 1, attention.start, last_token)
         if half is not None:
             scores = chain.rows(scores, half)
-    if measure.shared and int(value_of(scores).shape[0]) == int(value_of(raw).shape[0]):
+    if measure.shared and int(value_of(scores).shape[0]) == cut.rows // (1 if half is None else 2):
         total = chain.emit(aten.add.Tensor, chain.rows(scores, 0), chain.rows(scores, 1))
         scores = chain.emit(aten.mul.Tensor, total, 0.5)
     length = chain.emit(aten.linalg_vector_norm.default, scores, 2, [-1], True)
     return chain.emit(aten.div.Tensor, scores, chain.emit(aten.clamp_min.default, length, 1e-12))
 
 
-def _attending(rewriter: Rewriter, name: str, measure: Measure) -> Branch:
+def _attending(rewriter: Rewriter, site: Branch, measure: Measure) -> Branch:
     """The branch whose attention scores a site's tokens: its own, or that of its block."""
-    site = next(b for b in rewriter.step.branches if b.name == site_of(name))
     roles = ("cross",) if measure.by == "entropy" else ("self", "joint", "parallel")
     for branch in (site, *rewriter.step.branches):
         fits = branch.role.partition(".")[0] in roles and branch.role != "parallel.mlp"
@@ -87,6 +90,13 @@ def _attending(rewriter: Rewriter, name: str, measure: Measure) -> Branch:
         f"site {site.name}: tokens by {measure.by} need {kind} in the same block, which has none; "
         "choose them by random"
     )
+
+
+def _is_plain(layout: Layout) -> bool:
+    """Whether rows are the first of four dimensions, and tokens the third."""
+    kinds = [[factor.kind for factor in dimension] for dimension in layout]
+    wanted = (["row"], ["other"], ["token"], ["other"])
+    return len(kinds) == 4 and all(found in ([], kind) for found, kind in zip(kinds, wanted, strict=True))
 
 
 @dataclass
@@ -119,7 +129,13 @@ class _Attention:
                 "could score tokens; choose them by random"
             )
         key: Any = found[0].args[1]
-        start = cut.memory[key].computed[key].start if key in cut.memory else 0
+        layouts = [cut.computed[found[0]].layout, *(cut.memory[key].layout for _ in range(key in cut.memory))]
+        if not all(map(_is_plain, layouts)):
+            raise PlanError(
+                f"site {branch.name}: its attention is not (rows, heads, tokens, channels), of which tokens "
+                "could be scored; choose them by random or norm"
+            )
+        start = layouts[-1][2][-1].held.start if key in cut.memory and layouts[-1][2] else 0
         return _Attention(rewriter, branch, rewriter.nodes[found[0].name], start, cut.tokens)
 
     def score(self, measure: Measure) -> fx.Node:

@@ -58,6 +58,8 @@ class Specialize:
         cuts = {name: cut_range(step, name, first, last) for name, first, last in self.ranges}
         actions = dict(self.phase.actions)
         budgeted = {site_of(name) for name, action in actions.items() if action.budget is not None}
+        met = [memory for memory in self.memories if actions[memory.name].kind == "tokens"]
+        budgeted |= {site for memory in met for site in memory.sites}
         rewriter = _Sites(step, is_half=self.phase.half)
         rewriter.cuts = token_cuts(rewriter.flow, budgeted)
         for memory in self.memories:

@@ -1,27 +1,29 @@
 """A branch on some of its tokens: gathered before its norm, computed, scattered into the cached value."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from graphcache.analysis import ops
-from graphcache.analysis.token_rules import Axis, is_passed_on
+from graphcache.analysis.token_layout import (
+    Factor,
+    Layout,
+    chosen_shape,
+    chosen_size,
+    halved,
+    is_marked,
+    size_of,
+    stream_layout,
+)
+from graphcache.analysis.token_operands import Followed
 from graphcache.analysis.tokens import TokenCut
-from graphcache.ir.graph import value_of
+from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.graph import is_tensor, value_of
 from graphcache.passes.rewrite import Chain, Rewriter
 
 aten = ops.aten
-
-_RESHAPES = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-)
 
 
 @dataclass
@@ -38,31 +40,35 @@ class Tokens:
     chain: Chain
     memory: Mapping[str, fx.Node] = field(default_factory=dict)
     made: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    gathered: dict[tuple[fx.Node, Layout], fx.Node] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
         return int(value_of(self.chosen).shape[1])
 
+    @property
+    def rows(self) -> int:
+        return int(value_of(self.chosen).shape[0])
+
     def value(self) -> fx.Node:
         """The cut's value for the chosen tokens, in the value's layout."""
-        for node, axis in self.cut.gathered.items():
-            self.made[node] = self._gathered(self.rewriter.nodes[node.name], axis)
-        for node, axis in self.cut.computed.items():
-            self.made[node] = self._computed(node, axis)
-        return self.made[self.cut.value]
+        for node, layout in self.cut.gathered:
+            self.gathered[node, layout] = self._gathered(self.rewriter.nodes[node.name], layout)
+        for node, followed in self.cut.computed.items():
+            self.made[node] = self._computed(node, followed)
+            if tuple(value_of(self.made[node]).shape) != tuple(self._shape(followed.layout)):
+                raise GraphCacheError(f"the tokens of node {node.name} ({node.target}) were followed wrongly")
+        return self._taken(self.cut.value, self.cut.layout)
 
-    def scatter(self, cached: fx.Node, axis: Axis, computed: fx.Node) -> fx.Node:
+    def scatter(self, cached: fx.Node, layout: Layout, computed: fx.Node) -> fx.Node:
         """Write the chosen tokens into a value, in place."""
-        shape = tuple(value_of(cached).shape)
-        if axis.rows > 1:
-            cached = self.chain.emit(aten.view.default, cached, [axis.rows, axis.count, *shape[1:]])
-            computed = self.chain.emit(aten.view.default, computed, [axis.rows, self.count, *shape[1:]])
-            axis = Axis(1, 0, axis.count)
+        shape = list(value_of(cached).shape)
+        factors = [factor for dimension in layout for factor in dimension]
+        whole = self._viewed(cached, [factor.size for factor in factors])
+        part = self._viewed(computed, [self._size(factor) for factor in factors])
         # not scatter_, which Inductor does on a copy of all of it
-        result = self.chain.emit(aten.index_put_.default, cached, self._indices(cached, axis), computed)
-        if tuple(value_of(result).shape) != shape:
-            result = self.chain.emit(aten.view.default, result, list(shape))
-        return result
+        result = self.chain.emit(aten.index_put_.default, whole, self._indices(cached, factors), part)
+        return self._viewed(result, shape)
 
     def blend(self, cached: fx.Node, computed: fx.Node, clusters: fx.Node, share: float) -> fx.Node:
         """Move every token of a (rows, tokens, channels) value towards what its cluster's token became."""
@@ -74,59 +80,195 @@ class Tokens:
         mixed = self.chain.emit(aten.add.Tensor, kept, self.chain.emit(aten.mul.Tensor, spread, share))
         return self.chain.emit(aten.copy_.default, cached, mixed)
 
-    def _gathered(self, node: fx.Node, axis: Axis) -> fx.Node:
-        if axis.dim == 0:
-            node, axis = self.chain.emit(aten.unsqueeze.default, node, 0), Axis(1, axis.start, axis.count)
-        shape = [self.cut.rows, *value_of(node).shape[1:]]
-        if list(value_of(node).shape) != shape:
-            node = self.chain.emit(aten.expand.default, node, shape)
-        shape[axis.dim] = self.count
-        places = self.chain.emit(aten.expand.default, self._places(axis, len(shape)), shape)
-        return self.chain.emit(aten.gather.default, node, axis.dim, places)
+    def _size(self, factor: Factor) -> int:
+        return chosen_size(factor, self.cut.tokens, self.count)
 
-    def _indices(self, cached: fx.Node, axis: Axis) -> list[fx.Node]:
-        """One index for each dimension up to that of the tokens: all of the outer ones, the chosen places."""
-        value, rank = value_of(cached), axis.dim + 1
-        indices = []
-        for dim, size in enumerate(value.shape[: axis.dim]):
-            every = self.chain.emit(aten.arange.default, size, device=value.device)
-            view = [size if other == dim else 1 for other in range(rank)]
-            indices.append(self.chain.emit(aten.view.default, every, view))
-        return [*indices, self._places(axis, rank)]
+    def _shape(self, layout: Layout) -> list[int]:
+        return chosen_shape(layout, self.cut.tokens, self.count)
 
-    def _places(self, axis: Axis, rank: int) -> fx.Node:
-        """The chosen places along an axis of a value with so many dimensions, rows outermost."""
+    def _viewed(self, node: fx.Node, shape: Sequence[int]) -> fx.Node:
+        if list(value_of(node).shape) == list(shape):
+            return node
+        return self.chain.emit(aten.reshape.default, node, list(shape))
+
+    def _gathered(self, node: fx.Node, layout: Layout) -> fx.Node:
+        """The chosen tokens of a value that is not computed anew; one for all rows serves each of them."""
+        rank = len(layout)
+        given = [*(1 for _ in range(rank - value_of(node).dim())), *value_of(node).shape]
+        factors, sizes = list[Factor](), list[int]()
+        for dimension, size in zip(layout, given, strict=True):
+            kept = dimension if is_marked(dimension) else (Factor(size),)
+            factors += kept
+            sizes += [factor.size if size == size_of(kept) else 1 for factor in kept]
+        node = self._viewed(node, sizes)
+        node = self._expanded(node, [factor.size for factor in factors])
+        node = self._picked(node, factors)
+        return self._viewed(node, self._shape_of(layout, given))
+
+    def _shape_of(self, layout: Layout, given: Sequence[int]) -> list[int]:
+        chosen = self._shape(layout)
+        sizes = zip(chosen, given, layout, strict=True)
+        return [size if is_marked(dimension) else own for size, own, dimension in sizes]
+
+    def _expanded(self, node: fx.Node, shape: Sequence[int]) -> fx.Node:
+        if list(value_of(node).shape) == list(shape):
+            return node
+        return self.chain.emit(aten.expand.default, node, list(shape))
+
+    def _picked(self, node: fx.Node, factors: Sequence[Factor]) -> fx.Node:
+        """The chosen entries of a value with one dimension for each factor."""
+        tokens = [dim for dim, factor in enumerate(factors) if factor.kind == "token"]
+        ordered = sorted(tokens, key=lambda dim: -factors[dim].stride)
+        if not ordered:
+            return node
+        order = [dim for dim in range(len(factors)) if dim not in ordered[1:]]
+        place = order.index(ordered[0])
+        order[place : place + 1] = ordered
+        node = self._permuted(node, order)
+        sizes = [int(size) for size in value_of(node).shape]
+        total = 1
+        for dim in ordered:
+            total *= factors[dim].size
+        joined = [*sizes[:place], total, *sizes[place + len(ordered) :]]
+        node = self._viewed(node, joined)
+        rows = [factors[dim] for dim in order if dim not in ordered[1:]]
+        index = self._places(rows, place, factors[ordered[0]])
+        joined[place] = self.count
+        index = self._expanded(index, joined)
+        node = self.chain.emit(aten.gather.default, node, place, index)
+        node = self._viewed(
+            node, [*joined[:place], self.count, *(1 for _ in ordered[1:]), *joined[place + 1 :]]
+        )
+        return self._permuted(node, [order.index(dim) for dim in range(len(order))])
+
+    def _permuted(self, node: fx.Node, order: Sequence[int]) -> fx.Node:
+        in_order = list(order) == sorted(order)
+        return node if in_order else self.chain.emit(aten.permute.default, node, list(order))
+
+    def _places(self, factors: Sequence[Factor], place: int, token: Factor) -> fx.Node:
+        """The chosen entries, row by row, of a value with a dimension for each factor, tokens at `place`."""
         places = self.chosen
-        if axis.start:
-            places = self.chain.emit(aten.add.Tensor, places, axis.start)
-        view = [int(value_of(places).shape[0]), *(1 for _ in range(rank - 1))]
-        view[axis.dim] = self.count
-        return self.chain.emit(aten.view.default, places, view)
+        if token.window is not None:
+            places = self._entries(token)
+        rows = [dim for dim, factor in enumerate(factors) if factor.kind == "row"]
+        ordered = sorted(rows, key=lambda dim: -factors[dim].stride)
+        if self.rows > 1:
+            places = self._viewed(places, [*(factors[dim].size for dim in ordered), self.count])
+            moved = sorted([*ordered, place])
+            places = self._permuted(places, [[*ordered, place].index(dim) for dim in moved])
+        sizes = [factor.size if factor.kind == "row" else 1 for factor in factors]
+        sizes[place] = self.count
+        return self._viewed(places, sizes)
 
-    def _computed(self, node: fx.Node, axis: Axis) -> fx.Node:
-        passed = is_passed_on(node, axis)
-        if passed is not None:
-            return self.made[passed]
-        if node.target in _RESHAPES:
-            shape = list(value_of(node).shape)
-            shape[axis.dim] = axis.rows * self.count
-            return self.chain.emit(aten.reshape.default, self._operand(node.args[0]), shape)
-        if node.target is aten.expand.default:
-            shape = list(value_of(node).shape)
-            shape[axis.dim] = self.count
-            return self.chain.emit(node.target, self._operand(node.args[0]), shape)
-        args = fx.map_arg(node.args, self._operand)
-        kwargs = fx.map_arg(node.kwargs, self._operand)
+    def _entries(self, token: Factor) -> fx.Node:
+        """Where a factor of single tokens holds the chosen ones; for those that it lacks any entry."""
+        held, places = token.held, self.chosen
+        if held.start != held.first:
+            places = self.chain.emit(aten.add.Tensor, places, held.start - held.first)
+        if held.count < self.cut.tokens:
+            places = self.chain.emit(aten.clamp.default, places, 0, token.size - 1)
+        return places
+
+    def _indices(self, cached: fx.Node, factors: Sequence[Factor]) -> list[fx.Node]:
+        """One index for each factor up to the last that counts tokens, or rows of several."""
+        counts = [dim for dim, factor in enumerate(factors) if factor.kind != "other"]
+        tokens = [dim for dim in counts if factors[dim].kind == "token"]
+        first = max(tokens, key=lambda dim: factors[dim].stride)
+        used = factors[: counts[-1] + 1]
+        indices = []
+        for dim, factor in enumerate(used):
+            if factor.kind == "token":
+                indices.append(self._digit(used, first, factor))
+                continue
+            every = self.chain.emit(aten.arange.default, factor.size, device=value_of(cached).device)
+            indices.append(self._viewed(every, [factor.size if at == dim else 1 for at in range(len(used))]))
+        return indices
+
+    def _digit(self, factors: Sequence[Factor], place: int, factor: Factor) -> fx.Node:
+        """Where the chosen tokens lie along one factor of several."""
+        index = self._places(factors, place, factor)
+        if factor.stride > 1:
+            index = self.chain.emit(aten.div.Tensor_mode, index, factor.stride, rounding_mode="floor")
+        if factor.window is None and factor.stride * factor.size < self.cut.tokens:
+            index = self.chain.emit(aten.remainder.Scalar, index, factor.size)
+        return index
+
+    def _computed(self, node: fx.Node, followed: Followed) -> fx.Node:
+        taken = [self._taken(item, layout) for item, layout in followed.along.items()]
+        if followed.how == "passed":
+            return taken[0]
+        if followed.how == "joined":
+            return self._joined(followed)
+        if followed.how == "shaped":
+            return self._viewed(taken[0], self._shape(followed.layout))
+        if followed.how == "expanded":
+            return self._expanded(taken[0], self._shape(followed.layout))
+        if node.target is aten.view_as_complex.default:
+            return self.chain.emit(node.target, self.chain.emit(aten.contiguous.default, taken[0]))
+        if node.target is aten.type_as.default:
+            return self.chain.cast(taken[0], value_of(node).dtype)
+        return self._applied(node, dict(zip(followed.along, taken, strict=True)))
+
+    def _joined(self, followed: Followed) -> fx.Node:
+        """Each token from the part that holds it: the last one that begins no later."""
+        factors, sizes = list[Factor](), list[int]()
+        for dimension in followed.layout:
+            factors += dimension
+            sizes += [self._size(factor) if is_marked(dimension) else 1 for factor in dimension]
+        place = next(dim for dim, factor in enumerate(factors) if factor.kind == "token")
+        index = self._expanded(self._places(factors, place, Factor(1)), sizes)
+        shape = self._shape(followed.layout)
+        index = self._viewed(
+            index, [n if is_marked(dim) else 1 for n, dim in zip(shape, followed.layout, strict=True)]
+        )
+        (result, _), *further = [
+            (self._taken(node, followed.along[node]), first) for node, first in followed.parts
+        ]
+        for node, first in further:
+            inside = self.chain.emit(aten.ge.Scalar, index, first)
+            result = self.chain.emit(aten.where.self, inside, node, result)
+        return result
+
+    def _taken(self, node: fx.Node, layout: Layout) -> fx.Node:
+        return self.made[node] if node in self.made else self.gathered[node, layout]
+
+    def _applied(self, node: fx.Node, taken: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """The operation on the chosen tokens, and on what they meet whole."""
+
+        def operand(item: fx.Node) -> fx.Node:
+            if item in taken:
+                return taken[item]
+            if not is_tensor(item) and not taken.keys().isdisjoint(item.all_input_nodes):
+                # the pieces of a split that leaves the tokens whole
+                return self._split(item, taken)
+            return self.memory.get(item.name) or self.rewriter.nodes[item.name]
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
         return self.chain.emit(node.target, *args, **kwargs)
 
-    def _operand(self, node: Any) -> fx.Node:
-        if node in self.made:
-            return self.made[node]
-        if node.name in self.memory:
-            return self.memory[node.name]
-        if not isinstance(node.meta["val"], torch.Tensor):
-            # the pieces of a split that leaves the tokens whole
-            args = fx.map_arg(node.args, self._operand)
+    def _split(self, node: fx.Node, taken: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        if node not in self.made:
+            args: Any = fx.map_arg(node.args, lambda item: taken.get(item, item))
             self.made[node] = self.chain.emit(node.target, *args, **node.kwargs)
-            return self.made[node]
-        return self.rewriter.nodes[node.name]
+        return self.made[node]
+
+
+def is_by_token(cut: TokenCut) -> bool:
+    """Whether a cut's value is (rows, tokens, channels)."""
+    return cut.layout == stream_layout((cut.rows, cut.tokens, int(value_of(cut.value).shape[-1])))
+
+
+def by_token(chain: Chain, node: fx.Node, cut: TokenCut) -> fx.Node:
+    """A cut's value, or that of half of its rows, as (rows, tokens, channels)."""
+    if is_by_token(cut):
+        return node
+    rows = cut.rows * value_of(node).numel() // value_of(cut.value).numel()
+    layout = cut.layout if rows == cut.rows else halved(cut.layout, rows)
+    factors = [factor for dimension in layout for factor in dimension]
+    kinds = ("row", "token", "other")
+    order = sorted(
+        range(len(factors)), key=lambda dim: (kinds.index(factors[dim].kind), -factors[dim].stride)
+    )
+    node = chain.emit(aten.reshape.default, node, [factor.size for factor in factors])
+    node = chain.emit(aten.permute.default, node, order)
+    return chain.emit(aten.reshape.default, node, [rows, cut.tokens, -1])

@@ -15,11 +15,11 @@ from torch import Tensor, fx, nn
 import graphcache
 from graphcache.analysis.bases import coefficients
 from graphcache.analysis.dataflow import Dataflow
-from graphcache.analysis.tokens import memories, token_cuts
+from graphcache.analysis.tokens import TokenCut, memories, token_cuts
 from graphcache.capture import forward_parameters
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import PlanError
-from graphcache.ir.graph import StepGraph
+from graphcache.ir.graph import StepGraph, value_of
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
 from graphcache.ir.resolve import resolve
@@ -219,7 +219,10 @@ class Reference:
             number = [branch.name for branch in self.captured.step.branches].index(site.name)
             score = raw
             if steps[0][1].option("by") == "norm":
-                norms = raw.float().reshape(cut.rows, cut.tokens, -1).norm(dim=-1)
+                rows, numbers, _ = numbered(cut)
+                squares = torch.zeros(cut.rows, cut.tokens, dtype=torch.float64)
+                norms = squares.index_put((rows, numbers), raw.double().cpu() ** 2, accumulate=True).sqrt()
+                norms = norms.to(raw.device)
                 score = norms / norms.norm(dim=-1, keepdim=True)
             tokens = Tokens(cut.rows, cut.tokens, raw.device, self.plan.grid)
             selection = Selection(site.name, tuple(steps), step - self.now)
@@ -239,14 +242,14 @@ class Reference:
         """The newest value with the chosen tokens' own in it."""
         newest = (site.history[0][1][0] if site.patched is None else site.patched).clone()
         cut, choice = self.tokens[site.name], site.chosen[self.now]
-        values, fresh = (item.view(cut.rows, cut.tokens, -1) for item in (newest, raw.contiguous()))
-        for row in range(cut.rows):
-            places = choice.places[row]
-            if letter.option("by") == "cluster":
-                share = float(letter.option("blend"))
-                spread = fresh[row][places][choice.clusters[row]]
+        if letter.option("by") == "cluster":
+            values, fresh = (item.view(cut.rows, cut.tokens, -1) for item in (newest, raw.contiguous()))
+            share = float(letter.option("blend"))
+            for row, clusters in enumerate(choice.clusters):
+                spread = fresh[row][choice.places[row]][clusters]
                 values[row] = values[row] * (1 - share) + spread * share
-            values[row][places] = fresh[row][places]
+        inside = held_by(cut, choice.places)
+        newest[inside] = raw[inside]
         site.patched = newest
         return newest.clone()
 
@@ -260,15 +263,24 @@ class Reference:
             self.remembered[node.name] = raw.clone()
             return raw
         kept = self.remembered.get(node.name)
+        cuts = [
+            next(item for n, item in self.tokens[name].memory.items() if n.name == node.name)
+            for name in memory.sites
+        ]
+        followed = {other.layout: numbered(other)[2] for cut in cuts for other in cut.beside}
+        for inside in (
+            inside for layout, inside in followed.items() if layout not in {c.layout for c in cuts}
+        ):
+            if kept is not None:
+                # what no site of the plan updates belongs to this step
+                kept[inside.to(raw.device)] = raw[inside.to(raw.device)]
         for name in memory.sites:
             letter = self.letters.get(named[name].symbol)
             if kept is None or letter is None or not letter.is_tokens:
                 continue
             cut = next(item for n, item in self.tokens[name].memory.items() if n.name == node.name)
-            axis = cut.computed[cut.value]
-            for row in range(cut.rows):
-                places = named[name].chosen[self.now].places[row] + axis.start
-                kept[row].index_copy_(axis.dim - 1, places, raw[row].index_select(axis.dim - 1, places))
+            inside = held_by(cut, named[name].chosen[self.now].places)
+            kept[inside] = raw[inside]
         taken = any(letter is not None and letter.is_tokens for letter in letters)
         return kept.clone() if taken and kept is not None else raw
 
@@ -281,6 +293,29 @@ class Reference:
             first_forecast=row.actions.index(letter.symbol),
             listed=row.listed(self.now),
         )
+
+
+def numbered(cut: TokenCut) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each entry of a cut's value its row and its token, and whether it is any token's."""
+    factors = [factor for dimension in cut.layout for factor in dimension]
+    grids = torch.meshgrid([torch.arange(factor.size) for factor in factors], indexing="ij")
+    inside = torch.ones([factor.size for factor in factors], dtype=torch.bool)
+    numbers = {kind: torch.zeros(inside.shape, dtype=torch.int64) for kind in ("row", "token", "other")}
+    for factor, entries in zip(factors, grids, strict=True):
+        if factor.window is not None:
+            own = entries - factor.window.start
+            inside &= (own >= 0) & (own < factor.window.count)
+            entries = (own + factor.window.first).clamp(0, cut.tokens - 1)
+        numbers[factor.kind] += entries * factor.stride
+    shape = value_of(cut.value).shape
+    return numbers["row"].view(shape), numbers["token"].view(shape), inside.view(shape)
+
+
+def held_by(cut: TokenCut, places: Tensor) -> Tensor:
+    """Which entries of a cut's value are of the chosen tokens."""
+    rows, tokens, inside = numbered(cut)
+    chosen_ones = torch.zeros(cut.rows, cut.tokens, dtype=torch.bool).scatter(1, places.cpu(), True)
+    return (chosen_ones[rows, tokens] & inside).to(places.device)
 
 
 def weighted(history: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

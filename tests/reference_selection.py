@@ -78,7 +78,7 @@ def _ranked(selection: Selection, score: Vector, tokens: Tokens) -> list[list[in
     missed, rows = [0] * tokens.count, []
     for _, letter in selection.steps:
         budget = Budget.of(letter).among(tokens.count)
-        stale = float(letter.option("staleness")) / selection.cycle
+        stale = float(letter.option("staleness")) / (letter.option("period") or selection.cycle)
         total = [value + stale * count for value, count in zip(score, missed, strict=True)]
         best = _best(_with_bonus(total, letter, tokens), budget)
         rows.append(best)

@@ -229,6 +229,12 @@ class TestPlans:
             program = Program(on.captured, None)
             assert len(program.schedule(plan).phases) <= 7
 
+    @pytest.mark.parametrize("name", PUBLISHED)
+    def test_age_counts_in_the_published_n(self, name: str) -> None:
+        """Whatever the length of a cycle, which the models vary."""
+        for plan, interval in ((toca(name), PUBLISHED[name].interval), (toca(name, interval=5), 5)):
+            assert {letter.option("period") for letter in plan.letters} == {interval}
+
     @pytest.mark.parametrize("text", ["toca:12", "toca:12 ratio=0.5", "duca:12", "clusca:12"])
     def test_presets_by_text(self, text: str) -> None:
         plan = Plan.parse(str(_made(text)))

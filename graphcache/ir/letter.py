@@ -33,7 +33,7 @@ _OPTIONS: dict[str, dict[str, object]] = {
         "divisor": 5,
     },
 }
-_RANKED: dict[str, object] = {"staleness": 0.25, "spread": 0, "bonus": 0.5}
+_RANKED: dict[str, object] = {"staleness": 0.25, "period": 0, "spread": 0, "bonus": 0.5}
 _SCORES: dict[str, dict[str, object]] = {
     "random": {"seed": 0},
     "stratified": {"seed": 0},
@@ -113,6 +113,7 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "multiple": (_is_multiple, "a whole number of tokens, at least 1"),
     "halves": (lambda value: value in ("shared", "own"), "shared or own"),
     "staleness": (is_number, "a finite number"),
+    "period": (_is_step, "a whole number of steps, 0 for those of the cycle"),
     "spread": (_is_spread, "the side of a block of tokens, 0 for none"),
     "bonus": (is_number, "a finite number"),
     "queries": (_is_fraction, "a fraction of the queries, above 0 and at most 1"),
@@ -125,7 +126,7 @@ _CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
     "weighting": (_is_weighting, "paper or released"),
     "divisor": (_is_divisor, "a whole number above 2"),
 }
-_WHOLE = ("order", "count", "low_until", "high_from", "divisor", "multiple", "spread", "seed")
+_WHOLE = ("order", "count", "low_until", "high_from", "divisor", "multiple", "period", "spread", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +146,8 @@ class Letter:
     - `random`: each token once before any one twice; `stratified`: one from each of `count` stretches;
     - `influence`: the attention that a token receives (of a part of the `queries`), `entropy`: how evenly it
       attends to the text, `norm`: the size of its cached value; all normalised over the tokens. A token that
-      was not computed for n steps gains `staleness`·n / (steps of the cycle); in each `spread`×`spread` block
-      of the grid of tokens the best one's score grows by the share `bonus`;
+      was not computed for n steps gains `staleness`·n / `period`, by default the steps of the cycle; in each
+      `spread`×`spread` block of the grid of tokens the best one's score grows by the share `bonus`;
     - `cluster`: the token next to the mean of each of `count` clusters; the others move the share `blend` of
       the way to their cluster's new value.
     With `halves=shared` both halves of a batch that are the same latents take the same tokens.
