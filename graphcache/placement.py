@@ -59,10 +59,11 @@ class _Placement(Matching):
         return self._next(now, step)
 
     def _begin_scheduled(self, position: Position) -> Place:
-        step, steps = position.step, len(position.timesteps)
+        driver, step = self.session.driver, position.step
         if step is None:
-            step = self.session.driver.first_step(position.timesteps, self.call.timestep)
-        _refuse_past_end(step, steps)
+            step = driver.first_step(position.timesteps, self.call.timestep)
+        _refuse_past_end(step, len(position.timesteps))
+        steps = driver.last_step(position.timesteps, step)
         return self._begin(steps, step, Timesteps(position.timesteps, weakly(self.session.driver.scheduler)))
 
     def _beside(self, now: Generation) -> Place:

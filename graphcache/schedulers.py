@@ -96,6 +96,18 @@ class Driver:
         """Whether only the pipeline that calls can be the driver."""
         return self._scheduler is None and self.given is None
 
+    def last_step(self, timesteps: torch.Tensor, first: int) -> int:
+        """One more than the index at which a generation ends.
+
+        A pipeline may leave out the last timesteps of a schedule: one that is where the last step arrives, or
+        those that another pipeline goes on with. It tells that by how many it runs.
+        """
+        calling = None if self._caller is None else self._caller.find(below=self.below)
+        count = getattr(calling, "_num_timesteps", None)
+        if not isinstance(count, int) or getattr(calling, "scheduler", None) is not self.scheduler:
+            return len(timesteps)
+        return min(len(timesteps), first + count) if count > 0 else len(timesteps)
+
     def first_step(self, timesteps: torch.Tensor, timestep: torch.Tensor | None) -> int:
         """The index at which a generation begins when its scheduler does not tell.
 
@@ -107,7 +119,10 @@ class Driver:
             StateError: the timestep is one of the schedule, or the first one counted the other way.
         """
         pipe = self.pipe
-        announced = max(0, len(timesteps) - getattr(pipe, "_num_timesteps", len(timesteps)))
+        count = getattr(pipe, "_num_timesteps", len(timesteps))
+        if count == getattr(self.scheduler, "num_inference_steps", None):
+            count = len(timesteps)  # as many as were asked for: those that are left out are the last ones
+        announced = max(0, len(timesteps) - count)
         if timestep is None:
             return announced
         values: list[float] = timesteps.tolist()

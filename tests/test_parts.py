@@ -1,0 +1,254 @@
+"""Pipelines whose denoisers are called otherwise, stand in inner pipelines, or have others beside them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    SCMScheduler,
+)
+from torch import Tensor, nn
+
+import graphcache
+from graphcache import GraphCacheError, Plan
+from reference import assert_same
+from tiny import TinyDiT, tiny
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+class Encoder(nn.Module):
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return input_ids
+
+
+class Side(TinyDiT):
+    """A network beside the denoiser, as a ControlNet is."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, control: Tensor) -> Tensor:  # type: ignore[override]
+        return 0.1 * super().forward(x + control, timestep, text)
+
+
+class Guided(TinyDiT):
+    """A denoiser that takes what a side network made, or nothing."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, control: Tensor | None = None) -> Tensor:
+        return super().forward(x if control is None else x + control, timestep, text)
+
+
+class Pipeline:
+    """Steps `denoise` over the scheduler's timesteps, or over all but the last ones."""
+
+    def __init__(self, left_out: int = 0, **components: Any) -> None:
+        self.scheduler = FlowMatchEulerDiscreteScheduler()
+        self.left_out = left_out
+        self.options: dict[str, Any] = {}
+        for name, component in components.items():
+            setattr(self, name, component)
+
+    def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return self.transformer(x, timestep=t, text=text)  # type: ignore[attr-defined,no-any-return]
+
+    def __call__(self, steps: int) -> Tensor:
+        made = torch.Generator().manual_seed(0)
+        x, text = torch.randn(2, 3, 4, generator=made), torch.randn(2, 4, generator=made)
+        self.scheduler.set_timesteps(steps, **self.options)
+        timesteps = self.scheduler.timesteps[: len(self.scheduler.timesteps) - self.left_out]
+        self._num_timesteps = len(timesteps)
+        for t in timesteps:
+            result = self.denoise(x, t.float().expand(2), text)
+            x = self.scheduler.step(result, t, x, return_dict=False)[0]
+        return x
+
+
+class Halves(Pipeline):
+    """Two denoisers a step, as where the unconditional branch has a model of its own."""
+
+    def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        one, other = self.model_a(x, t, text), self.model_b(x, t, 0 * text)  # type: ignore[attr-defined]
+        return other + 2 * (one - other)
+
+
+class Beside(Pipeline):
+    def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return self.unet(x, t, text, self.side(x, t, text, x))  # type: ignore[attr-defined,no-any-return]
+
+
+class Outer:
+    """Holds the model too, and leaves the work to two pipelines within."""
+
+    def __init__(self) -> None:
+        self.scheduler = FlowMatchEulerDiscreteScheduler()
+        self.prior_model, self.encoder = tiny(1), Encoder()
+        self.first = Pipeline(transformer=self.prior_model)
+        self.second = Pipeline(transformer=tiny(2))
+
+    def __call__(self, steps: int) -> Tensor:
+        return torch.cat([self.first(steps), self.second(steps)])
+
+
+KINDS = {
+    "two denoisers": lambda: Halves(model_a=tiny(1), model_b=tiny(2), text_encoder=Encoder()),
+    "a network beside it": lambda: Beside(unet=tiny(1, Guided), side=tiny(2, Side)),
+    "inner pipelines": Outer,
+}
+DENOISERS = {
+    "two denoisers": ["model_a", "model_b"],
+    "a network beside it": ["unet"],
+    "inner pipelines": ["prior_model", "second.transformer"],
+}
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def at(pipe: Any, path: str) -> Any:
+    for name in path.split("."):
+        pipe = getattr(pipe, name)
+    return pipe
+
+
+def by_hand(kind: str, steps: int, actions: str) -> Tensor:
+    """What the untouched pipeline gives if its denoisers' branches compute at `#` alone."""
+    pipe = KINDS[kind]()
+    for path in DENOISERS[kind]:
+        calls, stored = [0], dict[nn.Module, Any]()
+
+        def count(module: nn.Module, args: Any, output: Any, calls: list[int] = calls) -> None:
+            calls[0] += 1
+
+        def hold(
+            module: nn.Module, args: Any, output: Any, calls: Any = calls, stored: Any = stored
+        ) -> Tensor:
+            if actions[calls[0]] == "#":
+                stored[module] = output
+            return stored[module]  # type: ignore[no-any-return]
+
+        model = at(pipe, path)
+        model.register_forward_hook(count)
+        for block in model.blocks:
+            block.out.register_forward_hook(hold)
+            block.down.register_forward_hook(hold)
+    return pipe(steps)
+
+
+@every_kind
+def test_denoisers_are_found_by_what_they_are_called_with(kind: str) -> None:
+    plain, pipe = KINDS[kind](), KINDS[kind]()
+    assert graphcache.transform(pipe, graphcache.presets.fora(6, interval=3)) is pipe
+    assert_same(pipe(6), by_hand(kind, 6, "#..#.."))
+    for path in DENOISERS[kind]:
+        assert len(at(pipe, path).summary().branches[0].steps) == 6
+    assert not torch.equal(pipe(6), plain(6))
+
+
+@every_kind
+def test_everything_else_stays_as_it_is_and_all_is_restored(kind: str) -> None:
+    pipe = KINDS[kind]()
+    before = {path: at(pipe, path) for path in DENOISERS[kind]}
+    others = {name: value for name, value in vars(pipe).items() if name not in DENOISERS[kind]}
+    graphcache.transform(pipe, graphcache.presets.fora(6))
+    assert all(getattr(pipe, name) is value for name, value in others.items())
+    graphcache.restore(pipe)
+    assert all(at(pipe, path) is model for path, model in before.items())
+    assert_same(pipe(6), KINDS[kind]()(6))
+
+
+def test_one_model_in_two_places_is_one_model_afterwards() -> None:
+    pipe = graphcache.transform(Outer(), graphcache.presets.fora(6))
+    assert pipe.prior_model is pipe.first.transformer
+    graphcache.restore(pipe)
+    assert type(pipe.prior_model) is type(pipe.first.transformer) is TinyDiT
+
+
+@pytest.mark.parametrize("named", ["model_b", ["model_b"]])
+def test_parts_may_be_named(named: Any) -> None:
+    pipe = KINDS["two denoisers"]()
+    graphcache.transform(pipe, graphcache.presets.fora(6), parts=named)
+    assert type(pipe.model_a) is TinyDiT
+    assert pipe.model_b.plan.steps == 6
+
+
+def test_a_part_of_an_inner_pipeline_goes_by_its_path_or_by_where_else_it_stands() -> None:
+    for name in ("second.transformer", "prior_model"):
+        pipe = graphcache.transform(Outer(), graphcache.presets.fora(6), parts=name)
+        assert at(pipe, name).plan.steps == 6
+
+
+@pytest.mark.parametrize(
+    ("pipe", "parts", "message"),
+    [
+        (Outer, "prior", r"no module 'prior'.*parts=.*prior_model, encoder, second\.transformer"),
+        (lambda: Pipeline(model=Encoder()), (), r"none of the modules is called with a time.*parts=.*model"),
+    ],
+)
+def test_what_is_no_part_is_refused_with_what_there_is(pipe: Any, parts: Any, message: str) -> None:
+    with pytest.raises(GraphCacheError, match=message):
+        graphcache.transform(pipe(), graphcache.presets.fora(6), parts=parts)
+
+
+WRITTEN = Plan.parse("plan steps=6\n* ####..")
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """A schedule of which the last timesteps are not run, or all are."""
+
+    scheduler: Any
+    asked: int
+    left_out: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SCHEDULES = {
+    "its last timestep is where the last step arrives": Leaving(
+        SCMScheduler, 6, 1, {"intermediate_timesteps": None}
+    ),
+    "another pipeline goes on": Leaving(FlowMatchEulerDiscreteScheduler, 8, 2),
+    "one more than asked for": Leaving(lambda: PNDMScheduler(skip_prk_steps=True), 5, 0),
+    "the same of a scheduler without an index": Leaving(DDIMScheduler, 8, 2),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_plan_has_as_many_steps_as_calls_come(schedule: str, caplog: pytest.LogCaptureFixture) -> None:
+    case = SCHEDULES[schedule]
+    pipe = Pipeline(case.left_out, transformer=tiny())
+    pipe.scheduler, pipe.options = case.scheduler(), case.options
+    graphcache.transform(pipe, WRITTEN)
+    for _ in range(2):
+        pipe(case.asked)
+        (branch,) = pipe.transformer.summary().branches
+        assert "".join("#" if step.computed else "." for step in branch.steps) == "####.."
+        assert branch.plan_steps == 6
+    assert "resampled" not in caplog.text
+
+
+class Keeping(Pipeline):
+    """Calls the model that it was made with, wherever its attribute points since."""
+
+    def __init__(self, **components: Any) -> None:
+        super().__init__(**components)
+        self.called = [components["transformer"]]
+
+    def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return self.called[0](x, t, text)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("ask", [lambda pipe: pipe.transformer.summary(), graphcache.restore])
+def test_a_pipeline_that_runs_past_the_model_is_told(ask: Any, caplog: pytest.LogCaptureFixture) -> None:
+    for kind, told in ((Keeping, True), (Pipeline, False)):
+        pipe = graphcache.transform(kind(transformer=tiny()), graphcache.presets.fora(6))
+        caplog.clear()
+        ask(graphcache.transform(kind(transformer=tiny()), graphcache.presets.fora(6)))
+        assert not caplog.text
+        pipe(6)
+        ask(pipe)
+        assert ("no call arrived at the model under the plan" in caplog.text) == told
