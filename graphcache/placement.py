@@ -123,7 +123,10 @@ class _Placement(Matching):
                 return now, branch
             if not now.finished:
                 self._refuse_repeated(now, now.clock)
-        clock = now.clock.advance(timestep)
+        try:
+            clock = now.clock.advance(timestep)
+        except StateError as error:
+            raise error if now.timesteps is None else _more_than_told(now) from error
         if clock is None:
             return self._begin_untold(now, timestep)
         return self._next(now, clock.step, clock)
@@ -224,6 +227,14 @@ def _untold(call: Call) -> StateError:
         "timestep. Name that with transform(..., timestep=...), say which scheduler drives these calls with "
         "`with model.session(scheduler=...):`, or let calls be counted with transform(..., wait='never'): "
         f"this call has {', '.join(call.names)}"
+    )
+
+
+def _more_than_told(now: Generation) -> StateError:
+    return StateError(
+        f"the pipeline's scheduler has {now.steps} steps and stands still, and the model is called at further "
+        "ones: the pipeline steps copies of it and does not say how often. Run it with another number of "
+        "steps, or without a plan: with model.disabled()"
     )
 
 

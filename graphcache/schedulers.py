@@ -97,16 +97,22 @@ class Driver:
         return self._scheduler is None and self.given is None
 
     def last_step(self, timesteps: torch.Tensor, first: int) -> int:
-        """One more than the index at which a generation ends.
+        """One more than the index at which a generation ends, by how many steps the pipeline says it runs.
 
-        A pipeline may leave out the last timesteps of a schedule: one that is where the last step arrives, or
-        those that another pipeline goes on with. It tells that by how many it runs.
+        It may leave out the last timesteps: one that is where the last step arrives, or those that another
+        pipeline goes on with. It may also run more steps than its scheduler has, whose copies it steps one
+        frame after another; whole rounds more are generations that follow each other.
         """
-        calling = None if self._caller is None else self._caller.find(below=self.below)
+        calling, length = (
+            None if self._caller is None else self._caller.find(below=self.below),
+            len(timesteps),
+        )
         count = getattr(calling, "_num_timesteps", None)
         if not isinstance(count, int) or getattr(calling, "scheduler", None) is not self.scheduler:
-            return len(timesteps)
-        return min(len(timesteps), first + count) if count > 0 else len(timesteps)
+            return length
+        if count > length:
+            return count if count % length else length
+        return min(length, first + count) if count > 0 else length
 
     def first_step(self, timesteps: torch.Tensor, timestep: torch.Tensor | None) -> int:
         """The index at which a generation begins when its scheduler does not tell.

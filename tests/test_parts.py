@@ -1,22 +1,17 @@
 """Pipelines whose denoisers are called otherwise, stand in inner pipelines, or have others beside them."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    PNDMScheduler,
-    SCMScheduler,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 import graphcache
-from graphcache import GraphCacheError, Plan
+from graphcache import GraphCacheError
 from reference import assert_same
 from tiny import TinyDiT, tiny
+from tiny_pipeline import Pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -42,31 +37,6 @@ class Guided(TinyDiT):
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor, control: Tensor | None = None) -> Tensor:
         return super().forward(x if control is None else x + control, timestep, text)
-
-
-class Pipeline:
-    """Steps `denoise` over the scheduler's timesteps, or over all but the last ones."""
-
-    def __init__(self, left_out: int = 0, **components: Any) -> None:
-        self.scheduler = FlowMatchEulerDiscreteScheduler()
-        self.left_out = left_out
-        self.options: dict[str, Any] = {}
-        for name, component in components.items():
-            setattr(self, name, component)
-
-    def denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return self.transformer(x, timestep=t, text=text)  # type: ignore[attr-defined,no-any-return]
-
-    def __call__(self, steps: int) -> Tensor:
-        made = torch.Generator().manual_seed(0)
-        x, text = torch.randn(2, 3, 4, generator=made), torch.randn(2, 4, generator=made)
-        self.scheduler.set_timesteps(steps, **self.options)
-        timesteps = self.scheduler.timesteps[: len(self.scheduler.timesteps) - self.left_out]
-        self._num_timesteps = len(timesteps)
-        for t in timesteps:
-            result = self.denoise(x, t.float().expand(2), text)
-            x = self.scheduler.step(result, t, x, return_dict=False)[0]
-        return x
 
 
 class Halves(Pipeline):
@@ -192,43 +162,6 @@ def test_a_part_of_an_inner_pipeline_goes_by_its_path_or_by_where_else_it_stands
 def test_what_is_no_part_is_refused_with_what_there_is(pipe: Any, parts: Any, message: str) -> None:
     with pytest.raises(GraphCacheError, match=message):
         graphcache.transform(pipe(), graphcache.presets.fora(6), parts=parts)
-
-
-WRITTEN = Plan.parse("plan steps=6\n* ####..")
-
-
-@dataclass(frozen=True)
-class Leaving:
-    """A schedule of which the last timesteps are not run, or all are."""
-
-    scheduler: Any
-    asked: int
-    left_out: int
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-SCHEDULES = {
-    "its last timestep is where the last step arrives": Leaving(
-        SCMScheduler, 6, 1, {"intermediate_timesteps": None}
-    ),
-    "another pipeline goes on": Leaving(FlowMatchEulerDiscreteScheduler, 8, 2),
-    "one more than asked for": Leaving(lambda: PNDMScheduler(skip_prk_steps=True), 5, 0),
-    "the same of a scheduler without an index": Leaving(DDIMScheduler, 8, 2),
-}
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_plan_has_as_many_steps_as_calls_come(schedule: str, caplog: pytest.LogCaptureFixture) -> None:
-    case = SCHEDULES[schedule]
-    pipe = Pipeline(case.left_out, transformer=tiny())
-    pipe.scheduler, pipe.options = case.scheduler(), case.options
-    graphcache.transform(pipe, WRITTEN)
-    for _ in range(2):
-        pipe(case.asked)
-        (branch,) = pipe.transformer.summary().branches
-        assert "".join("#" if step.computed else "." for step in branch.steps) == "####.."
-        assert branch.plan_steps == 6
-    assert "resampled" not in caplog.text
 
 
 class Keeping(Pipeline):
