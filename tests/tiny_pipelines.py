@@ -46,7 +46,8 @@ class TinyPipeline:
 
     Entries that tests set hooks on name the modules that end a branch, and the calls that a guided step makes
     of the transformer; one means that guidance doubles the batch. `parts` are the attributes that hold
-    denoisers, `left_out` the timesteps at the schedule's end that are not run, `options` what `transform` has
+    denoisers, `left_out` the timesteps at the schedule's end that are not run, `calls` those of a step where
+    the scheduler stands still, since copies of it are stepped, `options` what `transform` has
     to be told.
     """
 
@@ -57,6 +58,7 @@ class TinyPipeline:
     branches: int = 1
     parts: tuple[str, ...] = ("transformer", "transformer_2")
     left_out: int = 0
+    calls: int = 0
     options: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def make(self) -> Any:
@@ -96,12 +98,19 @@ def model_of(kind: str, seed: int, **config: Any) -> Make:
 
 def variant_of(name: str, seed: int, **changes: Any) -> Make:
     """A model of the zoo with a changed configuration."""
+    return another(CASES[name].make, seed, **changes)
 
-    def make() -> nn.Module:
-        model = CASES[name].make()
-        return randomise(type(model).from_config({**model.config, **changes}), seed)
 
-    return make
+def another(make: Make, seed: int, **changes: Any) -> Make:
+    """A model made anew from its configuration and changes to that."""
+
+    def made() -> nn.Module:
+        model = make()
+        # what was left to its default when the model was made is listed there, and would stay so
+        config = {**model.config, **changes, "_use_default_values": []}
+        return randomise(type(model).from_config(config), seed)
+
+    return made
 
 
 def scheduler_of(kind: str, **config: Any) -> Make:
