@@ -187,10 +187,6 @@ PIPELINES: dict[str, TinyPipeline] = {
         pipeline_of("OvisImagePipeline", SHIFTED, transformer=of_kind("OvisImageTransformer2DModel")),
         call_of(prompts, guided_by(), sized(8), negative_prompt=None),
     ),
-    "longcat_image": TinyPipeline(
-        pipeline_of("LongCatImagePipeline", SHIFTED, transformer=of_kind("LongCatImageTransformer2DModel")),
-        call_of(prompts, guided_by(), sized(8), prompt="", negative_prompt="", enable_prompt_rewrite=False),
-    ),
     "bria": TinyPipeline(
         pipeline_of("BriaPipeline", FLOW, transformer=of_kind("BriaTransformer2DModel"), vae=image_vae(4)),
         call_of(prompts, guided_by(), sized(2)),

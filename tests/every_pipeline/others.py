@@ -16,7 +16,7 @@ from every_pipeline.images import (
     of_kind,
     plain_mask,
 )
-from every_pipeline.more_images import QWEN, QWEN_VAE, Z_IMAGE, a_picture, listed, qwen
+from every_pipeline.more_images import QWEN, QWEN_VAE, Z_IMAGE, listed, qwen
 from every_pipeline.videos import HUNYUAN_VAE
 from tiny_pipelines import (
     DDIM,
@@ -62,15 +62,6 @@ def two_prompts(batch: int, guided: bool, large: bool) -> dict[str, Any]:
         "prompt_embeds_mask_2": torch.zeros(batch, 4, dtype=torch.int64),
         "negative_prompt_embeds_2": noise(batch, 4, TEXT_DIM, seed=6),
         "negative_prompt_embeds_mask_2": torch.zeros(batch, 4, dtype=torch.int64),
-    }
-
-
-def glm(batch: int, guided: bool, large: bool) -> dict[str, Any]:
-    size = sized(1)(batch, guided, large)
-    tokens = size["height"] * size["width"] // 4
-    return {
-        **prompts(batch, guided, large),
-        "prior_token_ids": torch.arange(batch * tokens).reshape(batch, -1) % 7,
     }
 
 
@@ -219,22 +210,6 @@ PIPELINES: dict[str, TinyPipeline] = {
         call_of(listed, guided_by(), sized(1), an_image("image", 1), hole, strength=STRENGTH),
         start=image_start,
     ),
-    "glm_image": TinyPipeline(
-        pipeline_of("GlmImagePipeline", FLOW, transformer=of_kind("GlmImageTransformer2DModel")),
-        call_of(glm, guided_by(), sized(8)),
-    ),
-    "flux_visualcloze": TinyPipeline(
-        pipeline_of(
-            "VisualClozeGenerationPipeline",
-            SHIFTED,
-            transformer=variant_of("flux", 87, in_channels=20, out_channels=8),
-            vae=MASKED_VAE,
-        ),
-        call_of(
-            embedded_pooled,
-            lambda *a: {"image": [[a_picture(*a)["image"], None]]},
-        ),
-    ),
     "stable_diffusion_xl": TinyPipeline(
         pipeline_of("StableDiffusionXLPipeline", DDIM, unet=XL_UNET, vae=image_vae(4)),
         call_of(xl, guided_by(), sized(1)),
@@ -249,72 +224,6 @@ PIPELINES: dict[str, TinyPipeline] = {
         ),
         call_of(xl, guided_by(), sized(1), denoising_end=0.5),
         parts=("unet",),
-    ),
-    "kandinsky2": TinyPipeline(
-        pipeline_of(
-            "KandinskyV22Pipeline",
-            DDIM,
-            unet=model_of(
-                "UNet2DConditionModel",
-                88,
-                sample_size=8,
-                in_channels=4,
-                out_channels=8,
-                block_out_channels=(8, 16),
-                layers_per_block=1,
-                down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-                mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-                up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-                addition_embed_type="image",
-                cross_attention_dim=8,
-                encoder_hid_dim=16,
-                encoder_hid_dim_type="image_proj",
-                attention_head_dim=4,
-                norm_num_groups=4,
-                resnet_time_scale_shift="scale_shift",
-            ),
-            movq=model_of(
-                "VQModel",
-                89,
-                latent_channels=4,
-                vq_embed_dim=4,
-                num_vq_embeddings=12,
-                block_out_channels=(8, 8),
-                down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
-                up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
-                norm_num_groups=4,
-                norm_type="spatial",
-            ),
-        ),
-        call_of(
-            lambda *a: {
-                "image_embeds": noise(a[0], 16),
-                "negative_image_embeds": noise(a[0], 16, seed=2),
-            },
-            guided_by(),
-            sized(8),
-        ),
-        parts=("unet",),
-    ),
-    "unconditional": TinyPipeline(
-        pipeline_of(
-            "DDIMPipeline",
-            DDIM,
-            unet=model_of(
-                "UNet2DModel",
-                90,
-                sample_size=8,
-                in_channels=3,
-                out_channels=3,
-                block_out_channels=(8, 16),
-                layers_per_block=1,
-                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-                attention_head_dim=4,
-                norm_num_groups=4,
-            ),
-        ),
-        lambda batch, guided, large: {"batch_size": batch, "output_type": "np"},
-        parts=("unet",),
+        left_out=2,
     ),
 }

@@ -1,5 +1,7 @@
 """Pipelines whose model cannot be captured, with a pattern of the message and the reason."""
 
+from typing import Any
+
 import torch
 
 from every_pipeline.images import SD3, STARTS, of_kind
@@ -23,6 +25,16 @@ from zoo.expected import REFUSED, Refusal
 SKIPPED = Refusal(
     r"mutation on a view chain", "an attention processor fills the diagonal of a part of its mask in place"
 )
+
+
+def glm(batch: int, guided: bool, large: bool) -> dict[str, Any]:
+    size = sized(1)(batch, guided, large)
+    tokens = size["height"] * size["width"] // 4
+    return {
+        **prompts(batch, guided, large),
+        "prior_token_ids": torch.arange(batch * tokens).reshape(batch, -1) % 7,
+    }
+
 
 PIPELINES: dict[str, tuple[TinyPipeline, Refusal]] = {
     "sd3_pag": (
@@ -54,5 +66,12 @@ PIPELINES: dict[str, tuple[TinyPipeline, Refusal]] = {
             call_of(prompts, masked(torch.int64), guided_by(), sized(8)),
         ),
         REFUSED["Lumina2Transformer2DModel"],
+    ),
+    "glm_image": (
+        TinyPipeline(
+            pipeline_of("GlmImagePipeline", FLOW, transformer=of_kind("GlmImageTransformer2DModel")),
+            call_of(glm, guided_by(), sized(8)),
+        ),
+        Refusal(r"kv_caches is a GlmImageKVCache", "each call takes an object that holds keys and values"),
     ),
 }

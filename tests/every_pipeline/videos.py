@@ -233,7 +233,7 @@ PIPELINES: dict[str, TinyPipeline] = {
                 rho=7.0,
                 final_sigmas_type="sigma_min",
             ),
-            transformer=changed("CosmosTransformer3DModel", in_channels=5),
+            transformer=of_kind("CosmosTransformer3DModel"),
             safety_checker=Unchecked,
         ),
         call_of(prompts, guided_by(), sized(8), num_frames=9),
