@@ -233,8 +233,8 @@ def _untold(call: Call) -> StateError:
 def _more_than_told(now: Generation) -> StateError:
     return StateError(
         f"the pipeline's scheduler has {now.steps} steps and stands still, and the model is called for "
-        "further ones: the pipeline steps copies of it and does not say how often. Run it with another number of "
-        "steps, or without a plan: with model.disabled()"
+        "further ones: the pipeline steps copies of it and does not say how often. Run it with another "
+        "number of steps, or without a plan: with model.disabled()"
     )
 
 

@@ -237,6 +237,7 @@ PIPELINES: dict[str, TinyPipeline] = {
             safety_checker=Unchecked,
         ),
         call_of(prompts, guided_by(), sized(8), num_frames=9),
+        calls=2,
     ),
     "kandinsky5": TinyPipeline(
         pipeline_of(
