@@ -103,10 +103,8 @@ class Driver:
         pipeline goes on with. It may also run more steps than its scheduler has, whose copies it steps one
         frame after another; whole rounds more are generations that follow each other.
         """
-        calling, length = (
-            None if self._caller is None else self._caller.find(below=self.below),
-            len(timesteps),
-        )
+        length = len(timesteps)
+        calling = None if self._caller is None else self._caller.find(below=self.below)
         count = getattr(calling, "_num_timesteps", None)
         if not isinstance(count, int) or getattr(calling, "scheduler", None) is not self.scheduler:
             return length

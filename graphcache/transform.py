@@ -170,12 +170,14 @@ def transform(
         watches_all=watch == "everything",
         latents=(latents,) if isinstance(latents, str) else tuple(latents),
     )
+    named = (parts,) if isinstance(parts, str) else tuple(parts)
     if isinstance(model_or_pipe, nn.Module):
+        if named:
+            raise GraphCacheError(f"parts={parts!r} names modules of a pipeline, and this is a module")
         made: Any = _transformed(model_or_pipe, options)
         if example_inputs is not None:
             made._graphcache.prepare(example_inputs)
         return made  # type: ignore[no-any-return]
-    named = (parts,) if isinstance(parts, str) else tuple(parts)
     for part in denoisers(model_or_pipe, named).values():
         made = _transformed(part.module, options, model_or_pipe)
         made._graphcache.timesteps_before = timesteps_of(model_or_pipe)

@@ -1,14 +1,18 @@
 """Pipelines whose denoisers are called otherwise, stand in inner pipelines, or have others beside them."""
 
+import importlib
+import pkgutil
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 import graphcache
 from graphcache import GraphCacheError
+from graphcache.parts import Part
 from reference import assert_same
 from tiny import TinyDiT, tiny
 from tiny_pipeline import Pipeline
@@ -131,6 +135,34 @@ def test_everything_else_stays_as_it_is_and_all_is_restored(kind: str) -> None:
     assert_same(pipe(6), KINDS[kind]()(6))
 
 
+def classes(of: str) -> list[type[nn.Module]]:
+    """The model classes of a part of diffusers."""
+    package = importlib.import_module(f"diffusers.models.{of}")
+    names = [item.name for item in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")]
+    found = [item for name in names for item in vars(importlib.import_module(name)).values()]
+    return sorted(
+        {item for item in found if isinstance(item, type) and issubclass(item, ModelMixin)} - {ModelMixin},
+        key=lambda item: item.__name__,
+    )
+
+
+NOT_ALONE = {"MiniMaxMusic3RVQDepthDecoder", "MotionAdapter", "UVit2DModel", "LegacyModelMixin"}
+DENOISING = {"UNetControlNetXSModel"}
+"""Among the classes beside the denoisers: a ControlNet and the network that it serves, in one."""
+
+
+@pytest.mark.parametrize(
+    ("of", "denoise"),
+    [("transformers", True), ("unets", True), ("controlnets", False), ("autoencoders", False)],
+)
+def test_every_class_of_diffusers_is_what_it_stands_among(of: str, denoise: bool) -> None:
+    for kind in classes(of):
+        part = Part("", kind.__new__(kind), ())
+        expected = (denoise and kind.__name__ not in NOT_ALONE) or kind.__name__ in DENOISING
+        if kind.__module__.startswith(f"diffusers.models.{of}."):
+            assert part.is_denoiser == expected, kind
+
+
 def test_one_model_in_two_places_is_one_model_afterwards() -> None:
     pipe = graphcache.transform(Outer(), graphcache.presets.fora(6))
     assert pipe.prior_model is pipe.first.transformer
@@ -156,6 +188,7 @@ def test_a_part_of_an_inner_pipeline_goes_by_its_path_or_by_where_else_it_stands
     ("pipe", "parts", "message"),
     [
         (Outer, "prior", r"no module 'prior'.*parts=.*prior_model, encoder, second\.transformer"),
+        (tiny, "blocks", r"parts='blocks' names modules of a pipeline, and this is a module"),
         (lambda: Pipeline(model=Encoder()), (), r"none of the modules is called with a time.*parts=.*model"),
     ],
 )

@@ -45,10 +45,11 @@ class TinyPipeline:
     timestep that is run.
 
     Entries that tests set hooks on name the modules that end a branch, and the calls that a guided step makes
-    of the transformer; one means that guidance doubles the batch. `parts` are the attributes that hold
-    denoisers, `left_out` the timesteps at the schedule's end that are not run, `calls` those of a step where
-    the scheduler's steps do not tell, since copies of it are stepped or it is set back, `options` what `transform` has
-    to be told.
+    of the transformer; one means that guidance doubles the batch.
+
+    `parts` are the attributes that hold denoisers, `left_out` the timesteps at the schedule's end that are
+    not run, `options` what `transform` has to be told. `calls` are those of a step where the scheduler's own
+    steps do not tell it, since copies of it are stepped or it is set back.
     """
 
     build: Built
