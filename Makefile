@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip
 options := $(if $(filter-out 0,$(SMALL)),--small) $(if $(filter-out 0,$(PRESETS)),--presets)
 
-.PHONY: venv demo test lint bench
+.PHONY: venv demo test test-models models lint bench
 
 venv: .venv/.with-dev
 
@@ -22,6 +22,15 @@ demo: .venv/.with-examples
 # One thread per test process: the models are tiny, and threads would only fight over the cores.
 test: .venv/.with-test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# Every class and every pipeline of diffusers; `make test` takes a few of each, which SEED chooses.
+test-models: .venv/.with-test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --every-model \
+	  tests/test_every_class.py tests/test_every_pipeline.py
+
+# Writes docs/models.md: what works with every class and every pipeline.
+models: .venv/.with-test
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/models_page.py
 
 lint: .venv/.with-lint
 	$(BIN)/ruff check .

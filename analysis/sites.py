@@ -86,10 +86,15 @@ class _Sites:
 
     def is_context(self, residual: Residual) -> bool:
         """Whether the stream began without the latents: text that the image's tokens are mixed into."""
-        node = ops.behind(residual.stream, ops.VIEWS | ops.COPIES | ops.SLICES)
+        return self._began_apart(residual.stream)
+
+    def _began_apart(self, value: fx.Node) -> bool:
+        node = ops.behind(value, ops.VIEWS | ops.COPIES | ops.SLICES)
         if node in self.merges:
-            return self.is_context(self.merges[node])
-        return not rows_depend(self.flow, residual.stream, LATENT)
+            return self._began_apart(self.merges[node].stream)
+        if node.target is ops.aten.cat.default and node.args[1:] in ((-1,), (value_of(node).dim() - 1,)):
+            return all(map(self._began_apart, node.all_input_nodes))  # rows of several parts
+        return not rows_depend(self.flow, value, LATENT)
 
 
 def _place(role: str, path: str, order: dict[str, int], before: Sequence[Branch]) -> tuple[int, float]:

@@ -89,6 +89,7 @@ class Engine:
         self.decisions = Decisions()
         self.plans = {options.plan.steps: options.plan}
         self.given = model
+        self.timesteps_before: Any = None
         self.outer: Any = None
         self.calls = 0
         self._said: set[str] = set()

@@ -59,10 +59,11 @@ class _Placement(Matching):
         return self._next(now, step)
 
     def _begin_scheduled(self, position: Position) -> Place:
-        step, steps = position.step, len(position.timesteps)
+        driver, step = self.session.driver, position.step
         if step is None:
-            step = self.session.driver.first_step(position.timesteps, self.call.timestep)
-        _refuse_past_end(step, steps)
+            step = driver.first_step(position.timesteps, self.call.timestep)
+        _refuse_past_end(step, len(position.timesteps))
+        steps = driver.last_step(position.timesteps, step)
         return self._begin(steps, step, Timesteps(position.timesteps, weakly(self.session.driver.scheduler)))
 
     def _beside(self, now: Generation) -> Place:
@@ -123,7 +124,10 @@ class _Placement(Matching):
                 return now, branch
             if not now.finished:
                 self._refuse_repeated(now, now.clock)
-        clock = now.clock.advance(timestep)
+        try:
+            clock = now.clock.advance(timestep)
+        except StateError as error:
+            raise error if now.timesteps is None else _more_than_told(now) from error
         if clock is None:
             return self._begin_untold(now, timestep)
         return self._next(now, clock.step, clock)
@@ -248,6 +252,14 @@ def _untold(call: Call) -> StateError:
         "timestep. Name that with transform(..., timestep=...), say which scheduler drives these calls with "
         "`with model.session(scheduler=...):`, or let calls be counted with transform(..., wait='never'): "
         f"this call has {', '.join(call.names)}"
+    )
+
+
+def _more_than_told(now: Generation) -> StateError:
+    return StateError(
+        f"the pipeline's scheduler has {now.steps} steps and stands still, and the model is called for "
+        "further ones: the pipeline steps copies of it and does not say how often. Run it with another "
+        "number of steps, or without a plan: with model.disabled()"
     )
 
 

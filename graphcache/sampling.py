@@ -17,7 +17,8 @@ from graphcache.extras import require
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
-from graphcache.transform import pipeline_parts, transform, wrapped
+from graphcache.parts import denoisers, modules
+from graphcache.transform import transform, wrapped
 
 Sampler = Callable[[nn.Module, Any, int], Tensor]
 """(model, sample, steps) -> result, the batch first: a whole generation. The same sample always begins with
@@ -55,14 +56,10 @@ class Sampling:
                     "sample, steps) that returns the result of a whole generation"
                 )
             return Sampling(original(unwrapped(model_or_pipe)[0]), sampler, names=names)
-        parts = pipeline_parts(model_or_pipe)
-        if set(parts) != {"transformer"}:
-            raise GraphCacheError(
-                f"{type(model_or_pipe).__name__} has {' and '.join(parts)}, which take turns; profile each "
-                "as a module, with a sampler of its own"
-            )
-        model = original(unwrapped(parts["transformer"])[0])
-        return Sampling(model, sampler or _PipelineSampler(model_or_pipe), model_or_pipe, names)
+        name, part = _denoiser(model_or_pipe)
+        model = original(unwrapped(part)[0])
+        sampler = sampler or _PipelineSampler(model_or_pipe, name)
+        return Sampling(model, sampler, model_or_pipe, names)
 
     def generate(self, model: nn.Module, sample: Any, steps: int, *, gradients: bool = False) -> Tensor:
         """The result of one generation; with `gradients` those of what the model's calls depend on."""
@@ -106,14 +103,27 @@ class Sampling:
         return type(scheduler).__name__
 
 
+def _denoiser(pipe: Any) -> tuple[str, nn.Module]:
+    """The attribute that holds a pipeline's only denoiser, and that."""
+    parts = denoisers(pipe)
+    if len(parts) != 1 or "." in "".join(parts):
+        raise GraphCacheError(
+            f"{type(pipe).__name__} has {' and '.join(parts)}, which take turns; profile each as a module, "
+            "with a sampler of its own"
+        )
+    ((name, part),) = parts.items()
+    return name, part.module
+
+
 @dataclass(frozen=True)
 class _PipelineSampler:
     """A sample is a mapping of the call's arguments; `seed` is that of its generator.
 
-    `scheduler` takes the place of the pipeline's own.
+    `part` is the attribute that holds the denoiser; `scheduler` takes the place of the pipeline's own.
     """
 
     pipe: Any
+    part: str
     scheduler: Any = None
 
     def __call__(self, model: nn.Module, sample: Any, steps: int) -> Tensor:
@@ -130,7 +140,7 @@ class _PipelineSampler:
         arguments = {"output_type": "latent", **sample}
         seed = arguments.pop("seed", 0)
         arguments.setdefault("generator", torch.Generator().manual_seed(int(seed)))
-        parts = {"transformer": model} | ({} if self.scheduler is None else {"scheduler": self.scheduler})
+        parts = {self.part: model} | ({} if self.scheduler is None else {"scheduler": self.scheduler})
         with _in_place(self.pipe, parts):
             result = call(self.pipe, num_inference_steps=steps, return_dict=False, **arguments)[0]
         if isinstance(result, Tensor):
@@ -211,7 +221,7 @@ def solved_by(pipe: Any, name: str) -> Sampler:
             + ", ".join(sorted(known))
         )
     kind = getattr(require("diffusers", "diffusers", "another solver"), name)
-    return _PipelineSampler(pipe, kind.from_config(own.config, **options))
+    return _PipelineSampler(pipe, _denoiser(pipe)[0], kind.from_config(own.config, **options))
 
 
 @contextmanager
@@ -235,11 +245,8 @@ def with_frozen_weights(function: _Function) -> _Function:
     def frozen(model_or_pipe: Any, *args: Any, **kwargs: Any) -> Any:
         parts = [model_or_pipe]
         if not isinstance(model_or_pipe, nn.Module):
-            parts = [
-                *pipeline_parts(model_or_pipe).values(),
-                *getattr(model_or_pipe, "__dict__", {}).values(),
-            ]
-        weights = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters()]
+            parts = [part.module for part in modules(model_or_pipe).values()]
+        weights = [p for part in parts for p in part.parameters()]
         trainable = [p for p in weights if p.requires_grad and not p.is_inference()]
         try:
             for parameter in trainable:

@@ -96,6 +96,22 @@ class Driver:
         """Whether only the pipeline that calls can be the driver."""
         return self._scheduler is None and self.given is None
 
+    def last_step(self, timesteps: torch.Tensor, first: int) -> int:
+        """One more than the index at which a generation ends, by how many steps the pipeline says it runs.
+
+        It may leave out the last timesteps: one that is where the last step arrives, or those that another
+        pipeline goes on with. It may also run more steps than its scheduler has, whose copies it steps one
+        frame after another; whole rounds more are generations that follow each other.
+        """
+        length = len(timesteps)
+        calling = None if self._caller is None else self._caller.find(below=self.below)
+        count = getattr(calling, "_num_timesteps", None)
+        if not isinstance(count, int) or getattr(calling, "scheduler", None) is not self.scheduler:
+            return length
+        if count > length:
+            return count if count % length else length
+        return min(length, first + count) if count > 0 else length
+
     def first_step(self, timesteps: torch.Tensor, timestep: torch.Tensor | None) -> int:
         """The index at which a generation begins when its scheduler does not tell.
 
@@ -107,7 +123,10 @@ class Driver:
             StateError: the timestep is one of the schedule, or the first one counted the other way.
         """
         pipe = self.pipe
-        announced = max(0, len(timesteps) - getattr(pipe, "_num_timesteps", len(timesteps)))
+        count = getattr(pipe, "_num_timesteps", len(timesteps))
+        if count == getattr(self.scheduler, "num_inference_steps", None):
+            count = len(timesteps)  # as many as were asked for: those that are left out are the last ones
+        announced = max(0, len(timesteps) - count)
         if timestep is None:
             return announced
         values: list[float] = timesteps.tolist()

@@ -14,12 +14,12 @@ from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
 from graphcache.likeness import alike
+from graphcache.parts import denoisers, modules
+from graphcache.passed_by import say_if_passed_by, timesteps_of
 from graphcache.report import Summary, summarise
 from graphcache.surroundings import Around, OpenSession
 
 Target = TypeVar("Target")
-
-PIPELINE_PARTS = ("transformer", "transformer_2")
 
 
 class Transformed:
@@ -74,6 +74,7 @@ class Transformed:
 
     def summary(self) -> Summary:
         """What each step of the latest generation computed, reused and forecast, and the bytes held."""
+        say_if_passed_by([self._graphcache])
         return summarise(self._graphcache.surroundings.session)
 
     def compile(self, **arguments: Any) -> None:
@@ -102,18 +103,20 @@ def transform(
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     timestep: str | None = None,
     latents: str | Sequence[str] = (),
+    parts: str | Sequence[str] = (),
     branches: int | None = None,
     wait: Literal["step", "never"] = "step",
     offload: bool = False,
     signatures: int = SIGNATURES,
     watch: Literal["adapters", "everything"] = "adapters",
 ) -> Target:
-    """Make a model, or the transformers of a diffusers pipeline, run under a plan.
+    """Make a model, or the denoisers of a diffusers pipeline, run under a plan.
 
     Args:
-        model_or_pipe: an nn.Module in eval mode, or a pipeline, whose `transformer` (and `transformer_2`)
-            are replaced. The original stays as it is; both share their weights. The scheduler of whatever
-            pipeline calls tells the step; a loop outside of any pipeline follows that of the one given here.
+        model_or_pipe: an nn.Module in eval mode, or a pipeline, whose denoisers are replaced wherever it and
+            the pipelines in it hold them: the modules that are called with a time, ControlNets left out. The
+            original stays as it is; both share their weights. The scheduler of whatever pipeline calls tells
+            the step; a loop outside of any pipeline follows that of the one given here.
         plan: what each site does at each step. For a generation with another number of steps a preset is
             evaluated anew, any other plan resampled; the log says so once.
         backend: None runs the graphs as they are, or compiles them with what the model was compiled with;
@@ -128,6 +131,8 @@ def transform(
             none.
         latents: the argument or arguments that hold the latents, or their paths, where they are not in the
             first one that holds floating-point tensors.
+        parts: the pipeline's denoisers, by attribute, where not all of them are meant or their arguments do
+            not tell: `parts="prior"`, or `parts="prior_pipe.prior"` of a pipeline within it.
         branches: how many calls a step makes without a `cache_context`, or under one name, each with a cache
             of its own: guidance branches, windows of a clip, tiles, regions, always in the same order. Needed
             where calls cannot be told apart by what they are given.
@@ -165,18 +170,23 @@ def transform(
         watches_all=watch == "everything",
         names=Names.of(timestep, latents),
     )
+    named = (parts,) if isinstance(parts, str) else tuple(parts)
     if isinstance(model_or_pipe, nn.Module):
+        if named:
+            raise GraphCacheError(f"parts={parts!r} names modules of a pipeline, and this is a module")
         made: Any = _transformed(model_or_pipe, options)
         if example_inputs is not None:
             made._graphcache.prepare(example_inputs)
         return made  # type: ignore[no-any-return]
-    for name, part in pipeline_parts(model_or_pipe).items():
-        setattr(model_or_pipe, name, _transformed(part, options, model_or_pipe))
+    for part in denoisers(model_or_pipe, named).values():
+        made = _transformed(part.module, options, model_or_pipe)
+        made._graphcache.timesteps_before = timesteps_of(model_or_pipe)
+        part.replace(made)
     return model_or_pipe
 
 
 def restore(model_or_pipe: Target) -> Target:
-    """Undo `transform`: the original model, or the pipeline with its original transformers.
+    """Undo `transform`: the original model, or the pipeline with its original denoisers.
 
     Other pipelines that hold the same transformed model keep it, and its plan, until they are restored too.
 
@@ -185,8 +195,12 @@ def restore(model_or_pipe: Target) -> Target:
     """
     if isinstance(model_or_pipe, nn.Module):
         return _restored(model_or_pipe)  # type: ignore[return-value]
-    for name, part in pipeline_parts(model_or_pipe).items():
-        setattr(model_or_pipe, name, _restored(part))
+    parts = modules(model_or_pipe).values()
+    say_if_passed_by([e for part in parts if (e := _engine_of(part.module)) is not None])
+    for part in parts:
+        before = _restored(part.module)
+        if before is not part.module:
+            part.replace(before)
     return model_or_pipe
 
 
@@ -210,15 +224,6 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def pipeline_parts(pipe: Any) -> dict[str, nn.Module]:
-    """The transformers of a pipeline, by attribute."""
-    parts = {name: getattr(pipe, name, None) for name in PIPELINE_PARTS}
-    found = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-    if not found:
-        raise GraphCacheError(f"{type(pipe).__name__} is neither a module nor a pipeline with a transformer")
-    return found
-
-
 def wrapped(model: nn.Module, engine: Engine) -> nn.Module:
     """A model that looks like another one and is run by an engine."""
     made = alike(model, Transformed)
@@ -237,8 +242,8 @@ def _transformed(given: nn.Module, options: Options, pipe: Any = None) -> nn.Mod
 
 
 def _restored(model: nn.Module) -> nn.Module:
-    engine = getattr(unwrapped(model)[0], "_graphcache", None)
-    if not isinstance(engine, Engine):
+    engine = _engine_of(model)
+    if engine is None:
         return model
     if engine.outer is not None:
         raise GraphCacheError(
@@ -246,6 +251,11 @@ def _restored(model: nn.Module) -> nn.Module:
         )
     _drop_empty_registry(engine.model)
     return engine.given
+
+
+def _engine_of(model: nn.Module) -> Engine | None:
+    engine = getattr(unwrapped(model)[0], "_graphcache", None)
+    return engine if isinstance(engine, Engine) else None
 
 
 def _drop_empty_registry(model: nn.Module) -> None:

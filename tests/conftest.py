@@ -28,6 +28,7 @@ settings.load_profile("reproducible")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden texts anew, to be read")
+    parser.addoption("--every-model", action="store_true", help="test all classes and pipelines of diffusers")
     parser.addoption(
         "--seed", type=int, default=Run.seed, help="of all random numbers; else the variable SEED, else 0"
     )

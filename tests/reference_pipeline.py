@@ -6,7 +6,7 @@ looked at, so that nothing is told here the way the library tells it.
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,14 +36,14 @@ def untouched(tiny: TinyPipeline) -> Any:
 def fresh(tiny: TinyPipeline) -> Any:
     """A new pipeline with the models of the untouched one, so that captures can be shared."""
     pipe = tiny.make()
-    for part, model in parts(untouched(tiny)).items():
+    for part, model in parts(untouched(tiny), tiny.parts).items():
         setattr(pipe, part, model)
     return pipe
 
 
 def transformed(tiny: TinyPipeline, plan: Plan, **options: Any) -> Any:
     """Such a pipeline under a plan."""
-    return graphcache.transform(fresh(tiny), plan, **options)
+    return graphcache.transform(fresh(tiny), plan, **tiny.options, **options)
 
 
 def reference(
@@ -51,8 +51,9 @@ def reference(
 ) -> Tensor:
     """A generation of `steps` steps in which every evaluation of a transformer follows the plan."""
     pipe = untouched(tiny)
-    progress = Progress(pipe, tiny.start(steps))
-    with progress.counted(), _replaced(pipe, plan_for, progress, stand_in or StandIn):
+    progress = Progress(pipe, tiny.start(steps), tiny.left_out, tiny.calls)
+    models = parts(pipe, tiny.parts)
+    with progress.counted(), _replaced(pipe, models, plan_for, progress, stand_in or StandIn):
         result = tiny.generate(pipe, steps, **call)
     assert progress.step == progress.steps, "the entry's `start` is not where the pipeline begins"
     return result
@@ -64,13 +65,18 @@ class Progress:
 
     pipe: Any
     step: int
+    left_out: int = 0
+    calls: int = 0
 
     @property
     def steps(self) -> int:
-        return len(self.pipe.scheduler.timesteps)
+        return len(self.pipe.scheduler.timesteps) - self.left_out
 
     @contextmanager
     def counted(self) -> Iterator[None]:
+        if self.calls:
+            yield
+            return
         original = self.pipe.scheduler.step
 
         @functools.wraps(original)
@@ -97,12 +103,14 @@ class StandIn:
         now = self.progress.step
         branch = self.calls[now]
         self.calls[now] += 1
+        if self.calls[now] == self.progress.calls:
+            self.progress.step += 1
         binder = Binder(forward_parameters(self.model))
         bound = binder.bind(args, kwargs)
         key, tensors = binder.signature(bound)
         before, run = self.branches.get(branch, (None, None))
         if run is None or before != key or run.now != now:
-            captured = capture_call(self.model, bound, "timestep")
+            captured = capture_call(self.model, bound, "timestep" if "timestep" in bound else None)
             run = Reference(captured, self.plan_for(self.progress.steps), now)
             self.branches[branch] = key, run
         return run([laid(*pair) for pair in zip(tensors, run.captured.strides, strict=True)])
@@ -120,15 +128,16 @@ def laid(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
 
 
-def parts(pipe: Any) -> dict[str, nn.Module]:
-    """The transformers of a pipeline, by name."""
-    named = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2")}
+def parts(pipe: Any, attributes: Sequence[str] = ("transformer", "transformer_2")) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline, by attribute."""
+    named = {name: getattr(pipe, name, None) for name in attributes}
     return {name: model for name, model in named.items() if isinstance(model, nn.Module)}
 
 
 @contextmanager
-def _replaced(pipe: Any, plan_for: PlanFor, progress: Progress, stand_in: type[StandIn]) -> Iterator[None]:
-    models = parts(pipe)
+def _replaced(
+    pipe: Any, models: dict[str, nn.Module], plan_for: PlanFor, progress: Progress, stand_in: type[StandIn]
+) -> Iterator[None]:
     try:
         for name, model in models.items():
             setattr(pipe, name, stand_in(model, plan_for, progress).module())

@@ -1,0 +1,14 @@
+"""Tiny pipelines of as many of diffusers' kinds as can be built without text encoders."""
+
+from every_pipeline import images, more_images, others, refused, videos
+from pipelines import PIPELINES as FEW
+from tiny_pipelines import TinyPipeline
+
+MORE: dict[str, TinyPipeline] = {
+    **images.PIPELINES,
+    **more_images.PIPELINES,
+    **videos.PIPELINES,
+    **others.PIPELINES,
+}
+PIPELINES: dict[str, TinyPipeline] = {**FEW, **MORE}
+REFUSED_PIPELINES = refused.PIPELINES
