@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from zoo import deciding_models as deciding
 from zoo import diffusers_models as known
 from zoo.case import index, noise, padded, reversed_unit, unit
 from zoo.kind import HEAD_DIM, HEADS, POOLED, TEXT, TEXT_DIM, WIDTH, Kind, kind, text
@@ -56,7 +57,7 @@ KINDS: tuple[Kind, ...] = (
     Kind.of(known.DIT, "DiTTransformer2DModel"),
     Kind.of(known.PIXART, "PixArtTransformer2DModel"),
     Kind.of(known.SANA, "SanaTransformer2DModel"),
-    Kind.of(known.LUMINA2, "Lumina2Transformer2DModel"),
+    Kind.of(deciding.LUMINA2, "Lumina2Transformer2DModel"),
     kind(
         "HunyuanDiT2DModel",
         {
