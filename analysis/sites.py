@@ -89,12 +89,12 @@ class _Sites:
         return self._began_apart(residual.stream)
 
     def _began_apart(self, value: fx.Node) -> bool:
+        if not rows_depend(self.flow, value, LATENT):
+            return True
         node = ops.behind(value, ops.VIEWS | ops.COPIES | ops.SLICES)
         if node in self.merges:
             return self._began_apart(self.merges[node].stream)
-        if node.target is ops.aten.cat.default and node.args[1:] in ((-1,), (value_of(node).dim() - 1,)):
-            return all(map(self._began_apart, node.all_input_nodes))  # rows of several parts
-        return not rows_depend(self.flow, value, LATENT)
+        return node.target is ops.aten.cat.default and all(map(self._began_apart, node.all_input_nodes))
 
 
 def _place(role: str, path: str, order: dict[str, int], before: Sequence[Branch]) -> tuple[int, float]:

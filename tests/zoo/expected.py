@@ -82,8 +82,16 @@ EXPECTED: dict[str, Expected] = {
     "FluxTransformer2DModel": Expected("2 joint, 2 joint.context, 2 mlp, 2 mlp.context, 2 parallel", FLUX),
     "GlmImageTransformer2DModel": Expected("2 joint, 1 joint.context, 2 mlp, 1 mlp.context", BASIC),
     "HeliosTransformer3DModel": Expected("2 self, 2 cross, 2 mlp", WAN),
+    "HiDreamImageTransformer2DModel": Expected(
+        "2 self, 2 joint, 2 joint.context, 4 mlp, 2 mlp.context",
+        r"(double|single)_stream_blocks\.\d+\.block\.(attn1|ff_i|ff_t)",
+    ),
     "HunyuanDiT2DModel": Expected("4 self, 4 cross, 4 mlp", r"blocks\.\d+\.(attn1|attn2|ff)"),
     "HunyuanImageTransformer2DModel": Expected(
+        "2 joint, 2 joint.context, 2 mlp, 2 mlp.context, 2 parallel", FLUX
+    ),
+    "HunyuanVideo15Transformer3DModel": Expected("2 joint, 1 joint.context, 2 mlp, 1 mlp.context", JOINT),
+    "HunyuanVideoFramepackTransformer3DModel": Expected(
         "2 joint, 2 joint.context, 2 mlp, 2 mlp.context, 2 parallel", FLUX
     ),
     "HunyuanVideoTransformer3DModel": Expected(
@@ -118,6 +126,9 @@ EXPECTED: dict[str, Expected] = {
     "LongCatImageTransformer2DModel": Expected(
         "2 joint, 2 joint.context, 2 mlp, 2 mlp.context, 2 parallel", FLUX
     ),
+    "Lumina2Transformer2DModel": Expected(
+        "2 self, 2 mlp", r"(layers|noise_refiner)\.\d+\.(attn|feed_forward)"
+    ),
     "LuminaNextDiT2DModel": Expected("2 self, 2 mlp", r"layers\.\d+\.(attn2\.to_out\.0|feed_forward)"),
     "MiniMaxH3Transformer3DModel": Expected("2 self, 2 mlp", r"transformer_blocks\.\d+\.(attn|ff)"),
     "MiniMaxMusic3RVQDepthDecoder": Expected("2 self, 2 mlp", r"layers\.\d+\.(attn|down_proj)"),
@@ -133,12 +144,14 @@ EXPECTED: dict[str, Expected] = {
     "NucleusMoEImageTransformer2DModel": Expected(
         "3 self, 3 mlp", r"transformer_blocks\.\d+\.(attn|img_mlp)"
     ),
+    "OmniGenTransformer2DModel": Expected("2 self, 2 mlp", r"layers\.\d+\.(self_attn|mlp)"),
     "OvisImageTransformer2DModel": Expected(
         "2 joint, 2 joint.context, 2 mlp, 2 mlp.context, 2 parallel", FLUX
     ),
     "PRXTransformer2DModel": Expected("2 self, 2 mlp", r"blocks\.\d+\.(attention|down_proj)"),
     "PixArtTransformer2DModel": Expected("2 self, 2 cross, 2 mlp", BASIC),
     "PriorTransformer": Expected("2 self, 2 mlp", BASIC),
+    "QwenImage21Transformer2DModel": Expected("2 self, 2 mlp", r"transformer_blocks\.\d+\.(attn|img_mlp)"),
     "QwenImageTransformer2DModel": Expected(
         "2 joint, 1 joint.context, 2 mlp, 1 mlp.context", r"transformer_blocks\.\d+\.(attn|img_mlp|txt_mlp)"
     ),
@@ -175,29 +188,8 @@ REFUSED: dict[str, Refusal] = {
     "AnyFlowFARTransformer3DModel": Refusal(
         r"no compiled frames", "its attention compiles itself (flex attention), which cannot be traced"
     ),
-    "HiDreamImageTransformer2DModel": Refusal(
-        r"bincount\(\)", "experts are chosen by the values of the latents"
-    ),
-    "HunyuanVideo15Transformer3DModel": Refusal(
-        r"is_t2v", "values of conditions decide: whether the image embeddings are all zero"
-    ),
-    "HunyuanVideoFramepackTransformer3DModel": Refusal(
-        r"effective_sequence_length", "values of conditions decide: how many tokens the text's mask leaves"
-    ),
     "Kandinsky6SRTransformer3DModel": Refusal(
         r"no compiled frames", "its attention compiles itself (flex attention), which cannot be traced"
-    ),
-    "Lumina2Transformer2DModel": Refusal(
-        r"len\(set\(seq_lengths\)\)",
-        "values of conditions decide: how many texts of the batch have distinct lengths",
-    ),
-    "OmniGenTransformer2DModel": Refusal(
-        r"original_max_position_embeddings",
-        "values of conditions decide: whether the largest position is beyond the trained ones",
-    ),
-    "QwenImage21Transformer2DModel": Refusal(
-        r"image_pad_mask\.tolist\(\)",
-        "values of conditions decide: which rows of the text are places of an image",
     ),
     "WanAnimate2Transformer3DModel": Refusal(
         r"kv_cache is a WanAnimate2KVCache", "a call takes and fills an object that holds keys and values"
