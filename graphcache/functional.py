@@ -118,13 +118,24 @@ class _Functional:
         base, *others = self.sharing[memory]
         if base.op != "call_function" or not is_tensor(base) or not all(_views(o, memory) for o in others):
             raise Unknown(node)
-        changed = self._call(node, _out_of_place(node), view, *node.args[1:], **node.kwargs)
+        changed = self._changed(node, view)
         whole = self._put(node, base, view, changed)
         if value_of(whole).stride() != value_of(base).stride():
             raise Unknown(node)  # views of the base are views of the same layout
         for other in others:
             self.env.pop(other, None)
         self.env[base] = whole
+
+    def _changed(self, node: fx.Node, view: fx.Node) -> fx.Node:
+        """What `node` makes of `view`."""
+        if node.target is not aten.fill_diagonal_.default:
+            return self._call(node, _out_of_place(node), view, *node.args[1:], **node.kwargs)
+        _, fill, *wraps = node.args
+        if value_of(view).dim() != 2 or any(wraps):
+            raise Unknown(node)
+        diagonal = self._made(node, aten.diagonal.default, view)
+        filled = self._call(node, aten.fill.Scalar, diagonal, fill)
+        return self._call(node, aten.diagonal_scatter.default, view, filled)
 
     def _put(self, node: fx.Node, base: fx.Node, view: fx.Node, part: fx.Node) -> fx.Node:
         """`base` with `part` where `view` looks."""
@@ -139,20 +150,25 @@ class _Functional:
             view = whole
         return part
 
-    def _call(self, node: fx.Node, target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
+    def _call(self, node: fx.Node, target: OpOverload, operand: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new operation whose result has the shape and type of its first operand."""
+        made = self._made(node, target, operand, *args, **kwargs)
+        before, after = value_of(operand), value_of(made)
+        if (before.shape, before.dtype) != (after.shape, after.dtype):
+            raise Unknown(node)  # in place, the result is cast
+        return made
+
+    def _made(self, node: fx.Node, target: OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
         """A new operation in the place of `node`, on the values that old nodes have now.
 
-        Nodes that are new already stay; the result has the shape and type of the first operand.
+        Nodes that are new already stay.
         """
         args, kwargs = fx.map_arg((args, kwargs), lambda n: n if n.graph is self.graph else self._now(n))
         made = self.graph.call_function(target, args, kwargs)
         made.meta.update(node.meta)
         fakes: Any = fx.map_arg((args, kwargs), value_of)
-        before = value_of(args[0])
-        with fake_mode(before):
-            made.meta["val"] = after = target(*fakes[0], **fakes[1])
-        if (before.shape, before.dtype) != (after.shape, after.dtype):
-            raise Unknown(node)  # in place, the result is cast
+        with fake_mode(fakes[0][0]):
+            made.meta["val"] = target(*fakes[0], **fakes[1])
         return made
 
 

@@ -29,6 +29,7 @@ WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
     "add": lambda x, y: x.add_(y.mean()),
     "scale": lambda x, y: x.mul_(1.5),
     "fill": lambda x, y: x.fill_(2),
+    "diagonal": lambda x, y: x.fill_diagonal_(3) if x.dim() > 1 else None,
     "assign": lambda x, y: x.__setitem__((..., 1), y.sum()),
 }
 INTO_PARTS = [name for name in VIEWS if name not in ("transposed", "unbound")]

@@ -267,4 +267,21 @@ PIPELINES: dict[str, TinyPipeline] = {
             use_resolution_binning=False,
         ),
     ),
+    "sd3_pag": TinyPipeline(
+        pipeline_of(
+            "StableDiffusion3PAGPipeline", FLOW, transformer=SD3, pag_applied_layers=lambda: ["blocks.1"]
+        ),
+        call_of(prompts, pooled, guided_by(), sized(8)),
+    ),
+    "sd3_pag_img2img": TinyPipeline(
+        pipeline_of(
+            "StableDiffusion3PAGImg2ImgPipeline",
+            FLOW,
+            transformer=SD3,
+            vae=image_vae(4),
+            pag_applied_layers=lambda: ["blocks.1"],
+        ),
+        call_of(prompts, pooled, guided_by(), sized(1), an_image("image", 1), strength=STRENGTH),
+        **STARTS,
+    ),
 }

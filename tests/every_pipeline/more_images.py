@@ -89,6 +89,15 @@ def layered(batch: int, guided: bool, large: bool) -> dict[str, Any]:
     }
 
 
+def glm(batch: int, guided: bool, large: bool) -> dict[str, Any]:
+    size = sized(1)(batch, guided, large)
+    tokens = size["height"] * size["width"] // 4
+    return {
+        **prompts(batch, guided, large),
+        "prior_token_ids": torch.arange(batch * tokens).reshape(batch, -1) % 7,
+    }
+
+
 HUNYUAN_CALL = (hunyuan, guided_by(), sized(8))
 UNET = model_of(
     "UNet2DConditionModel",
@@ -122,6 +131,14 @@ PIPELINES: dict[str, TinyPipeline] = {
     "lumina": TinyPipeline(
         pipeline_of("LuminaPipeline", FLOW, transformer=of_kind("LuminaNextDiT2DModel")),
         call_of(prompts, masked(torch.int64), guided_by(), sized(8), negative_prompt=None),
+    ),
+    "lumina2": TinyPipeline(
+        pipeline_of("Lumina2Pipeline", SHIFTED, transformer=of_kind("Lumina2Transformer2DModel")),
+        call_of(prompts, masked(torch.int64), guided_by(), sized(8)),
+    ),
+    "glm_image": TinyPipeline(
+        pipeline_of("GlmImagePipeline", FLOW, transformer=of_kind("GlmImageTransformer2DModel")),
+        call_of(glm, guided_by(), sized(8)),
     ),
     "cogview3": TinyPipeline(
         pipeline_of(
