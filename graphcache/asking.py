@@ -9,12 +9,11 @@ from typing import NamedTuple
 import torch
 
 from graphcache.answers import Answers, Diverged
-from graphcache.compile import has_symbolic_shapes
 from graphcache.conditions import Conditions, separated, varying
 from graphcache.explanation import BRANCHES
 from graphcache.ir.call import OutputSpec
 from graphcache.ir.errors import CaptureError
-from graphcache.ir.graph import StepGraph
+from graphcache.ir.graph import StepGraph, has_symbolic_shapes
 from graphcache.untraceable import Untraceable
 
 _ON_NUMBERS = (operator.eq, torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)

@@ -12,13 +12,14 @@ from torch import fx, nn
 
 from graphcache.analysis.branches import branch_members
 from graphcache.bench import Generation
+from graphcache.captured import laid
 from graphcache.compile import Backend, compile_plainly
 from graphcache.ir.graph import StepGraph
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
 from graphcache.ir.roles import Names
 from graphcache.ir.selector import Selector
-from graphcache.program import Program, laid
+from graphcache.program import Program
 from graphcache.runnable import Runnable
 from graphcache.runner import begun, feed, run_prologue
 from graphcache.transform import transform

@@ -13,7 +13,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from graphcache.answers import Answers, Diverged
 from graphcache.asking import Traced, decided, traced
-from graphcache.compile import COMPILING
+from graphcache.exclusive import COMPILING
 from graphcache.explanation import Stopped, because, explain
 from graphcache.functional import Unknown, erase_unread, functional, inlined, is_functional
 from graphcache.hooks import is_own

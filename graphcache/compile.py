@@ -1,7 +1,6 @@
 """From a specialised graph to something to call: eager, or any torch.compile backend."""
 
 import inspect
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -11,11 +10,9 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import OptimizedModule
 from torch._dynamo.eval_frame import innermost_backend
 
+from graphcache.exclusive import COMPILING
 from graphcache.ir.errors import CaptureError, GraphCacheError
-from graphcache.ir.graph import StepGraph, has_static_shape, is_tensor
-
-COMPILING = threading.RLock()
-"""Tracing and compiling change PyTorch's global state."""
+from graphcache.ir.graph import StepGraph, has_symbolic_shapes
 
 _AS_FULLGRAPH = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
 
@@ -180,11 +177,6 @@ def _mode_options(given: dict[str, Any]) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = torch._inductor.list_mode_options(mode)
     return found
-
-
-def has_symbolic_shapes(step: StepGraph) -> bool:
-    """Whether some shape depends on data."""
-    return any(is_tensor(node) and not has_static_shape(node) for node in step.graph.nodes)
 
 
 def _flattened(step: StepGraph) -> fx.GraphModule:

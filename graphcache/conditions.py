@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphcache.compilations import VALUES, structure
 from graphcache.ir.graph import Input, Output, StepGraph, as_bytes
+from graphcache.ir.structure import VALUES, structure
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 
 from graphcache.conditions import Conditions
 from graphcache.halves import Rows
-from graphcache.matching import version
-from graphcache.runner import Key
+from graphcache.ir.call import Key
+from graphcache.ir.versions import version
 
 _STAMPS = 32
 """Inputs that are known again without a look at their values."""

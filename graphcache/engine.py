@@ -13,24 +13,25 @@ from graphcache import presets
 from graphcache.analysis.coverage import coverage
 from graphcache.caller import Caller
 from graphcache.capture import forward_parameters
+from graphcache.captured import Captured
 from graphcache.compile import Backend, begin_generation, prior_compilation
 from graphcache.decisions import Decisions, bare
 from graphcache.halves import is_doubled, is_listed_twice
-from graphcache.ir.call import Binder, CallSpec
+from graphcache.ir.call import Binder, CallSpec, Key
 from graphcache.ir.errors import PlanError, StateError
 from graphcache.ir.opaque import Opaque
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Role
-from graphcache.matching import Call, version
+from graphcache.ir.versions import version
+from graphcache.matching import Call
 from graphcache.modes import ambient, refuse_conversion, refuse_export, what_changed
 from graphcache.passes.base import Observer
 from graphcache.placement import Place, place
-from graphcache.program import Captured, Program
+from graphcache.program import Program
 from graphcache.programs import Programs
 from graphcache.runner import (
     BranchState,
-    Key,
     begun,
     carried,
     changed_inputs,

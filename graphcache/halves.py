@@ -1,18 +1,20 @@
 """The conditional half of a doubled batch: the inputs that carry the batch, and a capture for half of it."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from graphcache.captured import Captured
 from graphcache.conditions import Conditions
 from graphcache.ir.call import CallSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, StepGraph, has_static_shape
+from graphcache.passes.base import Observer
 from graphcache.quiet import quiet_shapes
 
 _SAMPLED = 1024
@@ -78,10 +80,6 @@ class Half:
         }
 
 
-Capture = Callable[[Sequence[torch.Tensor]], Any]
-"""Captures the model's step for other inputs of the same structure."""
-
-
 def is_doubled(latents: Sequence[torch.Tensor]) -> bool:
     """Whether both halves of a batch are the same latents, as guidance makes them; waits for the device."""
     return all(map(_is_doubled, latents))
@@ -101,12 +99,12 @@ def is_listed_twice(latents: Sequence[torch.Tensor]) -> bool:
 
 
 def capture_half(
-    whole: StepGraph,
+    model: nn.Module,
+    whole: Captured,
     held: Sequence[str],
-    call: CallSpec,
     tensors: Sequence[torch.Tensor],
     conditional: str,
-    capture: Capture,
+    observers: Sequence[Observer] = (),
 ) -> Half:
     """The step for the conditional half of a batch.
 
@@ -115,24 +113,25 @@ def capture_half(
     compute the same for the half's samples, whatever the other half holds.
 
     Args:
-        whole: the step of the whole batch.
+        model: what was captured.
+        whole: the capture of the whole batch.
         held: names of its values that are computed once per generation.
-        call: how the leaves make up a call.
         tensors: the whole batch's inputs.
         conditional: which half, "first" or "last".
-        capture: captures the model for the half's inputs.
+        observers: told of every pass.
 
     Raises:
         CaptureError: the half cannot run alone.
     """
-    batch = tensors[call.latents[0]].shape[0]
+    batch = tensors[whole.call.latents[0]].shape[0]
     reason = None
-    for carriers in _hypotheses(call, tensors):
+    for carriers in _hypotheses(whole.call, tensors):
         rows = Rows(frozenset(carriers), conditional == "first")
         try:
             with quiet_shapes():
-                captured = capture([tensor.contiguous() for tensor in rows.inputs(tensors)])
-            return _compared(whole, held, captured, rows, tensors)
+                inputs = [tensor.contiguous() for tensor in rows.inputs(tensors)]
+                captured = whole.again(model, inputs, observers)
+            return _compared(whole.step, held, captured, rows, tensors)
         except CaptureError as error:
             reason = reason or error
     raise CaptureError(
@@ -166,7 +165,7 @@ def _by_argument(call: CallSpec, leaves: set[int]) -> list[set[int]]:
 
 
 def _compared(
-    whole: StepGraph, held: Sequence[str], captured: Any, rows: Rows, tensors: Sequence[torch.Tensor]
+    whole: StepGraph, held: Sequence[str], captured: Captured, rows: Rows, tensors: Sequence[torch.Tensor]
 ) -> Half:
     """Evaluate both graphs, hold the half's values against its rows of the whole batch's."""
     half: StepGraph = captured.step

@@ -1,16 +1,17 @@
 """Which of the calls of a step a call is: told by its context, its inputs, and the order of the calls."""
 
 import itertools
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
+from graphcache.ir.call import Key
 from graphcache.ir.errors import StateError
-from graphcache.runner import BranchState, Key
-from graphcache.session import Branch, Generation, Session, Stamp
+from graphcache.ir.versions import version
+from graphcache.runner import BranchState
+from graphcache.session import Branch, Generation, Session
 
 UNDECLARED = 4
 """Calls at one step that are taken for branches where the scheduler tells the step."""
@@ -225,13 +226,3 @@ class Matching:
             "model.session(); if these are evaluations of one solver, transform(..., wait='never') counts "
             "them"
         )
-
-
-def version(tensor: torch.Tensor | None) -> int:
-    """Counts changes in place; inference tensors have no count."""
-    return -1 if tensor is None or tensor.is_inference() else tensor._version
-
-
-def stamp(tensor: torch.Tensor) -> Stamp:
-    """By which the same tensor, unchanged, is known again."""
-    return weakref.ref(tensor), version(tensor)

@@ -9,9 +9,9 @@ import torch
 from torch._subclasses import FakeTensor
 
 from graphcache.decisions import bare
+from graphcache.ir.call import Key
 from graphcache.ir.errors import CaptureError, StateError
 from graphcache.kernels import attention_kernels
-from graphcache.runner import Key
 
 
 def ambient() -> tuple[Hashable, ...]:

@@ -9,9 +9,10 @@ import torch
 
 from graphcache.clock import Clock, read_progress
 from graphcache.ir.errors import StateError
-from graphcache.matching import Call, Matching, stamp, version
+from graphcache.ir.versions import Stamp, stamp, version
+from graphcache.matching import Call, Matching
 from graphcache.schedulers import Position, belongs, read_timestep, weakly
-from graphcache.session import Branch, Generation, Session, Stamp, Timesteps
+from graphcache.session import Branch, Generation, Session, Timesteps
 
 Place = tuple[Generation, Branch]
 

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphcache.compile import COMPILING, build
+from graphcache.captured import laid
+from graphcache.compile import build
 from graphcache.engine import Engine, Options
+from graphcache.exclusive import COMPILING
 from graphcache.holding import Budget, with_own_inputs
 from graphcache.ir.graph import CacheWrite, Input
 from graphcache.passes.base import run
 from graphcache.passes.probe import Probe, handle
-from graphcache.program import Program, laid
+from graphcache.program import Program
 from graphcache.runnable import Runnable
 from graphcache.runner import BranchState, end, feed, run_prologue
 from graphcache.session import Branch

@@ -14,15 +14,13 @@ from graphcache.analysis.invariant import invariant_values
 from graphcache.analysis.liveness import lower
 from graphcache.analysis.ranges import cut_range
 from graphcache.analysis.tokens import TokenCut, memories, token_cuts
-from graphcache.capture import capture
-from graphcache.compile import COMPILING, Backend, Kept, build
-from graphcache.conditions import Conditions
+from graphcache.captured import Captured, laid
+from graphcache.compile import Backend, Kept, build
+from graphcache.exclusive import COMPILING
 from graphcache.halves import Half, capture_half
 from graphcache.histories import entries
-from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Input, StepGraph, storage_bytes, value_of
-from graphcache.ir.opaque import Opaque
 from graphcache.ir.plan import Plan
 from graphcache.ir.resolve import resolve
 from graphcache.ir.schedule import Guided, Memory, Phase, Role, Schedule, site_of
@@ -31,85 +29,8 @@ from graphcache.passes.guidance import Guide
 from graphcache.passes.hoist import Hoist, Prologue
 from graphcache.passes.narrow import Narrow
 from graphcache.passes.offload import Offload
-from graphcache.passes.simplify import Simplify
 from graphcache.passes.specialize import Specialize
-from graphcache.passes.split import Split
-from graphcache.passes.tag import Tag
 from graphcache.runnable import Runnable
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A model's step for one signature, before any plan."""
-
-    step: StepGraph
-    call: CallSpec
-    output: OutputSpec
-    strides: tuple[tuple[int, ...], ...]
-    conditions: Conditions | None = None
-
-    @staticmethod
-    def of(
-        model: nn.Module,
-        call: CallSpec,
-        tensors: Sequence[torch.Tensor],
-        observers: Sequence[Observer] = (),
-        split: bool = False,
-        asks: bool = False,
-        before: Sequence[Opaque] = (),
-    ) -> "Captured":
-        """Capture a call.
-
-        Args:
-            model: in eval mode.
-            call: how the tensors make up the call.
-            tensors: its leaves.
-            observers: told of every pass.
-            split: fused branches as two sites.
-            asks: forward is known to ask for values.
-            before: opaque calls of an earlier capture.
-        """
-        examples = distinct([_dense(tensor) for tensor in tensors])
-        step, output, conditions = capture(model, call, tuple(examples), asks, before)
-        passes: list[Pass] = [Simplify(), Tag()]
-        step = run([*passes, Split()] if split else passes, step, observers)
-        strides = tuple(tensor.stride() for tensor in examples)
-        return Captured(step, call, output, strides, conditions)
-
-
-def distinct(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The same tensors, none of them twice the same object.
-
-    Tracing would make one input of two that are one object in the first call, and without guards keep to
-    that when they are two.
-    """
-    seen: set[int] = set()
-    result = []
-    for tensor in tensors:
-        result.append(tensor.view_as(tensor) if id(tensor) in seen else tensor)
-        seen.add(id(tensor))
-    return result
-
-
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The layout that the graph will be given: an expanded or sliced input is made contiguous."""
-    dense = torch.empty_like(tensor).stride()
-    return tensor if tensor.stride() == dense else tensor.contiguous()
-
-
-def laid(strides: Sequence[tuple[int, ...]], tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """The inputs in the layout that was captured; compiled code does not look at strides again."""
-    if all(t.stride() == stride for t, stride in zip(tensors, strides, strict=True)):
-        return tensors
-    return [_lay(tensor, stride) for tensor, stride in zip(tensors, strides, strict=True)]
-
-
-def _lay(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    if tensor.stride() == stride:
-        return tensor
-    made = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
-    return made.copy_(tensor)
-
 
 PhaseKey = tuple[Phase, tuple[tuple[str, int, int], ...], Guided | None, tuple[Memory, ...], frozenset[str]]
 
@@ -141,16 +62,8 @@ class Program:
             CaptureError: one half of the batch cannot run alone.
         """
 
-        call, step = self.captured.call, self.captured.step
-
-        def capture(rows: Sequence[torch.Tensor]) -> Captured:
-            split = any(branch.role == "parallel.mlp" for branch in step.branches)
-            asks = self.captured.conditions is not None
-            return Captured.of(model, call, rows, self.observers, split, asks, step.opaque)
-
-        self.half = capture_half(
-            step, self._held, call, laid(self.captured.strides, tensors), conditional, capture
-        )
+        inputs = laid(self.captured.strides, tensors)
+        self.half = capture_half(model, self.captured, self._held, inputs, conditional, self.observers)
 
     @cached_property
     def _held(self) -> tuple[str, ...]:

@@ -4,8 +4,8 @@ import logging
 from collections import OrderedDict, deque
 
 from graphcache.compilations import Compilations
+from graphcache.ir.call import Key
 from graphcache.program import Program
-from graphcache.runner import Key
 
 _COMPILED = 64
 """Compiled graphs are kept for so many times as many: what was compiled costs more to make than to hold."""

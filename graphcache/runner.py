@@ -1,12 +1,14 @@
 """Runs one step of one branch: feeds a phase its tensors and keeps what later steps read."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from graphcache.captured import distinct, laid
 from graphcache.histories import refuse_others
+from graphcache.ir.call import Key
 from graphcache.ir.errors import StateError
 from graphcache.ir.graph import CacheRead, Chosen, Hoisted, Input, Table
 from graphcache.ir.plan import Plan
@@ -22,12 +24,9 @@ from graphcache.ir.schedule import (
     site_of,
 )
 from graphcache.ir.state import CacheState, Choice, Entry
-from graphcache.program import Program, distinct, laid
+from graphcache.program import Program
 from graphcache.runnable import Runnable
 from graphcache.selection import Tokens, choose
-
-Key = tuple[Hashable, ...]
-"""The form of the model, a signature, and what else code depends on; gradient mode comes last."""
 
 
 @dataclass

@@ -15,13 +15,12 @@ import torch
 from graphcache.clock import Clock
 from graphcache.ir.errors import StateError
 from graphcache.ir.state import CacheState
+from graphcache.ir.versions import Stamp
 from graphcache.runner import BranchState
 from graphcache.schedulers import Driver
 
 Branch = tuple[str, int]
 """The name of the cache context, and which of the calls it is that a step makes under that name."""
-Stamp = tuple[weakref.ref[torch.Tensor], int]
-"""A tensor, which is not kept alive, and how often it had been written; -1 if it does not count that."""
 MOST_LINES = 64
 """Contexts with step fields that may have a generation in progress; the oldest is given up."""
 

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Set
 
 from torch import nn
 
-from graphcache.compile import COMPILING
+from graphcache.exclusive import COMPILING
 from graphcache.hooks import refuse_uncapturable
 from graphcache.watch import Watch
 

@@ -17,6 +17,7 @@ from graphcache.analysis.bases import coefficients
 from graphcache.analysis.dataflow import Dataflow
 from graphcache.analysis.tokens import TokenCut, memories, token_cuts
 from graphcache.capture import forward_parameters
+from graphcache.captured import Captured
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import StepGraph, value_of
@@ -26,7 +27,7 @@ from graphcache.ir.resolve import resolve
 from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Selection
 from graphcache.ir.state import Choice
-from graphcache.program import Captured, Program
+from graphcache.program import Program
 from graphcache.selection import Tokens
 from reference_selection import chosen
 from seeding import own_numbers

@@ -11,11 +11,12 @@ import graphcache
 from graphcache import Plan, PlanError, presets
 from graphcache.analysis.budgets import assign
 from graphcache.analysis.cost import graph_flops
+from graphcache.captured import Captured
 from graphcache.ir.graph import storage_bytes, value_of
 from graphcache.passes.base import run
 from graphcache.passes.split import Split
 from graphcache.presets import clusca, duca, evaluate, toca
-from graphcache.program import Captured, Program
+from graphcache.program import Program
 from graphcache.toca import PUBLISHED, Part, budgets, raw_budget, timetable
 from reference import Subject, capture_call, subject
 from test_semantics import check_against_reference
