@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphcache.captured import Captured
+from graphcache.compiler.captured import Captured
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan
 from reference import Reference
