@@ -1,1 +1,1 @@
-"""Dealings with other libraries: optional ones, PyTorch's log and kernels, and what one thread does at once."""
+"""Dealings with other libraries: optional ones, PyTorch's log, kernels and the lock around its tracing."""
