@@ -15,7 +15,7 @@ import graphcache
 from examples.benchmark_models import Made, device_sized_flux, device_sized_pixart, guided_cogvideox, on_cuda
 from examples.benchmark_toca import time_plans
 from graphcache import Plan, presets
-from graphcache.bench import Generation
+from graphcache.planning.bench import Generation
 
 STEPS = 12
 

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from examples.benchmark_models import Made, guided_cogvideox, guided_latte
 from graphcache import Plan
-from graphcache.bench import Generation, Timing, benchmark
+from graphcache.planning.bench import Generation, Timing, benchmark
 from graphcache.presets import fastercache
 
 MODELS: dict[str, Callable[..., Made]] = {"cogvideox": guided_cogvideox, "latte": guided_latte}

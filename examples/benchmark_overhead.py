@@ -15,9 +15,9 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 
 import graphcache
 from examples.benchmark_models import Made, launch_bound_flux
-from graphcache.bench import Generation, runner_overhead
-from graphcache.schedulers import read_timestep
-from graphcache.watch import Watch
+from graphcache.compiler.watch import Watch
+from graphcache.planning.bench import Generation, runner_overhead
+from graphcache.runtime.schedulers import read_timestep
 
 STEPS = 30
 

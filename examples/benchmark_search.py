@@ -26,18 +26,18 @@ from torchmetrics.functional import spearman_corrcoef
 import graphcache
 from examples.samplers import EXAMPLES, Example
 from graphcache import Plan, PlanError, presets
-from graphcache.automatic import checker
-from graphcache.bench import Generation
-from graphcache.calibration import step_seconds
-from graphcache.candidates import Candidate
-from graphcache.metrics import psnr
 from graphcache.page import promise
 from graphcache.page.course import meet
 from graphcache.page.sensitivity import sensitivity
-from graphcache.profile import families
-from graphcache.sampling import Sampling, converged
-from graphcache.search import search
-from graphcache.tuning import tune, with_corrections
+from graphcache.planning.automatic import checker
+from graphcache.planning.bench import Generation
+from graphcache.planning.calibration import step_seconds
+from graphcache.planning.candidates import Candidate
+from graphcache.planning.metrics import psnr
+from graphcache.planning.profile import families
+from graphcache.planning.sampling import Sampling, converged
+from graphcache.planning.search import search
+from graphcache.planning.tuning import tune, with_corrections
 
 SPEEDUPS = (1.5, 2.0, 3.0, 4.0)
 TRAINED, HELD, TEST, JUDGED = 1_000, 2_000, 3_000, 4_000

@@ -20,9 +20,9 @@ from examples.benchmark_models import Made, compute_bound_dit, compute_bound_pix
 from examples.digits.model import ddim_scheduler, load_model
 from examples.digits.sample import sample
 from graphcache import Plan, presets
-from graphcache.bench import Timing, benchmark
-from graphcache.compile import Backend
-from graphcache.metrics import psnr
+from graphcache.compiler.compile import Backend
+from graphcache.planning.bench import Timing, benchmark
+from graphcache.planning.metrics import psnr
 from graphcache.presets import clusca, duca, toca
 
 STEPS = 50

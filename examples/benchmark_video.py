@@ -20,7 +20,7 @@ from examples.benchmark_fastercache import Hooked
 from examples.moving_digits.model import flow_scheduler, load_model
 from examples.moving_digits.sample import sample
 from graphcache import Plan, presets
-from graphcache.metrics import psnr, ssim
+from graphcache.planning.metrics import psnr, ssim
 from graphcache.presets import fastercache
 
 STEPS = 50

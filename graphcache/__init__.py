@@ -1,16 +1,16 @@
 """graphcache: a compiler for feature caching in diffusion transformers."""
 
 from graphcache import importers, presets
-from graphcache.automatic import auto
-from graphcache.inspection import inspect
 from graphcache.ir.errors import CaptureError, GraphCacheError, PlanError, StateError
 from graphcache.ir.plan import Plan
-from graphcache.profile import Profile
-from graphcache.profile_file import load_profile, save_profile
-from graphcache.profiling import profile
-from graphcache.search import search
-from graphcache.transform import restore, transform
-from graphcache.tuning import tune, with_corrections
+from graphcache.planning.automatic import auto
+from graphcache.planning.profile import Profile
+from graphcache.planning.profile_file import load_profile, save_profile
+from graphcache.planning.profiling import profile
+from graphcache.planning.search import search
+from graphcache.planning.tuning import tune, with_corrections
+from graphcache.runtime.inspection import inspect
+from graphcache.runtime.transform import restore, transform
 
 __all__ = [
     "CaptureError",

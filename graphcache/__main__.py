@@ -1,6 +1,6 @@
 """`python -m graphcache`."""
 
-from graphcache.cli import main
+from graphcache.cli.main import main
 
 if __name__ == "__main__":
     main()

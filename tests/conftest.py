@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from graphcache.program import Captured
+from graphcache.compiler.captured import Captured
 from seeding import Run, numbers_of
 from sharing import Sharing
 

@@ -16,7 +16,8 @@ import graphcache
 from graphcache.analysis.bases import coefficients
 from graphcache.analysis.dataflow import Dataflow
 from graphcache.analysis.tokens import TokenCut, memories, token_cuts
-from graphcache.capture import forward_parameters
+from graphcache.compiler.captured import Captured
+from graphcache.compiler.program import Program
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import StepGraph, value_of
@@ -26,8 +27,8 @@ from graphcache.ir.resolve import resolve
 from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Selection
 from graphcache.ir.state import Choice
-from graphcache.program import Captured, Program
-from graphcache.selection import Tokens
+from graphcache.runtime.selection import Tokens
+from graphcache.tracing.capture import forward_parameters
 from reference_selection import chosen
 from seeding import own_numbers
 from zoo import CASES, Case

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphcache.compiler.captured import Captured
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan
-from graphcache.program import Captured
 from reference import Reference
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import Plan
-from graphcache.capture import forward_parameters
 from graphcache.ir.call import Binder
+from graphcache.tracing.capture import forward_parameters
 from pipelines import TinyPipeline
 from reference import Reference, capture_call
 from seeding import own_numbers

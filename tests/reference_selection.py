@@ -13,7 +13,7 @@ from torch import Tensor
 from graphcache.ir.letter import Letter
 from graphcache.ir.schedule import Budget, Selection
 from graphcache.ir.state import Choice
-from graphcache.selection import Tokens
+from graphcache.runtime.selection import Tokens
 
 TIED = 64 * torch.finfo(torch.float32).eps
 Vector = list[float]

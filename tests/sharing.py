@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
+from graphcache.compiler.captured import Captured
+from graphcache.compiler.modes import ambient
 from graphcache.ir.call import CallSpec
 from graphcache.ir.opaque import Opaque
-from graphcache.kernels import attention_kernels
-from graphcache.modes import ambient
-from graphcache.program import Captured
+from graphcache.libraries.kernels import attention_kernels
 
 _PLAIN = (
     type(None),

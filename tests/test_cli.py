@@ -12,9 +12,9 @@ from typer.testing import CliRunner, Result
 
 import graphcache
 from graphcache import importers
-from graphcache.cli import app, main
+from graphcache.cli.main import app, main
+from graphcache.cli.sources import Placement, load_model, load_sampled
 from graphcache.ir.plan import Plan
-from graphcache.sources import Placement, load_model, load_sampled
 from pipelines import PIPELINES
 from zoo import CASES
 

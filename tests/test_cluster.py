@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphcache.automatic import checker
-from graphcache.cluster import Cluster, Settings
-from graphcache.comparison import compare
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
-from graphcache.profile import Profile
-from graphcache.profiling import profile
-from graphcache.sampling import Sampling
+from graphcache.planning.automatic import checker
+from graphcache.planning.cluster import Cluster, Settings
+from graphcache.planning.comparison import compare
+from graphcache.planning.profile import Profile
+from graphcache.planning.profiling import profile
+from graphcache.planning.sampling import Sampling
 from tiny import tiny
 
 SAMPLES = (3, 4, 5)
@@ -31,7 +31,7 @@ STEPS = 4
 
 FROM_ELSEWHERE = """
 import sys
-from graphcache.cluster import Cluster
+from graphcache.planning.cluster import Cluster
 factor = 10
 def scaled(number):
     return factor * number

@@ -12,11 +12,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 from graphcache import GraphCacheError, Plan, load_profile, presets, profile, search
-from graphcache.automatic import checker
-from graphcache.cli import app
-from graphcache.comparison import Row, compare, load_rows
-from graphcache.metrics import frechet_distance, psnr
-from graphcache.sampling import Sampling, solved_by
+from graphcache.cli.main import app
+from graphcache.planning.automatic import checker
+from graphcache.planning.comparison import Row, compare, load_rows
+from graphcache.planning.metrics import frechet_distance, psnr
+from graphcache.planning.sampling import Sampling, solved_by
 from linear import Replanned, Sampler, linear
 from pipelines import PIPELINES
 

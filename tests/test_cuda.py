@@ -12,7 +12,7 @@ from examples.digits.model import ddim_scheduler, load_model
 from examples.digits.sample import sample
 from graphcache import Plan, presets
 from graphcache.analysis.cost import graph_flops
-from graphcache.program import Program
+from graphcache.compiler.program import Program
 from reference import assert_same, subject
 from test_tokens import inputs, measured, naive_map
 

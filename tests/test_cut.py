@@ -18,9 +18,9 @@ from graphcache.analysis.cut import Change, Cut, Gates, cheapest_cut, sites_of
 from graphcache.analysis.dataflow import LATENT, TIMESTEP, Dataflow
 from graphcache.analysis.invariant import cheapest_hoist, invariant_values
 from graphcache.analysis.ranges import cut_range
+from graphcache.compiler.program import Program
 from graphcache.ir.graph import CacheWrite, Hoisted, StepGraph, storage_bytes, value_of
 from graphcache.passes.hoist import Hoist, Prologue
-from graphcache.program import Program
 from reference import Subject, capture_call, subject
 from tiny import TinyBlock, TinyDiT, arguments, tiny
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CaptureError, presets
 from graphcache.ir.graph import StepGraph, is_tensor, value_of
+from graphcache.libraries.quiet import quiet_tracing
 from graphcache.passes.base import run
-from graphcache.quiet import quiet_tracing
 from reference import capture_call
 
 Compute = Callable[[Tensor, Tensor], Tensor]

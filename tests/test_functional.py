@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import graphcache
-from graphcache.functional import Unknown, functional, inlined, is_functional
+from graphcache.tracing.functional import Unknown, functional, inlined, is_functional
 from strategies import QUICK
 
 aten = torch.ops.aten

@@ -14,6 +14,7 @@ from graphcache import Plan, presets
 from graphcache.analysis.cost import graph_flops
 from graphcache.analysis.invariant import invariant_values
 from graphcache.analysis.liveness import lower
+from graphcache.compiler.program import Program
 from graphcache.ir.graph import CacheWrite, StepGraph
 from graphcache.ir.plan import Preset
 from graphcache.ir.schedule import Role, Schedule
@@ -25,7 +26,6 @@ from graphcache.passes.prune import pruned
 from graphcache.passes.simplify import Simplify
 from graphcache.passes.specialize import Specialize
 from graphcache.passes.tag import Tag
-from graphcache.program import Program
 from reference import assert_same, capture_call, subject
 from tiny import arguments, tiny
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphcache.capture import forward_parameters
 from graphcache.ir.call import Binder
 from graphcache.ir.plan import Plan
 from graphcache.presets import fastercache
+from graphcache.tracing.capture import forward_parameters
 from pipelines import PIPELINES
 from reference import assert_same, capture_call
 from reference_guidance import GuidedReference

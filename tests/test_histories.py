@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from graphcache import GraphCacheError, Plan, StateError
-from graphcache.histories import entries, refuse_others
+from graphcache.compiler.histories import entries, refuse_others
+from graphcache.compiler.program import Program
 from graphcache.ir.state import CacheState
-from graphcache.program import Program
 from reference import capture_call
 from tiny import arguments, tiny
 

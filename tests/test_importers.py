@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from graphcache import Plan, PlanError, importers
-from graphcache.cli import app
+from graphcache.cli.main import app
 from graphcache.ir import plantext
 from pipelines import PIPELINES
 from reference import Subject, subject

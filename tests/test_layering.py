@@ -1,4 +1,4 @@
-"""Each folder imports only what stands to its left: ir, analysis, passes, graphcache, examples."""
+"""Each room imports only what stands before it, and every module is in a room."""
 
 import ast
 from collections.abc import Iterator
@@ -7,13 +7,31 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = ("graphcache.ir", "graphcache.analysis", "graphcache.passes", "graphcache", "examples")
-FOLDERS = ("graphcache/ir", "analysis", "passes", "graphcache", "examples")
+ROOMS = (
+    "graphcache.ir",
+    "graphcache.analysis",
+    "graphcache.passes",
+    "graphcache.libraries",
+    "graphcache.tracing",
+    "graphcache.presets",
+    "graphcache.compiler",
+    "graphcache.runtime",
+    "graphcache.cost",
+    "graphcache.planning",
+    "graphcache.page",
+    "graphcache.cli",
+    "examples",
+)
 
 
-def layer(module: str) -> int | None:
-    """The layer of a module; None of modules from elsewhere."""
-    found = (i for i, name in enumerate(LAYERS) if module == name or module.startswith(f"{name}."))
+def folder(room: str) -> Path:
+    name = room.removeprefix("graphcache.")
+    return ROOT / name if name in ("analysis", "passes", "examples") else ROOT / "graphcache" / name
+
+
+def place(module: str) -> int | None:
+    """The room of a module; None of modules from elsewhere."""
+    found = (i for i, room in enumerate(ROOMS) if module == room or module.startswith(f"{room}."))
     return next(found, None)
 
 
@@ -26,18 +44,27 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def sources(folder: str) -> list[Path]:
-    if folder != "graphcache":
-        return sorted((ROOT / folder).rglob("*.py"))
-    return sorted([*(ROOT / folder).glob("*.py"), *(ROOT / folder / "page").glob("*.py")])
-
-
-@pytest.mark.parametrize(("own", "folder"), [*enumerate(FOLDERS)], ids=FOLDERS)
-def test_a_folder_imports_only_what_stands_to_its_left(own: int, folder: str) -> None:
-    files = sources(folder)
+@pytest.mark.parametrize(("own", "room"), [*enumerate(ROOMS)], ids=ROOMS)
+def test_a_room_imports_only_what_stands_before_it(own: int, room: str) -> None:
+    files = sorted(folder(room).rglob("*.py"))
     assert files
     for path in files:
         for module in imports(path):
-            found = layer(module)
+            found = place(module)
+            if found is None and module.startswith("graphcache"):
+                assert room in ("graphcache.cli", "examples"), f"{path} imports {module}"
             assert found is None or found <= own, f"{path} imports {module}"
             assert module.split(".")[0] not in ("analysis", "passes"), f"{path}: write graphcache.{module}"
+
+
+def test_every_module_is_in_a_room() -> None:
+    flat = {path.stem for path in (ROOT / "graphcache").glob("*.py")}
+    assert flat == {"__init__", "__main__", "importers"}
+    rooms = {path.name for path in (ROOT / "graphcache").iterdir() if (path / "__init__.py").exists()}
+    assert rooms == {room.removeprefix("graphcache.") for room in ROOMS[:-1]}
+
+
+def test_the_order_is_the_one_in_contributing() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    places = [text.index(f"`{folder(room).relative_to(ROOT)}/`") for room in ROOMS]
+    assert places == sorted(places)

@@ -10,7 +10,7 @@ from scipy.linalg import sqrtm
 from scipy.ndimage import correlate1d
 
 from graphcache import GraphCacheError
-from graphcache.metrics import frechet_distance, psnr, relative_error, ssim
+from graphcache.planning.metrics import frechet_distance, psnr, relative_error, ssim
 
 
 def images(seed=0, shape=(5, 1, 16, 16)):

@@ -7,10 +7,10 @@ import torch
 
 import graphcache
 from graphcache import Plan
+from graphcache.compiler.program import Program
 from graphcache.ir.graph import CacheRead, CacheWrite, StepGraph
 from graphcache.passes.offload import Offload
 from graphcache.passes.transfer import arrive, fetch, send
-from graphcache.program import Program
 from reference import assert_same, subject
 from tiny import arguments, tiny
 

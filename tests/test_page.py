@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from browser import Browser, browser, chromium
 from graphcache import GraphCacheError, Plan, Profile, presets, save_profile
-from graphcache.candidates import Candidate, candidates
-from graphcache.cli import app
+from graphcache.cli.main import app
+from graphcache.compiler.program import Program
 from graphcache.ir.graph import storage_bytes, value_of
 from graphcache.ir.units import duration, size, work
 from graphcache.page import Row, save_charts, write_page
@@ -29,8 +29,8 @@ from graphcache.page.rows import unbeaten_rows
 from graphcache.page.scales import colour, is_light, linear, logarithmic
 from graphcache.page.sensitivity import sensitivity
 from graphcache.page.tokens import token_maps
-from graphcache.profile import Provenance, Site
-from graphcache.program import Program
+from graphcache.planning.candidates import Candidate, candidates
+from graphcache.planning.profile import Provenance, Site
 from reference import capture_call, subject
 from tiny import arguments, tiny
 

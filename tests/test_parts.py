@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import GraphCacheError
-from graphcache.parts import Part
+from graphcache.runtime.parts import Part
 from reference import assert_same
 from tiny import TinyDiT, tiny
 from tiny_pipeline import Pipeline

@@ -15,8 +15,8 @@ import pytest
 
 from graphcache import GraphCacheError, Plan, load_profile, save_profile
 from graphcache.ir.plantext import read_json, write_json
-from graphcache.profile import Part, Profile, Provenance, Site
-from graphcache.profile_file import decode, encode, load_part, save_part
+from graphcache.planning.profile import Part, Profile, Provenance, Site
+from graphcache.planning.profile_file import decode, encode, load_part, save_part
 
 PLAN = Plan.parse("""
     plan steps=6 preset=none conditional=first graph=g1 scheduler=DDIMScheduler

@@ -16,17 +16,17 @@ import graphcache
 from examples.digits.model import ddim_scheduler, load_model
 from examples.digits.sample import sample as sample_digits
 from graphcache import GraphCacheError, Plan, PlanError, Profile, load_profile
-from graphcache.comparison import compare
-from graphcache.engine import Engine, Options
+from graphcache.compiler.program import Program
 from graphcache.ir.graph import value_of
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Row
 from graphcache.ir.roles import Names
 from graphcache.ir.selector import Selector
-from graphcache.profiling import Subject as Described
-from graphcache.profiling import describe
-from graphcache.program import Program
-from graphcache.sampling import Sampling, with_frozen_weights
+from graphcache.planning.comparison import compare
+from graphcache.planning.profiling import Subject as Described
+from graphcache.planning.profiling import describe
+from graphcache.planning.sampling import Sampling, with_frozen_weights
+from graphcache.runtime.engine import Engine, Options
 from linear import LinearDiT, Replanned, Sampler, linear
 from pipelines import PIPELINES
 from reference import Subject, subject

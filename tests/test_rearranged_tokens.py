@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import Plan, PlanError
 from graphcache.ir.schedule import Selection
-from graphcache.selection import Tokens
+from graphcache.runtime.selection import Tokens
 from reference_selection import chosen
 from strategies import QUICK
 

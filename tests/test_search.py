@@ -16,8 +16,8 @@ import graphcache
 from examples.digits.model import ddim_scheduler, load_model
 from examples.digits.sample import sample as sample_digits
 from graphcache import GraphCacheError, Plan, Profile, search, transform
-from graphcache.candidates import Candidate, candidates, pareto, predicted_speedup
-from graphcache.profile import Provenance, Site, families
+from graphcache.planning.candidates import Candidate, candidates, pareto, predicted_speedup
+from graphcache.planning.profile import Provenance, Site, families
 from linear import Replanned, Sampler, linear
 
 STEPS = 8

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 import graphcache
 import strategies
-from graphcache import Plan, PlanError, StateError, presets, runner
+from graphcache import Plan, PlanError, StateError, presets
 from graphcache.ir.plan import Preset
 from graphcache.ir.state import CacheState, Entry
 from graphcache.ir.text import render
+from graphcache.runtime import runner
 from reference import Subject, assert_same, capture_call, subject
 from tiny import arguments, tiny
 from zoo import CASES

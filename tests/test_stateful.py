@@ -34,7 +34,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 import graphcache
-from graphcache import Plan, StateError, runner
+from graphcache import Plan, StateError
+from graphcache.runtime import runner
 from reference import Reference, assert_same, capture_call, runner_tensors
 from tiny import arguments, tiny
 

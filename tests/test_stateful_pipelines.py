@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 import graphcache
-from graphcache import Plan, presets, runner
+from graphcache import Plan, presets
+from graphcache.runtime import runner
 from pipelines import PIPELINES
 from reference import assert_same
 from reference_pipeline import fresh, parts, reference, untouched

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import graphcache
-from graphcache import GraphCacheError, Plan, PlanError, StateError, placement, presets, schedulers
+from graphcache import GraphCacheError, Plan, PlanError, StateError, presets
+from graphcache.runtime import schedulers
+from graphcache.runtime import step_tracking as placement
 from pipelines import PIPELINES
 from reference import assert_same, subject
 from reference_pipeline import reference, transformed, untouched

@@ -17,10 +17,10 @@ from graphcache.analysis import ops
 from graphcache.analysis.branches import branch_flops
 from graphcache.analysis.cost import graph_flops
 from graphcache.analysis.symbolic import CostError, Sized, among, solve, symbol
-from graphcache.costing import CostModel, Device, cost_model
+from graphcache.compiler.program import Program
+from graphcache.cost.costing import CostModel, Device, cost_model
 from graphcache.ir.graph import StepGraph
 from graphcache.ir.schedule import Budget
-from graphcache.program import Program
 from reference import capture_call
 from seeding import own_numbers
 from tiny import TinyDiT, arguments, tiny

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from graphcache.ir.schedule import Selection
 from graphcache.ir.state import Choice
-from graphcache.selection import Tokens, choose
+from graphcache.runtime.selection import Tokens, choose
 from reference import assert_same
 from reference_selection import chosen
 from test_tokens import letter

@@ -11,12 +11,13 @@ import graphcache
 from graphcache import Plan, PlanError, presets
 from graphcache.analysis.budgets import assign
 from graphcache.analysis.cost import graph_flops
+from graphcache.compiler.captured import Captured
+from graphcache.compiler.program import Program
 from graphcache.ir.graph import storage_bytes, value_of
 from graphcache.passes.base import run
 from graphcache.passes.split import Split
 from graphcache.presets import clusca, duca, evaluate, toca
-from graphcache.program import Captured, Program
-from graphcache.toca import PUBLISHED, Part, budgets, raw_budget, timetable
+from graphcache.presets.token_schedules import PUBLISHED, Part, budgets, raw_budget, timetable
 from reference import Subject, capture_call, subject
 from test_semantics import check_against_reference
 from test_tokens import assert_close

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphcache import Plan, PlanError
-from graphcache.program import Program
+from graphcache.compiler.program import Program
 from reference import Subject, assert_same, capture_call
 from seeding import own_numbers
 from test_semantics import check_against_reference

@@ -12,15 +12,16 @@ from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_code
 
-from graphcache import Plan, PlanError, presets, runner, transform
+from graphcache import Plan, PlanError, presets, transform
 from graphcache.analysis import ops
+from graphcache.compiler.program import Program
 from graphcache.ir.graph import Branch, is_tensor, value_of
 from graphcache.ir.letter import Letter
 from graphcache.ir.schedule import Budget, Selection
 from graphcache.passes import scores
-from graphcache.program import Program
-from graphcache.runner import BranchState, begun, run_step
-from graphcache.selection import Tokens, choose
+from graphcache.runtime import runner
+from graphcache.runtime.runner import BranchState, begun, run_step
+from graphcache.runtime.selection import Tokens, choose
 from reference import Subject, assert_same, runner_tensors, subject
 from reference_selection import chosen
 from strategies import QUICK, plans

@@ -12,11 +12,11 @@ import graphcache
 from examples.digits.model import ddim_scheduler, load_model
 from examples.digits.sample import sample as sample_digits
 from graphcache import GraphCacheError, Plan, PlanError, restore, tune, with_corrections
-from graphcache.holding import Budget
 from graphcache.ir.roles import Names
-from graphcache.sampling import Sampling, converged
-from graphcache.transform import wrapped
-from graphcache.tuning import MOST_RATE, TuningEngine, Weights, decibel_rate, mean_psnr
+from graphcache.planning.gradient_memory import Budget
+from graphcache.planning.sampling import Sampling, converged
+from graphcache.planning.tuning import MOST_RATE, TuningEngine, Weights, decibel_rate, mean_psnr
+from graphcache.runtime.transform import wrapped
 from linear import LinearDiT, Replanned, Sampler, linear
 from tiny import tiny
 

@@ -22,7 +22,7 @@ from examples.digits.model import (
 from examples.digits.sample import sample
 from examples.samplers import digits_example
 from graphcache import presets
-from graphcache.metrics import frechet_distance
+from graphcache.planning.metrics import frechet_distance
 
 STEPS = 50
 SPEEDUP = 3.0

@@ -12,8 +12,8 @@ from torch import Tensor
 from examples.demo.measure import Row as Measured
 from examples.demo.picture import grid
 from examples.demo.searched import Searched
-from graphcache.comparison import Kind, Row
 from graphcache.page import write_page
+from graphcache.planning.comparison import Kind, Row
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

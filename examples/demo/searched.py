@@ -11,8 +11,8 @@ import graphcache
 from examples.demo.progress import stage
 from examples.samplers import Example
 from graphcache import Plan, Profile
-from graphcache.search import Found, search
-from graphcache.tuning import tune, with_corrections
+from graphcache.planning.search import Found, search
+from graphcache.planning.tuning import tune, with_corrections
 
 SAMPLES, SIZE = 2, 4
 """Generations that are profiled and tuned on, and samples in each."""

@@ -28,7 +28,7 @@ from examples.digits.model import (
     load_model,
 )
 from examples.digits.sample import sample
-from graphcache.metrics import frechet_distance
+from graphcache.planning.metrics import frechet_distance
 
 REFERENCE_COUNT = 4096
 

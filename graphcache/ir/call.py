@@ -25,6 +25,8 @@ from graphcache.ir.tree import (
     strip,
 )
 
+Key = tuple[Hashable, ...]
+"""The form of the model, a signature, and what else code depends on; gradient mode comes last."""
 _BY_IDENTITY = (torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum, type)
 _BY_VALUE = (type(None), bool, int, float, complex, str, bytes)
 _PLAIN = (*_BY_VALUE, *_BY_IDENTITY, numbers.Number, range, slice)

@@ -270,3 +270,8 @@ def may_be_same_sizes(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
     return len(ours) == len(theirs) and not any(
         statically_known_true(one != other) for one, other in zip(ours, theirs, strict=True)
     )
+
+
+def has_symbolic_shapes(step: StepGraph) -> bool:
+    """Whether some shape depends on data."""
+    return any(is_tensor(node) and not has_static_shape(node) for node in step.graph.nodes)

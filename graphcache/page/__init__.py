@@ -1,7 +1,7 @@
 """One HTML page about a profile and the plans made from it."""
 
-from graphcache.comparison import Row
 from graphcache.page.exports import save_charts
 from graphcache.page.page import write_page
+from graphcache.planning.comparison import Row
 
 __all__ = ["Row", "save_charts", "write_page"]

@@ -10,7 +10,7 @@ from graphcache.ir.graph import Branch
 from graphcache.ir.plan import COMPUTE, Plan
 from graphcache.ir.resolve import resolve
 from graphcache.ir.schedule import GUIDANCE, PREDICTION, Role, Schedule, site_of
-from graphcache.profile import Profile, parsed
+from graphcache.planning.profile import Profile, parsed
 
 HOLD = "-"
 """Neither computed nor taken: something around the site is taken from the cache."""

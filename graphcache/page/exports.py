@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graphcache.candidates import Candidate, pareto
-from graphcache.comparison import KINDS, Row
-from graphcache.extras import require
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import COMPUTE, REUSE, Plan
 from graphcache.ir.plantext import write_bytes
+from graphcache.libraries.extras import require
 from graphcache.page.course import HOLD, Course, meet
 from graphcache.page.heatmap import colour_scale
 from graphcache.page.names import common_prefix, shortened
@@ -19,7 +17,9 @@ from graphcache.page.promise import promise
 from graphcache.page.rows import unbeaten_rows
 from graphcache.page.scales import colour, is_light
 from graphcache.page.sensitivity import sensitivity
-from graphcache.profile import Profile
+from graphcache.planning.candidates import Candidate, pareto
+from graphcache.planning.comparison import KINDS, Row
+from graphcache.planning.profile import Profile
 
 DPI = 150
 MARKERS = ("o", "D", "^", "s", "P", "v")

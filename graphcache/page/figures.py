@@ -3,8 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from graphcache.candidates import Candidate, pareto
-from graphcache.comparison import KINDS, Row
 from graphcache.ir.units import number, size
 from graphcache.page.charts import (
     Chart,
@@ -23,7 +21,9 @@ from graphcache.page.course import Course
 from graphcache.page.names import shortened
 from graphcache.page.rows import unbeaten_rows
 from graphcache.page.scales import Axis, linear, logarithmic
-from graphcache.profile import Profile
+from graphcache.planning.candidates import Candidate, pareto
+from graphcache.planning.comparison import KINDS, Row
+from graphcache.planning.profile import Profile
 
 BANDS = ("low frequencies", "high frequencies")
 

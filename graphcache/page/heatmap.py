@@ -12,7 +12,7 @@ from graphcache.page.course import HOLD, Course
 from graphcache.page.names import common_prefix, shortened
 from graphcache.page.scales import Axis, colour, hexadecimal, is_light, logarithmic
 from graphcache.page.sensitivity import sensitivity
-from graphcache.profile import Profile
+from graphcache.planning.profile import Profile
 
 WIDTH, HEIGHT, TOP = 15, 17, 20
 LEGEND = 240.0

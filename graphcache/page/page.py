@@ -8,12 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from graphcache.candidates import Candidate
-from graphcache.comparison import Row
-from graphcache.extras import require
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import write_bytes
 from graphcache.ir.units import duration, fixed, number, size, work
+from graphcache.libraries.extras import require
 from graphcache.page import png
 from graphcache.page.course import meet
 from graphcache.page.figures import bands_chart, byte_strips, measured_front, promised_front
@@ -21,7 +19,9 @@ from graphcache.page.heatmap import heat_map
 from graphcache.page.promise import promise
 from graphcache.page.scales import VIRIDIS
 from graphcache.page.tokens import token_maps
-from graphcache.profile import Profile
+from graphcache.planning.candidates import Candidate
+from graphcache.planning.comparison import Row
+from graphcache.planning.profile import Profile
 
 TEMPLATES = "graphcache.page"
 

@@ -5,11 +5,11 @@ import math
 import numpy as np
 
 from graphcache.analysis.sensitivity import effect
-from graphcache.candidates import Candidate, partly_skipped, skipped, whole
 from graphcache.ir.plan import COMPUTE
 from graphcache.ir.schedule import GUIDANCE
 from graphcache.page.course import HOLD, Course
-from graphcache.profile import Profile, families
+from graphcache.planning.candidates import Candidate, partly_skipped, skipped, whole
+from graphcache.planning.profile import Profile, families
 
 Source = tuple[tuple[int, ...], tuple[float, ...]]
 """Steps of the values that stand in for a site's, and their weights."""

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from graphcache.comparison import Row
-from graphcache.pareto import unbeaten
+from graphcache.planning.comparison import Row
+from graphcache.planning.pareto import unbeaten
 
 
 def unbeaten_rows(rows: Sequence[Row]) -> tuple[Row, ...]:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from graphcache.analysis.full_steps import Table, gap_squares, steadied
-from graphcache.profile import Profile
+from graphcache.planning.profile import Profile
 
 
 def sensitivity(profile: Profile) -> np.ndarray:

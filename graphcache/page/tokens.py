@@ -10,7 +10,7 @@ from graphcache.page.course import branches_of
 from graphcache.page.names import common_prefix, shortened
 from graphcache.page.png import encode, uri
 from graphcache.page.scales import colour
-from graphcache.profile import Profile
+from graphcache.planning.profile import Profile
 
 SMALLEST_SIDE = 2
 

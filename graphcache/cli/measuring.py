@@ -1,0 +1,297 @@
+"""The command line's part that measures: profile, search, tune, compare."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import Progress
+from rich.table import Table
+
+from graphcache.cli.arguments import Device, Dtype, json_argument, plan_argument
+from graphcache.cli.console import console
+from graphcache.cli.sources import Placement, Sampled, load_object, load_sampled
+from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.plan import Plan
+from graphcache.ir.plantext import write_bytes
+from graphcache.ir.roles import Names
+from graphcache.planning.automatic import checker
+from graphcache.planning.candidates import Candidate
+from graphcache.planning.cluster import Cluster
+from graphcache.planning.comparison import Row
+from graphcache.planning.comparison import compare as compare_runs
+from graphcache.planning.gradient_memory import MEMORY
+from graphcache.planning.profile_file import load_profile
+from graphcache.planning.profiling import profile as profile_model
+from graphcache.planning.sampling import Sampler, Sampling, solved_by
+from graphcache.planning.search import Found
+from graphcache.planning.search import search as search_plan
+from graphcache.planning.tuning import tune as tune_plan
+from graphcache.planning.tuning import with_corrections
+
+Subject = Annotated[
+    str,
+    typer.Argument(
+        help="package.module:factory of (model, sampler, samples), or a local pipeline folder",
+        metavar="MODEL",
+    ),
+]
+Call = Annotated[str | None, typer.Option(help="a pipeline folder's call, as JSON", metavar="JSON")]
+Count = Annotated[int, typer.Option("--samples", help="a pipeline's samples: the call with seeds 0, 1, …")]
+Steps = Annotated[int, typer.Option(help="model evaluations of one generation")]
+Timestep = Annotated[str | None, typer.Option(help="forward's timestep argument, if it is not found")]
+Latents = Annotated[list[str] | None, typer.Option(help="its latents, or their paths, if they are not found")]
+Threads = Annotated[int | None, typer.Option(help="torch threads")]
+Memory = Annotated[
+    int, typer.Option(help="bytes for intermediate results; what does not fit is computed again")
+]
+Output = Annotated[Path, typer.Option(help="write here")]
+Ray = Annotated[
+    str | None,
+    typer.Option(help="shard over a Ray cluster: local, auto or host:port", metavar="ADDRESS"),
+]
+Backend = Annotated[str, typer.Option(help="a torch.compile backend, or none")]
+
+
+def profile(
+    model: Subject,
+    steps: Steps,
+    output: Output = Path("profile.json"),
+    conditional: Annotated[
+        str | None, typer.Option(help="first or last: the conditional half of a doubled batch")
+    ] = None,
+    probes: Annotated[int, typer.Option(help="random vectors carried back")] = 2,
+    window: Annotated[int, typer.Option(help="steps back to which effects are followed")] = 12,
+    seed: Annotated[int, typer.Option(help="of the probes")] = 0,
+    memory: Memory = MEMORY,
+    backend: Backend = "inductor",
+    call: Call = None,
+    samples: Count = 2,
+    timestep: Timestep = None,
+    latents: Latents = None,
+    threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    ray: Ray = None,
+) -> None:
+    """Measure a model's sensitivity; an interrupted run goes on where it was."""
+    found = _sampled(model, call, samples, threads, Placement(device, dtype))
+    with _mapping(ray, device) as run, Progress(console=console) as bar:
+        task = bar.add_task("profiling", total=len(found.samples))
+        made = profile_model(
+            found.model_or_pipe,
+            found.samples,
+            steps=steps,
+            sampler=found.sampler,
+            probes=probes,
+            window=window,
+            conditional=conditional,
+            timestep=timestep,
+            latents=latents or (),
+            seed=seed,
+            memory=memory,
+            backend=None if backend == "none" else backend,
+            path=output,
+            progress=lambda done, total: bar.update(task, completed=done),
+            run=run,
+        )
+    console.print(
+        f"wrote {output}: {len(made.sites)} sites, {made.steps} steps, {len(found.samples)} samples"
+    )
+
+
+def search(
+    profile: Annotated[Path, typer.Argument(help="of graphcache profile", metavar="PROFILE")],
+    output: Output = Path("plan.txt"),
+    speedup: Annotated[float | None, typer.Option(help="at least so many times as fast")] = None,
+    max_error: Annotated[float | None, typer.Option(help="at most this root mean square error")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="at most so many bytes cached")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="run the best plans on its samples, as for profile", metavar="MODEL")
+    ] = None,
+    call: Call = None,
+    samples: Count = 2,
+    timestep: Timestep = None,
+    latents: Latents = None,
+    threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    ray: Ray = None,
+) -> None:
+    """Solve for the best plan that a profile promises, and with --model of those that hold it."""
+    made = load_profile(profile)
+    check = None
+    if model is None and (ray or device or dtype):
+        raise GraphCacheError(
+            "--ray, --device and --dtype are for the runs of --model, which is missing; name one, or leave "
+            "them out"
+        )
+    if model is not None:
+        found_samples = _sampled(model, call, samples, threads, Placement(device, dtype))
+        names = Names.of(timestep, latents or ())
+        sampling = Sampling.of(found_samples.model_or_pipe, found_samples.sampler, names)
+        check = checker(sampling, found_samples.samples, made.steps)
+    with _mapping(ray, device) as run:
+        found = search_plan(
+            made, speedup=speedup, max_error=max_error, max_bytes=max_bytes, check=check, run=run
+        )
+    _print_front(found)
+    replace(found.plan, graph=made.provenance.graph).save(output)
+    console.print(f"wrote {output}: {_describe(found.chosen)}")
+
+
+def tune(
+    model: Subject,
+    plan: Annotated[str, typer.Argument(help="a plan file with listed coefficients", metavar="PLAN")],
+    output: Output = Path("tuned.txt"),
+    reference: Annotated[str, typer.Option(help="uncached or converged")] = "uncached",
+    iterations: Annotated[int, typer.Option(help="at most")] = 80,
+    held_out: Annotated[int, typer.Option(help="samples that judge the plan, the last ones")] = 1,
+    corrections: Annotated[bool, typer.Option(help="correct computed steps too")] = True,
+    memory: Memory = MEMORY,
+    call: Call = None,
+    samples: Count = 4,
+    timestep: Timestep = None,
+    latents: Latents = None,
+    threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Train a plan's coefficients through the sampler."""
+    found = _sampled(model, call, samples, threads, Placement(device, dtype))
+    if reference not in ("uncached", "converged"):
+        raise GraphCacheError(f"--reference {reference}: must be uncached or converged")
+    if not 0 < held_out < len(found.samples):
+        raise GraphCacheError(
+            f"--held-out {held_out}: there are {len(found.samples)} samples, one must be left"
+        )
+    given = Plan.load(plan)
+    with Progress(console=console) as bar:
+        task = bar.add_task("tuning", total=iterations)
+        result = tune_plan(
+            found.model_or_pipe,
+            with_corrections(given) if corrections and given.letter("c") is None else given,
+            found.samples[:-held_out],
+            found.samples[-held_out:],
+            sampler=found.sampler,
+            reference="converged" if reference == "converged" else "uncached",
+            iterations=iterations,
+            timestep=timestep,
+            latents=latents or (),
+            memory=memory,
+            progress=lambda now: bar.update(task, completed=now.number + 1),
+        )
+    result.plan.save(output)
+    console.print(f"wrote {output}: held out {result.before:.2f} dB before, {result.after:.2f} dB after")
+
+
+def compare(
+    model: Subject,
+    steps: Steps,
+    plan: Annotated[list[str] | None, typer.Option(help="preset[:steps[:key=value,…]] or a file")] = None,
+    fewer: Annotated[list[int] | None, typer.Option(help="the plain model with so many steps")] = None,
+    solver: Annotated[
+        list[str] | None, typer.Option(help="also fewer steps by this diffusers scheduler; pipelines only")
+    ] = None,
+    backend: Backend = "inductor",
+    features: Annotated[
+        str | None, typer.Option(help="package.module:function from results to features (N, D)")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
+    call: Call = None,
+    samples: Count = 2,
+    timestep: Timestep = None,
+    latents: Latents = None,
+    threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    ray: Ray = None,
+) -> None:
+    """Time plans and fewer steps against the plain compiled model, and measure how near they come to it."""
+    found = _sampled(model, call, samples, threads, Placement(device, dtype))
+    with _mapping(ray, device) as run, console.status("starting") as status:
+        rows = compare_runs(
+            found.model_or_pipe,
+            {text: plan_argument(text, steps) for text in plan or []},
+            found.samples,
+            steps=steps,
+            sampler=found.sampler,
+            fewer=_fewer(found, fewer or [], solver or []),
+            backend=None if backend == "none" else backend,
+            timestep=timestep,
+            latents=latents or (),
+            features=None if features is None else load_object(features),
+            progress=status.update,
+            run=run,
+        )
+    _print_rows(rows)
+    if output is not None:
+        write_bytes(json.dumps([asdict(row) for row in rows], indent=1).encode(), output)
+
+
+def _fewer(
+    found: Sampled, counts: Sequence[int], solvers: Sequence[str]
+) -> dict[str, tuple[Sampler | None, int]]:
+    """Rows of fewer steps by the own solver and others."""
+    if solvers and not counts:
+        raise GraphCacheError("--solver: there is nothing to solve; give --fewer a number of steps")
+    if solvers and found.sampler is not None:
+        raise GraphCacheError("--solver: a bare module's sampler has its own solver; give a pipeline")
+    rows: dict[str, tuple[Sampler | None, int]] = {f"{count} steps": (None, count) for count in counts}
+    for name in solvers:
+        sampler = solved_by(found.model_or_pipe, name)
+        rows |= {f"{count} steps {name}": (sampler, count) for count in counts}
+    return rows
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Give an application these commands."""
+    for command in (profile, search, tune, compare):
+        app.command()(command)
+
+
+def _sampled(model: str, call: str | None, count: int, threads: int | None, placement: Placement) -> Sampled:
+    if threads:
+        torch.set_num_threads(threads)
+    return load_sampled(model, json_argument(call), count, placement)
+
+
+@contextmanager
+def _mapping(ray: str | None, device: str | None) -> Iterator[Any]:
+    """What maps functions over items: a cluster, or this process."""
+    if ray is None:
+        yield map
+        return
+    if device is not None and ":" in device:
+        raise GraphCacheError(f"--device {device}: workers have devices of their own; leave the number out")
+    with Cluster(ray, gpus_per_task=int(device == "cuda")) as cluster:
+        yield cluster.map
+
+
+def _describe(item: Candidate) -> str:
+    computed = f"{item.family}, {len(item.computed)} of {item.plan.steps} steps computed"
+    known = "estimated" if item.measured is None else "measured"
+    return f"{computed}, {item.speedup:.2f}×, {known} error {item.known_error:.3g}, {item.bytes:,} bytes"
+
+
+def _print_front(found: Found) -> None:
+    table = Table("", "family", "computed", "speed-up", "error", "bytes", box=None)
+    for item in found.front:
+        mark = "→" if item.plan == found.chosen.plan else ""
+        cells = f"{item.speedup:.2f}", f"{item.known_error:.3g}", f"{item.bytes:,}"
+        table.add_row(mark, item.family, str(len(item.computed)), *cells)
+    console.print(table)
+
+
+def _print_rows(rows: Sequence[Row]) -> None:
+    table = Table("", "steps", "ms", "speed-up", "ideal", "PSNR", "±", "SSIM", "Fréchet", box=None)
+    forms = ("{}", "{:.1f}", "{:.2f}", "{:.2f}", "{:.2f}", "{:.2f}", "{:.4f}", "{:.3g}")
+    for row in rows:
+        values = (row.steps, row.ms, row.speedup, row.ideal, row.psnr, row.spread, row.ssim, row.frechet)
+        cells = ["" if v is None else form.format(v) for form, v in zip(forms, values, strict=True)]
+        table.add_row(row.name, *cells)
+    console.print(table)

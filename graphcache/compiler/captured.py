@@ -1,0 +1,98 @@
+"""A model's step for one signature, and the layout in which it takes its inputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from graphcache.ir.call import CallSpec, OutputSpec
+from graphcache.ir.graph import StepGraph
+from graphcache.ir.opaque import Opaque
+from graphcache.passes.base import Observer, Pass, run
+from graphcache.passes.simplify import Simplify
+from graphcache.passes.split import Split
+from graphcache.passes.tag import Tag
+from graphcache.tracing.capture import capture
+from graphcache.tracing.conditions import Conditions
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model's step for one signature, before any plan."""
+
+    step: StepGraph
+    call: CallSpec
+    output: OutputSpec
+    strides: tuple[tuple[int, ...], ...]
+    conditions: Conditions | None = None
+
+    @staticmethod
+    def of(
+        model: nn.Module,
+        call: CallSpec,
+        tensors: Sequence[torch.Tensor],
+        observers: Sequence[Observer] = (),
+        split: bool = False,
+        asks: bool = False,
+        before: Sequence[Opaque] = (),
+    ) -> "Captured":
+        """Capture a call.
+
+        Args:
+            model: in eval mode.
+            call: how the tensors make up the call.
+            tensors: its leaves.
+            observers: told of every pass.
+            split: fused branches as two sites.
+            asks: forward is known to ask for values.
+            before: opaque calls of an earlier capture.
+        """
+        examples = distinct([_dense(tensor) for tensor in tensors])
+        step, output, conditions = capture(model, call, tuple(examples), asks, before)
+        passes: list[Pass] = [Simplify(), Tag()]
+        step = run([*passes, Split()] if split else passes, step, observers)
+        strides = tuple(tensor.stride() for tensor in examples)
+        return Captured(step, call, output, strides, conditions)
+
+    def again(
+        self, model: nn.Module, tensors: Sequence[torch.Tensor], observers: Sequence[Observer]
+    ) -> "Captured":
+        """Capture the same call with other inputs."""
+        split = any(branch.role == "parallel.mlp" for branch in self.step.branches)
+        asks = self.conditions is not None
+        return Captured.of(model, self.call, tensors, observers, split, asks, self.step.opaque)
+
+
+def distinct(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same tensors, none of them twice the same object.
+
+    Tracing would make one input of two that are one object in the first call, and without guards keep to
+    that when they are two.
+    """
+    seen: set[int] = set()
+    result = []
+    for tensor in tensors:
+        result.append(tensor.view_as(tensor) if id(tensor) in seen else tensor)
+        seen.add(id(tensor))
+    return result
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The layout that the graph will be given: an expanded or sliced input is made contiguous."""
+    dense = torch.empty_like(tensor).stride()
+    return tensor if tensor.stride() == dense else tensor.contiguous()
+
+
+def laid(strides: Sequence[tuple[int, ...]], tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The inputs in the layout that was captured; compiled code does not look at strides again."""
+    if all(t.stride() == stride for t, stride in zip(tensors, strides, strict=True)):
+        return tensors
+    return [_lay(tensor, stride) for tensor, stride in zip(tensors, strides, strict=True)]
+
+
+def _lay(tensor: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    if tensor.stride() == stride:
+        return tensor
+    made = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return made.copy_(tensor)

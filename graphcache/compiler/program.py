@@ -1,0 +1,240 @@
+"""One signature of a model, made ready to run: captured, tagged, hoisted, and a graph per phase."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from graphcache.analysis.cost import graph_flops
+from graphcache.analysis.dataflow import Dataflow
+from graphcache.analysis.fingerprint import fingerprint
+from graphcache.analysis.invariant import invariant_values
+from graphcache.analysis.liveness import lower
+from graphcache.analysis.ranges import cut_range
+from graphcache.analysis.tokens import TokenCut, memories, token_cuts
+from graphcache.compiler.captured import Captured, laid
+from graphcache.compiler.compile import Backend, Kept, build
+from graphcache.compiler.guidance_half import Half, capture_half
+from graphcache.compiler.histories import entries
+from graphcache.compiler.phase_code import Runnable
+from graphcache.ir.errors import PlanError
+from graphcache.ir.graph import Input, StepGraph, storage_bytes, value_of
+from graphcache.ir.plan import Plan
+from graphcache.ir.resolve import resolve
+from graphcache.ir.schedule import Guided, Memory, Phase, Role, Schedule, site_of
+from graphcache.libraries.exclusive import COMPILING
+from graphcache.passes.base import Observer, Pass, run
+from graphcache.passes.guidance import Guide
+from graphcache.passes.hoist import Hoist, Prologue
+from graphcache.passes.narrow import Narrow
+from graphcache.passes.offload import Offload
+from graphcache.passes.specialize import Specialize
+
+PhaseKey = tuple[Phase, tuple[tuple[str, int, int], ...], Guided | None, tuple[Memory, ...], frozenset[str]]
+
+
+@dataclass
+class Program:
+    """A captured step, its prologue, and its phases under any plan, each made when first needed."""
+
+    captured: Captured
+    backend: Backend
+    varying: frozenset[int] = frozenset()
+    offload: bool = False
+    observers: Sequence[Observer] = ()
+    kept: Kept | None = None
+    half: Half | None = None
+    tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
+    phases: dict[PhaseKey, Runnable] = field(default_factory=dict)
+    _schedules: dict[tuple[Plan, int, Role, bool], Schedule] = field(default_factory=dict)
+
+    def without(self, changed: set[int]) -> "Program":
+        """The same, with these inputs taken to change at every step."""
+        varying = self.varying | changed
+        return replace(self, varying=varying, half=None, phases={}, _schedules={})
+
+    def halve(self, model: nn.Module, tensors: Sequence[torch.Tensor], conditional: str) -> None:
+        """Capture the step for the conditional half of these inputs as well.
+
+        Raises:
+            CaptureError: one half of the batch cannot run alone.
+        """
+
+        inputs = laid(self.captured.strides, tensors)
+        self.half = capture_half(model, self.captured, self._held, inputs, conditional, self.observers)
+
+    @cached_property
+    def _held(self) -> tuple[str, ...]:
+        return invariant_values(self.captured.step, self.varying)
+
+    @cached_property
+    def prologue(self) -> Runnable | None:
+        """Computes the hoisted values; None when there are none.
+
+        It is never compiled, which takes longer than one run in a generation could gain.
+        """
+        if not self._held:
+            return None
+        step = run((Prologue(self._held),), self.captured.step, self.observers)
+        return Runnable(step, build(step, None))
+
+    def prepared(self) -> "Program":
+        """Itself, its prologue made, before other threads can see it."""
+        with COMPILING:
+            _ = self.prologue
+        return self
+
+    @cached_property
+    def prologue_inputs(self) -> tuple[int, ...]:
+        """Leaves that the prologue reads, and that must therefore not change within a generation."""
+        if self.prologue is None:
+            return ()
+        return tuple(port.index for port in self.prologue.step.inputs if isinstance(port, Input))
+
+    @cached_property
+    def step(self) -> StepGraph:
+        return run((Hoist(self._held),), self.captured.step, self.observers)
+
+    @cached_property
+    def half_step(self) -> StepGraph:
+        assert self.half is not None
+        names = tuple(name for name in self._held if name in self.half.hoisted)
+        return run((Hoist(names),), self.half.step, self.observers)
+
+    @cached_property
+    def _flow(self) -> Dataflow:
+        return Dataflow(self.captured.step)
+
+    def cuts(self, plan: Plan) -> dict[str, TokenCut]:
+        """How the sites that a plan gives token budgets run on some of their tokens."""
+        symbols = {letter.symbol for letter in plan.letters if letter.is_tokens}
+        if not symbols:
+            return {}
+        step = self.captured.step
+        rows = resolve(plan, step.branches, step.blocks).branches
+        return token_cuts(
+            self._flow, [name for name, row in rows.items() if not symbols.isdisjoint(row.actions)]
+        )
+
+    def schedule(self, plan: Plan, start: int = 0, role: Role = "only", shared: bool = False) -> Schedule:
+        """The plan from a step on, lowered for this model and for calls of this role.
+
+        `shared`: both halves of the batch are the same latents.
+        """
+        key = (plan, start, role, shared)
+        if key not in self._schedules:
+            with COMPILING:
+                self._refuse_other_model(plan)
+                step, cuts = self.captured.step, self.cuts(plan)
+                schedule = lower(plan, step.branches, start, role, memories(step, cuts), shared)
+                self.tokens |= {name: (cut.rows, cut.tokens) for name, cut in cuts.items()}
+                if role == "doubled":
+                    self._refuse_mixed(schedule)
+                return self._schedules.setdefault(key, schedule)
+        return self._schedules[key]
+
+    def _refuse_other_model(self, plan: Plan) -> None:
+        if plan.graph is not None and plan.graph != self.fingerprint:
+            raise PlanError(
+                f"the plan was made for model {plan.graph}, and this one is {self.fingerprint}; profile this "
+                "model and search a plan for it, or take graph= out of the plan's header to use it anyway"
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells models apart; see `graphcache.analysis.fingerprint`."""
+        return fingerprint(self.captured.step)
+
+    def _refuse_mixed(self, schedule: Schedule) -> None:
+        """Only what holds the branches one half after the other can be cached for each of them."""
+        assert self.half is not None
+        step = self.captured.step
+        values = {branch.name: {branch.value} for branch in step.branches}
+        values |= {
+            name: set(cut_range(step, name, first, last).leaving) for name, first, last in schedule.ranges
+        }
+        for name in {site_of(name) for phase in schedule.phases for name, _ in phase.actions}:
+            if not self.half.mixed.isdisjoint(values.get(name, ())):
+                raise PlanError(
+                    f"row guidance: {name} mixes the samples of both branches within one dimension, so "
+                    "neither can have a cache of its own; let the site compute, or call the branches one by "
+                    "one, each in its model.cache_context('cond') or ('uncond')"
+                )
+
+    def phase(self, schedule: Schedule, index: int) -> Runnable:
+        """The specialised graph of a phase."""
+        phase, ranges, guided = schedule.phases[index], schedule.ranges, schedule.guided
+        moved = self.moved(schedule)
+        key = phase, ranges, guided, schedule.memories, moved
+        if key not in self.phases:
+            with COMPILING:
+                if key not in self.phases:
+                    self.phases[key] = self._made(phase, schedule, moved)
+        return self.phases[key]
+
+    def _made(self, phase: Phase, schedule: Schedule, moved: frozenset[str]) -> Runnable:
+        guided = schedule.guided
+        conditional = guided.conditional if guided else None
+        passes: list[Pass] = [Specialize(phase, schedule.ranges, conditional, schedule.memories)]
+        if guided is not None:
+            passes.append(Guide(phase, guided))
+        if self.backend is not None:
+            # what is not compiled keeps the bits of the untouched model
+            passes.append(Narrow())
+        if moved:
+            passes.append(Offload(moved))
+        step = run(passes, self.half_step if phase.half else self.step, self.observers)
+        return Runnable(step, build(step, self.backend, self.kept), self.half if phase.half else None)
+
+    def moved(self, schedule: Schedule) -> frozenset[str]:
+        """Histories that are kept in host memory."""
+        return schedule.movable if self.offload else frozenset()
+
+    def ideal_speedup(self, schedule: Schedule) -> float:
+        """FLOPs of the plain model over all steps, by those of the plan, its prologue included."""
+        plain = self.plain_flops * len(schedule.steps)
+        planned = sum(self.flops(schedule, index, hoists=not index) for index in range(len(schedule.steps)))
+        return plain / planned if planned else float("inf")
+
+    @cached_property
+    def plain_flops(self) -> int:
+        """Of one evaluation of the plain model."""
+        return graph_flops(self.captured.step)
+
+    def flops(self, schedule: Schedule, index: int, hoists: bool) -> int:
+        """Of one step of a schedule; `hoists`: with what is computed once per generation."""
+        once = graph_flops(self.prologue.step) if hoists and self.prologue else 0
+        return once + self.phase(schedule, schedule.steps[index].phase).flops
+
+    @property
+    def graphs(self) -> int:
+        """Graphs of phases built so far, which are what a backend compiles."""
+        return len(self.phases)
+
+    @property
+    def batch(self) -> int:
+        """Samples in a call's latents."""
+        ports = self.captured.step.ports()
+        latents = next(node for port, node in ports if isinstance(port, Input) and port.kind == "latent")
+        return int(value_of(latents).shape[0])
+
+    def entries(self, schedule: Schedule) -> Mapping[str, Sequence[torch.Tensor]]:
+        """One entry of every history that the schedule stores, as fake tensors."""
+        return entries(self.phase(schedule, index).step for index in range(len(schedule.phases)))
+
+    def entry_bytes(self, schedule: Schedule) -> dict[str, int]:
+        """Bytes of one entry of every history that the schedule stores."""
+        return {name: sum(map(storage_bytes, values)) for name, values in self.entries(schedule).items()}
+
+    def check(self, plan: Plan, role: Role = "only") -> None:
+        """Lower a plan and specialise every phase, so that whatever is wrong is said now.
+
+        Raises:
+            PlanError: the plan does not fit the model.
+        """
+        schedule = self.schedule(plan, role=role)
+        if not self.captured.step.branches and plan.rows:
+            raise PlanError("the model has no residual branches that a plan could speak of")
+        self.entries(schedule)

@@ -1,0 +1,1 @@
+"""What a plan costs at sizes that were not captured."""

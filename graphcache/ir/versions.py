@@ -1,0 +1,18 @@
+"""Tensors known again, and how often they were written."""
+
+import weakref
+
+import torch
+
+Stamp = tuple[weakref.ref[torch.Tensor], int]
+"""A tensor, which is not kept alive, and how often it had been written; -1 if it does not count that."""
+
+
+def version(tensor: torch.Tensor | None) -> int:
+    """Counts changes in place; inference tensors have no count."""
+    return -1 if tensor is None or tensor.is_inference() else tensor._version
+
+
+def stamp(tensor: torch.Tensor) -> Stamp:
+    """By which the same tensor, unchanged, is known again."""
+    return weakref.ref(tensor), version(tensor)

@@ -1,0 +1,1 @@
+"""Dealings with other libraries: optional ones, PyTorch's log, kernels and the lock around its tracing."""

@@ -1,0 +1,1 @@
+"""From a model to a plan: sampling, profiling, search, tuning, comparison."""

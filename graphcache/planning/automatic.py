@@ -1,0 +1,157 @@
+"""`auto`: profile, search, tune, check and transform, with one knob."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from graphcache.compiler.compile import Backend
+from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.plan import Plan
+from graphcache.ir.roles import Names
+from graphcache.planning.gradient_memory import MEMORY
+from graphcache.planning.profile import Profile
+from graphcache.planning.profiling import profile
+from graphcache.planning.sampling import Sampler, Sampling
+from graphcache.planning.search import Found, search
+from graphcache.planning.tuning import Tuned, mean_psnr, tune, with_corrections
+from graphcache.runtime.transform import transform
+
+Target = TypeVar("Target")
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """What `auto` found: the transformed model or pipeline, its plan, and how it came about.
+
+    `held_out` is the plan's mean PSNR to the uncached run, in decibels, of samples that no
+    coefficient was fitted to.
+    """
+
+    model: Any
+    plan: Plan
+    profile: Profile
+    found: Found
+    tuned: Tuned | None
+    held_out: float
+
+
+def auto(
+    model_or_pipe: Target,
+    samples: Sequence[Any],
+    *,
+    steps: int,
+    speedup: float = 2.0,
+    sampler: Sampler | None = None,
+    max_bytes: int | None = None,
+    iterations: int = 60,
+    reference: Literal["uncached", "converged"] = "uncached",
+    conditional: str | None = None,
+    backend: Backend = "inductor",
+    timestep: str | None = None,
+    latents: str | Sequence[str] = (),
+    data_range: float = 2.0,
+    seed: int = 0,
+    memory: int = MEMORY,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Automatic:
+    """Make a model, or a pipeline's transformer, `speedup` times as fast with the best plan found for it.
+
+    The last quarter of the samples, at least one, is held out of profiling and judges the tuned plan; of the
+    rest at most eight are profiled.
+
+    Args:
+        model_or_pipe: as for `profile`.
+        samples: two or more.
+        steps: model evaluations of one generation.
+        speedup: over the plain model.
+        sampler: runs a bare module through a generation.
+        max_bytes: of the plan's caches.
+        iterations: of tuning; 0 leaves the fitted coefficients.
+        reference: what tuning aims at, see `tune`.
+        conditional: the conditional half of a doubled batch.
+        backend: of the timed steps and of the result.
+        timestep: the name of the timestep argument, if it is not found.
+        latents: those of the latents, as for `transform`.
+        data_range: largest minus smallest value of a result.
+        seed: of the profile.
+        memory: bytes that profiling and tuning may take for intermediate results.
+        folder: where `profile.json` and `plan.txt` are written.
+        progress: told what is done now.
+
+    Raises:
+        GraphCacheError: there are too few samples, or one of the parts fails; its message says why.
+    """
+    if len(samples) < 2:
+        raise GraphCacheError("auto needs two samples or more: one of them judges the plan")
+    sampling = Sampling.of(model_or_pipe, sampler, Names.of(timestep, latents))
+    held = max(1, len(samples) // 4)
+    trained, judges = samples[:-held], samples[-held:]
+    place = None if folder is None else os.path.join(folder, "profile.json")
+    measured = profile(
+        model_or_pipe,
+        trained[:8],
+        steps=steps,
+        sampler=sampler,
+        conditional=conditional,
+        timestep=timestep,
+        latents=latents,
+        seed=seed,
+        memory=memory,
+        backend=backend,
+        path=place,
+        progress=lambda done, total: progress(f"profiling, sample {done} of {total}"),
+    )
+    progress("searching")
+    found = search(
+        measured, speedup=speedup, max_bytes=max_bytes, check=checker(sampling, trained[:2], steps)
+    )
+    plan, tuned = found.plan, None
+    if iterations and plan.lists_coefficients:
+        tuned = tune(
+            model_or_pipe,
+            with_corrections(plan),
+            trained,
+            judges,
+            sampler=sampler,
+            reference=reference,
+            iterations=iterations,
+            data_range=data_range,
+            timestep=timestep,
+            latents=latents,
+            memory=memory,
+            progress=lambda now: progress(f"tuning, iteration {now.number + 1} of at most {iterations}"),
+        )
+        plan = tuned.plan
+    plan = replace(plan, graph=measured.provenance.graph)
+    if folder is not None:
+        plan.save(os.path.join(folder, "plan.txt"))
+    progress("checking")
+    held_out = judged(sampling, plan, judges, data_range)
+    made = transform(model_or_pipe, plan, backend=backend, timestep=timestep, latents=latents)
+    return Automatic(made, plan, measured, found, tuned, held_out)
+
+
+def checker(sampling: Sampling, samples: Sequence[Any], steps: int) -> Callable[[Plan], float]:
+    """Measures a plan's root mean square error on some samples; the uncached ones are made once."""
+    references = [sampling.generate(sampling.model, sample, steps) for sample in samples]
+
+    def check(plan: Plan) -> float:
+        model = sampling.planned(plan)
+        total, count = 0.0, 0
+        for sample, target in zip(samples, references, strict=True):
+            result = sampling.generate(model, sample, steps)
+            total += float((result.double() - target.double()).square().sum())
+            count += target.numel()
+        return float((total / count) ** 0.5)
+
+    return check
+
+
+def judged(sampling: Sampling, plan: Plan, samples: Sequence[Any], data_range: float) -> float:
+    """A plan's mean PSNR to the uncached run in decibels."""
+    model = sampling.planned(plan)
+    results = [sampling.generate(model, sample, plan.steps) for sample in samples]
+    references = [sampling.generate(sampling.model, sample, plan.steps) for sample in samples]
+    return mean_psnr(results, references, data_range)

@@ -1,0 +1,113 @@
+"""How long a compiled step takes when sites are taken from the cache: what plans are priced by."""
+
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphcache.analysis.branches import branch_members
+from graphcache.compiler.captured import laid
+from graphcache.compiler.compile import Backend, compile_plainly
+from graphcache.compiler.phase_code import Runnable
+from graphcache.compiler.program import Program
+from graphcache.ir.graph import StepGraph
+from graphcache.ir.letter import Letter
+from graphcache.ir.plan import Plan, Row
+from graphcache.ir.roles import Names
+from graphcache.ir.selector import Selector
+from graphcache.planning.bench import Generation
+from graphcache.runtime.runner import begun, feed, run_prologue
+from graphcache.runtime.transform import transform
+
+ACTIONS = "##fff#f#fff#f"
+"""Of the plans that are timed; the first two steps are warm-up. The computed ones after them follow
+skipped ones, as in most plans: they can take a few per cent longer than one after another."""
+
+
+def step_seconds(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    families: Mapping[str, Sequence[str]],
+    *,
+    backend: Backend,
+    names: Names,
+    rounds: int = 5,
+) -> dict[str, float]:
+    """Median seconds of a step: `plain`, `compute`, and every family's from the cache.
+
+    Args:
+        inputs: keyword arguments of one call.
+        families: sites that are forecast together, by name.
+        backend: that compiles the phases.
+        names: of the arguments that are latents and timestep.
+        rounds: interleaved generations of each; one before them warms up.
+    """
+    plans = {name: _plan(sites) for name, sites in families.items()}
+    generation = Generation(inputs, names.timestep, len(ACTIONS))
+    calls: dict[str, Any] = {"plain": compile_plainly(model, backend)}
+    calls |= {
+        name: transform(
+            model, plan, backend=backend, timestep=names.timestep, latents=names.latents, wait="never"
+        )
+        for name, plan in plans.items()
+    }
+    times: dict[str, list[list[float]]] = {name: [] for name in calls}
+    with torch.no_grad():
+        for turn in range(rounds + 1):
+            for name in random.Random(turn).sample(list(calls), len(calls)):
+                times[name].append(generation.run(calls[name]))
+    found = {"plain": _median(times["plain"], range(len(ACTIONS)))}
+    whole = [step for step, action in enumerate(ACTIONS) if action == "#" and step > 1]
+    skipped = [step for step, action in enumerate(ACTIONS) if action == "f"]
+    found["compute"] = statistics.median(_median(times[name], whole) for name in plans)
+    return found | {name: _median(times[name], skipped) for name in plans}
+
+
+class _Timed(fx.Interpreter):
+    """Adds up how long each operation takes."""
+
+    def __init__(self, step: StepGraph) -> None:
+        super().__init__(step.module)
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def run_node(self, n: fx.Node) -> Any:
+        start = time.perf_counter()
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor) and result.is_cuda:
+            torch.cuda.synchronize(result.device)
+        self.seconds[n.name] += time.perf_counter() - start
+        return result
+
+
+def site_seconds(program: Program, tensors: Sequence[torch.Tensor], rounds: int = 3) -> dict[str, float]:
+    """Seconds of each branch, and of the whole step as `output`, run operation by operation."""
+    state = begun((), program, Plan(1), 0, "only")
+    inputs = laid(program.captured.strides, tensors)
+    with torch.no_grad():
+        run_prologue(state, tensors, inputs)
+        fed = feed(state.cache, Runnable(program.step, list), inputs, state.now)
+        timed = _Timed(program.step)
+        timed.run(*fed)
+        timed.seconds.clear()
+        for _ in range(rounds):
+            timed.run(*fed)
+    members = branch_members(program.step)
+    found = {name: sum(timed.seconds[node] for node in nodes) / rounds for name, nodes in members.items()}
+    return found | {"output": sum(timed.seconds.values()) / rounds}
+
+
+def _plan(sites: Sequence[str]) -> Plan:
+    if list(sites) == ["guidance"]:
+        return Plan(len(ACTIONS), rows=(Row(Selector.parse("guidance"), ACTIONS.replace("f", ".")),))
+    letter = Letter("f", "newton", (("order", 1),))
+    return Plan(len(ACTIONS), (letter,), tuple(Row(Selector.parse(site), ACTIONS) for site in sites))
+
+
+def _median(rounds: Sequence[Sequence[float]], steps: Sequence[int]) -> float:
+    """Over all steps and all rounds but the first."""
+    return statistics.median(times[step] for times in rounds[1:] for step in steps)

@@ -1,0 +1,238 @@
+"""`compare`: plans, presets and fewer steps on one model, by time and by quality."""
+
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import msgspec
+import torch
+from torch import Tensor
+
+from graphcache.compiler.compile import Backend, compile_plainly
+from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.plan import Plan
+from graphcache.ir.plantext import read_bytes
+from graphcache.ir.roles import Names
+from graphcache.planning.metrics import frechet_distance, psnr, ssim
+from graphcache.planning.sampling import Sampler, Sampling, refuse_random
+
+Kind = Literal["preset", "searched", "fewer steps", "plain"]
+Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+KINDS: tuple[Kind, ...] = ("preset", "searched", "fewer steps", "plain")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured contender.
+
+    Attributes:
+        name: also that of its picture.
+        kind: where it comes from; `plain` is the untouched model, which the others are compared with.
+        speedup: the plain model's median time by this one's.
+        psnr: dB to the plain model's results, mean over the samples; None of those themselves.
+        ssim: likewise; None where results are no images of 7x7 pixels or more.
+        frechet: Fréchet distance of the results' features; None where it was not measured.
+        ms: milliseconds of one generation, the median.
+        steps: of a generation.
+        ideal: speed-up in FLOPs.
+        spread: standard deviation of the generations' mean PSNR.
+    """
+
+    name: str
+    kind: Kind
+    speedup: float
+    psnr: float | None
+    ssim: float | None = None
+    frechet: float | None = None
+    ms: float | None = None
+    steps: int | None = None
+    ideal: float | None = None
+    spread: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise GraphCacheError(f"row {self.name}: kind={self.kind!r}; kinds are {', '.join(KINDS)}")
+
+
+def load_rows(path: str | os.PathLike[str]) -> tuple[Row, ...]:
+    """Read what `graphcache compare --output` wrote.
+
+    Raises:
+        GraphCacheError: the file holds something else.
+    """
+    try:
+        return tuple(msgspec.json.decode(read_bytes(path), type=list[Row]))
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise GraphCacheError(f"{os.fspath(path)}: no comparison in JSON: {error}") from None
+
+
+def compare(
+    model_or_pipe: Any,
+    plans: Mapping[str, Plan],
+    samples: Sequence[Any],
+    *,
+    steps: int,
+    sampler: Sampler | None = None,
+    fewer: Mapping[str, tuple[Sampler | None, int]] | None = None,
+    backend: Backend = "inductor",
+    timestep: str | None = None,
+    latents: str | Sequence[str] = (),
+    data_range: float = 2.0,
+    features: Callable[[Tensor], Tensor] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+    run: Map = map,
+) -> tuple[Row, ...]:
+    """Time whole generations, interleaved, and measure results against the plain model's.
+
+    Args:
+        model_or_pipe: as for `graphcache.profile`.
+        plans: contenders by name.
+        samples: one generation each; take others than were profiled or tuned on.
+        steps: of the plain model's generation.
+        sampler: runs a bare module through a generation.
+        fewer: the plain model with other numbers of steps, by name: a sampler, None for the same, and steps.
+        backend: compiles the plain model and the plans' phases.
+        timestep: the name of the timestep argument, if it is not found.
+        latents: those of the latents, as for `transform`.
+        data_range: largest minus smallest value of a result.
+        features: results -> (N, D), for Fréchet distances.
+        progress: told what is done now.
+        run: maps a function over the samples; a cluster's `map` gives the same results. Every sample is run
+            by all contenders on one machine, which compiles them anew for each.
+
+    Raises:
+        GraphCacheError: the sampler is random, or a plan does not fit.
+    """
+    if not samples:
+        raise GraphCacheError("samples is empty: a comparison needs at least one")
+    sampling = Sampling.of(model_or_pipe, sampler, Names.of(timestep, latents))
+    refuse_random(sampling, samples[0], steps)
+    contest = _Contest(sampling, dict(plans), steps, dict(fewer or {}), backend)
+    progress(f"compiling {len(contest.names)} contenders")
+    rounds = []
+    for measured in run(contest, list(enumerate(samples))):
+        rounds.append(measured)
+        progress(f"sample {len(rounds)} of {len(samples)}")
+    return tuple(_row(name, contest, rounds, data_range, features) for name in contest.names)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One contender's generation from one sample."""
+
+    seconds: float
+    result: Tensor
+    ideal: float
+
+
+@dataclass
+class _Contest:
+    """Runs a sample with all contenders, in shuffled order; they are compiled when the first one comes."""
+
+    sampling: Sampling
+    plans: dict[str, Plan]
+    steps: int
+    fewer: dict[str, tuple[Sampler | None, int]]
+    backend: Backend
+    runs: dict[str, Callable[[Any], Tensor]] = field(default_factory=dict)
+    planned: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return ["plain", *self.plans, *self.fewer]
+
+    def __call__(self, turn: tuple[int, Any]) -> dict[str, _Measured]:
+        number, sample = turn
+        if not self.runs:
+            self._prepare()
+            for run in self.runs.values():
+                run(sample)
+        order = random.Random(number).sample(self.names, len(self.names))
+        return {name: self._measured(name, sample) for name in order}
+
+    def count(self, name: str) -> int:
+        """Steps of a contender's generation."""
+        return self.fewer[name][1] if name in self.fewer else self.steps
+
+    def kind(self, name: str) -> Kind:
+        if name in self.fewer:
+            return "fewer steps"
+        if name not in self.plans:
+            return "plain"
+        return "searched" if self.plans[name].preset is None else "preset"
+
+    def _prepare(self) -> None:
+        plain = compile_plainly(self.sampling.model, self.backend)
+        self.runs["plain"] = self._run(self.sampling, plain, self.steps)
+        for name, plan in self.plans.items():
+            model = self.sampling.transformed(plan, self.backend)
+            self.planned[name] = model
+            self.runs[name] = self._run(self.sampling, model, self.steps)
+        for name, (sampler, count) in self.fewer.items():
+            solver = replace(self.sampling, sampler=sampler or self.sampling.sampler)
+            self.runs[name] = self._run(solver, plain, count)
+
+    @staticmethod
+    def _run(sampling: Sampling, model: Any, steps: int) -> Callable[[Any], Tensor]:
+        return lambda sample: sampling.generate(model, sample, steps)
+
+    def _measured(self, name: str, sample: Any) -> _Measured:
+        start = time.perf_counter()
+        result = self.runs[name](sample)
+        if result.is_cuda:
+            torch.cuda.synchronize(result.device)
+        seconds = time.perf_counter() - start
+        ideal = self.steps / self.count(name)
+        if name in self.planned:
+            ideal = self.planned[name].summary().branches[0].ideal_speedup
+        return _Measured(seconds, result, ideal)
+
+
+def _row(
+    name: str,
+    contest: _Contest,
+    rounds: Sequence[Mapping[str, _Measured]],
+    data_range: float,
+    features: Callable[[Tensor], Tensor] | None,
+) -> Row:
+    spent, plain = (statistics.median(one[who].seconds for one in rounds) for who in (name, "plain"))
+    row = Row(
+        name,
+        contest.kind(name),
+        plain / spent,
+        None,
+        ms=1e3 * spent,
+        steps=contest.count(name),
+        ideal=rounds[0][name].ideal,
+    )
+    if row.kind == "plain":
+        return row
+    results, references = ([one[who].result for one in rounds] for who in (name, "plain"))
+    return _judged(row, results, references, data_range, features)
+
+
+def _judged(
+    row: Row,
+    results: Sequence[Tensor],
+    references: Sequence[Tensor],
+    data_range: float,
+    features: Callable[[Tensor], Tensor] | None,
+) -> Row:
+    pairs = list(zip(results, references, strict=True))
+    means = [float(psnr(result, target, data_range).mean()) for result, target in pairs]
+    made, wanted = _frames(torch.cat(list(results))), _frames(torch.cat(list(references)))
+    alike = None
+    if made.dim() == 4 and min(made.shape[-2:]) >= 7:
+        alike = float(ssim(made, wanted, data_range).mean())
+    distance = None if features is None else frechet_distance(features(made), features(wanted))
+    mean, spread = statistics.fmean(means), statistics.pstdev(means)
+    return replace(row, psnr=mean, spread=spread, ssim=alike, frechet=distance)
+
+
+def _frames(results: Tensor) -> Tensor:
+    """Images as they are; clips (N, C, T, H, W) frame by frame."""
+    return results.transpose(1, 2).flatten(0, 1) if results.dim() == 5 else results

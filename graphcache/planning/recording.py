@@ -1,0 +1,203 @@
+"""What one profiled generation tells: Gram matrices, effects on the result, and drift by token and band."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphcache.analysis.frequency import basis
+from graphcache.planning.probing import OUTPUT, Values
+from graphcache.planning.profile import Part
+from graphcache.runtime.session import Branch
+
+GUIDANCE = "guidance"
+SKETCH = 4096
+"""Numbers that a value is reduced to before its products with those of other steps are taken."""
+
+
+@dataclass
+class Recording:
+    """Observes one generation and its probes; arrays are indexed as those of `Profile`.
+
+    Attributes:
+        steps: evaluations of a branch.
+        window: how many steps back effects are followed.
+        probes: random vectors carried back.
+        rows: samples in the result, the length of its first dimension; known after the generation.
+        conditional: the half of a doubled batch that is the conditional branch's, or None.
+    """
+
+    steps: int
+    window: int
+    probes: int
+    seed: int
+    conditional: str | None
+    rows: int = 1
+    numbers: int = 0
+    calls: int = 1
+    probe: int = 0
+    gram: dict[str, np.ndarray] = field(default_factory=dict)
+    effects: dict[str, np.ndarray] = field(default_factory=dict)
+    drift: dict[str, np.ndarray] = field(default_factory=dict)
+    ranking: dict[str, np.ndarray] = field(default_factory=dict)
+    bands: np.ndarray | None = None
+    _sketches: dict[tuple[str, Branch], list[Tensor]] = field(default_factory=dict)
+    _last: dict[tuple[str, Branch], Tensor] = field(default_factory=dict)
+    _held: dict[tuple[str, Branch], list[tuple[int, Tensor]]] = field(default_factory=dict)
+    _pairs: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    _signs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def saw(self, step: int, branch: Branch, values: Values) -> None:
+        """Forwards: sketches for the Gram matrices, and how far each token moved."""
+        for name, tensors in values.items():
+            sketch = torch.cat([self._sketch(tensor) for tensor in tensors])
+            self._sketches.setdefault((name, branch), []).append(sketch)
+            if len(tensors) == 1 and tensors[0].dim() == 3 and name != OUTPUT:
+                self._tokens(step, name, branch, tensors[0])
+        difference = self._difference(step, branch, values[OUTPUT][0])
+        if difference is not None:
+            self._sketches.setdefault((GUIDANCE, ("", 0)), []).append(self._sketch(difference))
+            self._spectrum(step, difference)
+
+    def pulled(self, step: int, branch: Branch, values: Values, gradients: Values) -> None:
+        """Backwards: products of the gradients at later steps with this step's value."""
+        for name, tensors in values.items():
+            value = self._by_sample(tensors)
+            self._contract(name, branch, step, value, self._by_sample(gradients[name]))
+        output, gradient = values[OUTPUT][0], gradients[OUTPUT][0]
+        difference = self._difference(step, branch, output)
+        pulled = self._unconditional(branch, gradient)
+        if pulled is not None:
+            self._pairs.setdefault(-1 - step, {})["gradient"] = -pulled
+        if difference is not None:
+            self._pairs.setdefault(-1 - step, {})["difference"] = difference
+        pair = self._pairs.get(-1 - step, {})
+        if len(pair) == 2:
+            del self._pairs[-1 - step]
+            given = self._by_sample((pair["gradient"],))
+            self._contract(GUIDANCE, ("", 0), step, self._by_sample((pair["difference"],)), given)
+
+    def turn(self, result: Tensor) -> None:
+        """The generation has ended: take the products of all its steps."""
+        self.rows = int(result.shape[0])
+        self.numbers = result.numel() // self.rows
+        self.calls = len({branch for name, branch in self._sketches if name == OUTPUT})
+        for (name, _), sketches in self._sketches.items():
+            stacked = torch.stack(sketches).double()
+            product = (stacked @ stacked.T).cpu().numpy()
+            self.gram[name] = self.gram.get(name, 0) + product
+        self._sketches.clear()
+        self._last.clear()
+        self._pairs.clear()
+
+    def part(self) -> Part:
+        """What was recorded, once all probes have come back."""
+        effects = {name: table.astype(np.float32) for name, table in self.effects.items()}
+        return Part(self.gram, effects, self.drift, self.ranking, self.bands, self.numbers, self.calls)
+
+    def next_probe(self) -> None:
+        """A probe has come back to the first step."""
+        self.probe += 1
+        self._held.clear()
+        self._pairs.clear()
+
+    def _sketch(self, value: Tensor) -> Tensor:
+        """The value itself where it is small, else its signed sums over random buckets (CountSketch)."""
+        flat = value.detach().flatten().float()
+        if flat.numel() <= SKETCH:
+            return flat
+        if flat.numel() not in self._signs:
+            generator = torch.Generator().manual_seed(self.seed)
+            signs = torch.randint(0, 2, (flat.numel(),), generator=generator) * 2.0 - 1
+            buckets = torch.randint(0, SKETCH, (flat.numel(),), generator=generator)
+            self._signs[flat.numel()] = signs.to(flat.device), buckets.to(flat.device)
+        signs, buckets = self._signs[flat.numel()]
+        return torch.zeros(SKETCH, device=flat.device).index_add_(0, buckets, flat * signs)
+
+    def _by_sample(self, tensors: Sequence[Tensor]) -> Tensor:
+        """(samples, numbers) where the first dimension is the samples', once or twice; else (1, numbers)."""
+        parts = []
+        for tensor in tensors:
+            rows = int(tensor.shape[0]) if tensor.dim() else 0
+            if rows not in (self.rows, 2 * self.rows):
+                return torch.cat([item.detach().flatten() for item in tensors])[None].float()
+            folded = tensor.detach().reshape(rows // self.rows, self.rows, -1)
+            parts.append(folded.transpose(0, 1).flatten(1))
+        return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).float()
+
+    def _contract(self, name: str, branch: Branch, step: int, value: Tensor, gradient: Tensor) -> None:
+        held = self._held.setdefault((name, branch), [])
+        held.append((step, gradient))
+        while held[0][0] - step > self.window:
+            held.pop(0)
+        table = self.effects.setdefault(name, np.zeros((self.steps, self.window + 1, self.probes, self.rows)))
+        # several times as fast as one product with all of them stacked, which copies them
+        products = torch.stack([torch.linalg.vecdot(item, value) for _, item in held])
+        for (later, _), product in zip(held, products.double().cpu().numpy(), strict=True):
+            table[later, later - step, self.probe, : len(product)] += product
+
+    def _tokens(self, step: int, name: str, branch: Branch, value: Tensor) -> None:
+        value = value.detach().float()
+        before = self._last.get((name, branch))
+        self._last[name, branch] = value
+        if before is None or before.shape != value.shape:
+            return
+        moved = (value - before).norm(dim=-1)
+        size = value.norm(dim=-1).mean().clamp(min=1e-20)
+        table = self.drift.setdefault(name, np.zeros((self.steps, value.shape[1])))
+        table[step] += (moved.square().mean(dim=0).sqrt() / size).cpu().double().numpy()
+        ranks = self.ranking.setdefault(name, np.zeros(self.steps))
+        ranks[step] += _spearman(before.norm(dim=-1), moved)
+
+    def _difference(self, step: int, branch: Branch, output: Tensor) -> Tensor | None:
+        """What the conditional branch adds, once both branches of a step are known."""
+        output = output.detach().float()
+        if self.conditional is not None:
+            first, second = output.chunk(2)
+            return first - second if self.conditional == "first" else second - first
+        if branch[0] not in ("cond", "uncond"):
+            return None
+        pair = self._pairs.setdefault(step, {})
+        pair[branch[0]] = output
+        if len(pair) < 2:
+            return None
+        del self._pairs[step]
+        return pair["cond"] - pair["uncond"]
+
+    def _unconditional(self, branch: Branch, gradient: Tensor) -> Tensor | None:
+        if self.conditional is not None:
+            return gradient.chunk(2)[1 if self.conditional == "first" else 0]
+        return gradient if branch[0] == "uncond" else None
+
+    def _spectrum(self, step: int, difference: Tensor) -> None:
+        """How far the difference's low and high band moved since the step before, relative to it."""
+        if difference.dim() < 4:
+            return
+        before = self._last.get((GUIDANCE, ("", 0)))
+        self._last[GUIDANCE, ("", 0)] = difference
+        if before is None:
+            return
+        if self.bands is None:
+            self.bands = np.zeros((self.steps, 2))
+        moved, size = difference - before, difference.norm().clamp(min=1e-20)
+        low = _low_band(moved)
+        self.bands[step] += [float(low.norm() / size), float((moved - low).norm() / size)]
+
+
+def _low_band(value: Tensor) -> Tensor:
+    """The part of the frequencies below a fifth of the sides, by products with their real bases."""
+    for dim in (-1, -2):
+        side = int(value.shape[dim])
+        table = basis(side, min(value.shape[-2:]) // 5).to(value)
+        value = (value.transpose(dim, -1) @ table.T @ table).transpose(dim, -1)
+    return value
+
+
+def _spearman(one: Tensor, other: Tensor) -> float:
+    """Rank correlation over the last dimension, the mean over the first."""
+    ranks = [item.argsort(dim=-1).argsort(dim=-1).double() for item in (one, other)]
+    centred = [rank - rank.mean(dim=-1, keepdim=True) for rank in ranks]
+    product = (centred[0] * centred[1]).sum(dim=-1)
+    return float((product / (centred[0].norm(dim=-1) * centred[1].norm(dim=-1)).clamp(min=1e-20)).mean())

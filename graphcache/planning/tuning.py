@@ -1,0 +1,302 @@
+"""`tune`: a plan's listed coefficients, trained through the sampler."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.checkpoint import checkpoint
+
+from graphcache.compiler.compile import Backend
+from graphcache.compiler.phase_code import Runnable
+from graphcache.ir.errors import GraphCacheError, PlanError
+from graphcache.ir.graph import Coefficients
+from graphcache.ir.letter import Letter
+from graphcache.ir.plan import COMPUTE, Plan
+from graphcache.ir.resolve import resolve
+from graphcache.ir.roles import Names
+from graphcache.planning.gradient_memory import MEMORY, Budget, with_own_inputs
+from graphcache.planning.metrics import psnr
+from graphcache.planning.sampling import Sampler, Sampling, converged, refuse_random, with_frozen_weights
+from graphcache.runtime.engine import Engine, Options
+from graphcache.runtime.runner import BranchState, run_step
+from graphcache.runtime.session import Branch
+from graphcache.runtime.transform import wrapped
+
+MOST_RATE = 0.05
+"""Coefficients are near 1: larger updates of them are not small."""
+_LEAST_ERROR = 1e-20
+"""Mean square error; equal results would have infinite decibels."""
+Key = tuple[int, int]
+"""(row, step) of listed coefficients."""
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """PSNR to the references, mean over samples in decibels, before an update."""
+
+    number: int
+    trained: float
+    held_out: float | None
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned plan, its curve, and PSNR of the held-out samples before and after."""
+
+    plan: Plan
+    curve: tuple[Iteration, ...]
+    before: float
+    after: float
+
+
+@with_frozen_weights
+def tune(
+    model_or_pipe: Any,
+    plan: Plan,
+    samples: Sequence[Any],
+    held_out: Sequence[Any],
+    *,
+    sampler: Sampler | None = None,
+    reference: Literal["uncached", "converged"] = "uncached",
+    iterations: int = 80,
+    rate: float | None = None,
+    every: int = 10,
+    patience: int = 4,
+    data_range: float = 2.0,
+    timestep: str | None = None,
+    latents: str | Sequence[str] = (),
+    memory: int = MEMORY,
+    progress: Callable[[Iteration], None] = lambda iteration: None,
+) -> Tuned:
+    """Train the coefficients that a plan's rows list, with Adam, on the distance to reference results.
+
+    Each iteration runs one sample through the whole sampler and back. Of each step the sum of the
+    coefficients and the shares of the older entries are trained, since the newest entries nearly agree.
+
+    Args:
+        model_or_pipe: as for `profile`.
+        plan: with `fitted` or `tuned` letters; `with_corrections` lets computed steps be tuned as well.
+        samples: trained on in turn.
+        held_out: judge the plan; the best one for them is returned.
+        reference: "uncached", the same run computed whole; "converged", the limit of many steps.
+        iterations: updates, at most.
+        rate: Adam's, falling to a tenth along a cosine. By default the first update would gain one decibel
+            if error were linear in the coefficients: the better a plan, the smaller its rate.
+        every: updates between two looks at the held-out samples.
+        patience: looks without a gain that are borne; one more stops it.
+        data_range: largest minus smallest value of a result, for the decibels.
+        timestep: the name of the timestep argument, if it is not found.
+        latents: those of the latents, as for `transform`.
+        memory: bytes that evaluations' intermediate results may take; what does not fit is computed again.
+
+    Raises:
+        GraphCacheError: the plan lists no coefficients, or none that reaches the result, or the sampler is
+            random or does not converge.
+    """
+    for name, given in (("samples", samples), ("held_out", held_out)):
+        if not given:
+            raise GraphCacheError(f"{name} is empty: tuning needs at least one sample there")
+    sampling = Sampling.of(model_or_pipe, sampler, Names.of(timestep, latents))
+    refuse_random(sampling, samples[0], plan.steps)
+    chosen = {"uncached": _uncached, "converged": converged}[reference]
+    targets = [chosen(sampling, sample, plan.steps) for sample in samples]
+    held_targets = [chosen(sampling, sample, plan.steps) for sample in held_out]
+    weights = Weights(plan)
+    engine = TuningEngine(sampling.model, weights, sampling.names, sampling.pipe)
+    model = wrapped(sampling.model, engine)
+    trained = list(weights.parameters())
+
+    def judged() -> float:
+        results = [sampling.generate(model, sample, plan.steps) for sample in held_out]
+        return mean_psnr(results, held_targets, data_range)
+
+    best_plan, before = plan, judged()
+    best, stale, curve = before, 0, list[Iteration]()
+    for number in range(iterations):
+        turn = number % len(samples)
+        engine.budget = Budget(memory)
+        result = sampling.generate(model, samples[turn], plan.steps, gradients=True)
+        error = psnr(result, targets[turn], data_range, _LEAST_ERROR).mean()
+        reached = float(error.detach())
+        if not math.isfinite(reached):
+            raise GraphCacheError(f"iteration {number}: PSNR is {reached}; lower rate=")
+        if not error.requires_grad:
+            raise GraphCacheError(
+                "no coefficient that the plan lists reaches the result: their rows are overridden by later "
+                "ones or by the output's, or the sampler detaches what the model returns"
+            )
+        weights.zero_grad()
+        torch.autograd.backward(-error, inputs=trained)
+        del result, error  # and what they hold
+        if number == 0:
+            rate = decibel_rate(trained) if rate is None else rate
+            optimiser = Adam(trained, lr=rate, betas=(0.9, 0.95))
+            schedule = CosineAnnealingLR(optimiser, iterations, eta_min=rate / 10)
+        optimiser.step()
+        schedule.step()
+        held = None
+        if (number + 1) % every == 0 or number + 1 == iterations:
+            held = judged()
+            stale += 1
+            if held > best:
+                best, best_plan, stale = held, weights.plan(), 0
+        curve.append(Iteration(number, reached, held))
+        progress(curve[-1])
+        if stale > patience:
+            break
+    return Tuned(best_plan, tuple(curve), before, best)
+
+
+def decibel_rate(trained: Sequence[nn.Parameter]) -> float:
+    """The rate at which an update gains one decibel if error is linear, by gradients in decibels.
+
+    Adam's first update moves every parameter by the rate.
+    """
+    slope = sum(float(parameter.grad.abs().sum()) for parameter in trained if parameter.grad is not None)
+    return 1 / max(slope, 1 / MOST_RATE)
+
+
+def with_corrections(plan: Plan, symbol: str = "c") -> Plan:
+    """The plan with every computed step but a row's first corrected: a·new + b·previous, at first 1 and 0.
+
+    Guidance stays as it is.
+    """
+    if plan.letter(symbol) is not None:
+        raise PlanError(f"the plan has a letter {symbol!r} already; give symbol=")
+    rows = []
+    for row in plan.rows:
+        if row.selector.is_guidance:
+            rows.append(row)
+            continue
+        corrected = [step for step in range(1, plan.steps) if row.actions[step] == COMPUTE]
+        actions = "".join(symbol if step in corrected else action for step, action in enumerate(row.actions))
+        listed = (*row.coefficients, *((step, (1.0, 0.0)) for step in corrected))
+        rows.append(replace(row, actions=actions, coefficients=listed))
+    letters = (*plan.letters, Letter(symbol, "tuned compute"))
+    return replace(plan, letters=letters, rows=tuple(rows), preset=None)
+
+
+def mean_psnr(results: Sequence[Tensor], references: Sequence[Tensor], data_range: float = 2.0) -> float:
+    """Mean over all samples of the results' first dimensions, in decibels."""
+    pairs = zip(results, references, strict=True)
+    return float(
+        torch.cat([psnr(result, target, data_range, _LEAST_ERROR) for result, target in pairs]).mean()
+    )
+
+
+def _uncached(sampling: Sampling, sample: Any, steps: int) -> Tensor:
+    return sampling.generate(sampling.model, sample, steps)
+
+
+class Weights(nn.Module):
+    """A plan's listed coefficients: by row and step their sum, and the shares of all but the newest entry."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.given = plan
+        self.values = nn.ParameterDict()
+        for number, row in enumerate(plan.rows):
+            for step, listed in row.coefficients:
+                start = torch.tensor([sum(listed), *listed[1:]], dtype=torch.float32)
+                self.values[_name((number, step))] = nn.Parameter(start)
+        if not len(self.values):
+            raise GraphCacheError(
+                "the plan lists no coefficients, so there is nothing to tune; take one from search(), or "
+                "with_corrections(plan)"
+            )
+
+    def coefficients(self, key: Key) -> Tensor:
+        """Newest entry first."""
+        value = self.values[_name(key)]
+        return torch.cat([(value[0] - value[1:].sum())[None], value[1:]])
+
+    def plan(self) -> Plan:
+        """The plan with the coefficients as they are now."""
+        rows = []
+        for number, row in enumerate(self.given.rows):
+            listed = tuple(
+                (step, tuple(self.coefficients((number, step)).tolist())) for step, _ in row.coefficients
+            )
+            rows.append(replace(row, coefficients=listed))
+        return replace(self.given, rows=tuple(rows), preset=None)
+
+
+def _name(key: Key) -> str:
+    return f"{key[0]}_{key[1]}"
+
+
+class TuningEngine(Engine):
+    """Runs a model under a plan whose coefficients are parameters.
+
+    What gradients need is held for the first evaluations, within `budget`; of others the inputs alone.
+    """
+
+    def __init__(self, model: nn.Module, weights: Weights, names: Names, pipe: Any = None) -> None:
+        super().__init__(model, Options(weights.given, names=names), pipe)
+        self.weights = weights
+        self.budget = Budget(0)
+        self._keys: dict[tuple[int, int], dict[int, Key]] = {}
+
+    def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            return super().__call__(args, kwargs)
+        bound = self.binder.bind(args, kwargs)
+        key, tensors = self.binder.signature(bound)
+        spec = self._spec(key, bound)
+        latent = spec.leaf_names[spec.sole_latent(tensors, "tune")]
+        if not bound[latent].requires_grad:
+            # whether a gradient is needed is part of a signature, and at later steps it is
+            bound[latent] = bound[latent].clone().requires_grad_()
+        return super().__call__((), bound)
+
+    def compilation(self) -> Backend:
+        """None: code that is compiled without gradients has none later."""
+        return None
+
+    def evaluate(self, branch: Branch, state: BranchState, tensors: Sequence[Tensor]) -> Any:
+        keys, count = self._groups(state), state.program.captured.output.count
+
+        def evaluated(runnable: Runnable, fed: list[Tensor]) -> Sequence[Tensor]:
+            for place, port in enumerate(runnable.step.inputs):
+                if isinstance(port, Coefficients) and port.group in keys:
+                    weights = self.weights.coefficients(keys[port.group])
+                    padding = weights.new_zeros(len(fed[place]) - len(weights))
+                    fed[place] = torch.cat([weights, padding]).to(fed[place])
+            if all(tensor.grad_fn is None for tensor in fed):
+                # no coefficient was met yet, or none is trained
+                with torch.no_grad():
+                    return runnable.call(*fed)
+            fed = with_own_inputs(runnable, fed)
+            if self.budget.takes(runnable):
+                results = runnable.call(*fed)
+                # samplers may change these in place
+                return [*(result.clone() for result in results[:count]), *results[count:]]
+            again: Sequence[Tensor] = checkpoint(
+                runnable.call, *fed, use_reentrant=False, preserve_rng_state=False
+            )
+            return again
+
+        return run_step(state, tensors, evaluated)
+
+    def _groups(self, state: BranchState) -> dict[int, Key]:
+        """The row and step behind each group of coefficients of the current step."""
+        cached = self._keys.get((id(state.schedule), state.step))
+        if cached is not None:
+            return cached
+        plan, step = self.weights.given, state.program.captured.step
+        found = resolve(plan, step.branches, step.blocks)
+        rows = dict(found.branches)
+        rows |= {f"range({first}..{last})": row for row, first, last in found.ranges}
+        rows |= {"output": found.output} if found.output else {}
+        keys: dict[int, Key] = {}
+        for name, action in state.schedule.phases[state.now.phase].actions:
+            site = name.partition("|")[0]
+            if action.group >= 0 and site in rows and rows[site].listed(state.step) is not None:
+                keys.setdefault(action.group, (plan.rows.index(rows[site]), state.step))
+        self._keys[id(state.schedule), state.step] = keys
+        return keys

@@ -1,0 +1,328 @@
+"""From a module and one call of it to a functional StepGraph."""
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
+
+from graphcache.ir.call import CallSpec, OutputSpec
+from graphcache.ir.errors import CaptureError
+from graphcache.ir.graph import Input, Output, StepGraph
+from graphcache.ir.opaque import Opaque
+from graphcache.libraries.exclusive import COMPILING
+from graphcache.libraries.kernels import ChosenKernels
+from graphcache.libraries.quiet import quiet_tracing
+from graphcache.tracing.answers import Answers, Diverged
+from graphcache.tracing.asking import Traced, decided, traced
+from graphcache.tracing.explanation import Stopped, because, explain
+from graphcache.tracing.functional import Unknown, erase_unread, functional, inlined, is_functional
+from graphcache.tracing.hooks import is_own
+from graphcache.tracing.numeric_time import about_numbers, refuse_unlike_numbers, run_as_tensors
+from graphcache.tracing.opaque import is_foreign, named
+from graphcache.tracing.plain_tensors import Originals
+from graphcache.tracing.rehearsal import random_states_kept, rehearse
+from graphcache.tracing.standing_in import StandIns
+from graphcache.tracing.undisturbed import undisturbed
+from graphcache.tracing.unseen_writes import SeenWrites
+from graphcache.tracing.untraceable import Chosen, Untraceable
+
+_PURE_RANDOM = {
+    torch.ops.aten.scaled_dot_product_attention.default,
+    torch.ops.aten.dropout.default,
+}
+
+
+def capture(
+    model: nn.Module,
+    call: CallSpec,
+    tensors: tuple[torch.Tensor, ...],
+    asks: bool = False,
+    before: Sequence[Opaque] = (),
+) -> Traced:
+    """Trace one evaluation of `model` into a pure graph over flat tensors.
+
+    Where forward asks for values of inputs that a generation keeps, it is traced with the answers of a real
+    call. Other captures cost no more for that.
+
+    Args:
+        model: in eval mode, without hooks.
+        call: how the flat tensors make up the arguments.
+        tensors: example leaves; beside the values that forward asks for, only their shapes, strides, dtypes
+            and devices matter.
+        asks: whether forward is known to ask for values.
+        before: opaque calls of an earlier capture, whose modules are not tried again.
+
+    Returns:
+        The graph, sharing the model's parameters, the structure of the model's result, and the values that
+        the graph is right for.
+
+    Raises:
+        CaptureError: for whatever a graph cannot hold, naming the cause and what to do about it.
+    """
+    originals = Originals()
+    tensors = tuple([originals.plain(tensor) for tensor in tensors])
+    devices = {tensor.device for tensor in (*tensors, *model.parameters())}
+
+    stand_ins = StandIns(model, Chosen(model, before))
+
+    def called(answers: Answers | None) -> None:
+        if answers is not None:
+            with stand_ins.apart(answers.paused), answers.record():
+                run_as_tensors(call, model, tensors)
+        else:
+            first_called()
+        numbers = [tensors[index] for index in call.numbers]
+        stand_ins.observe(lambda: run_as_tensors(call, model, tensors), numbers)
+
+    def first_called() -> None:
+        with ChosenKernels():
+            if call.numbers:
+                refuse_unlike_numbers(call, model, tensors)
+            else:
+                OutputSpec.of(call.run(model, tensors))
+
+    def attempt(answers: Answers | None) -> Traced:
+        return undisturbed(
+            model,
+            originals,
+            lambda: rehearse(lambda: called(answers), devices),
+            lambda: _traced(model, call, tensors, originals, stand_ins, answers),
+        )
+
+    with (
+        COMPILING,
+        _uncompiled(model),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        random_states_kept(devices),
+    ):
+        while True:
+            try:
+                return traced(attempt, asks)
+            except Untraceable as error:
+                stand_ins.chosen.widen(error)
+
+
+def _traced(
+    model: nn.Module,
+    call: CallSpec,
+    tensors: tuple[torch.Tensor, ...],
+    originals: Originals,
+    stand_ins: StandIns,
+    answers: Answers | None,
+) -> Traced:
+    if answers is not None and not answers.given:
+        raise Diverged
+    outputs: list[OutputSpec] = []
+    wrapper = _FlatCall(model, call, stand_ins.begin, outputs.append, answers)
+    try:
+        with (
+            stand_ins.standing_in(),
+            quiet_tracing(),
+            _without_stack_traces(),
+            # export writes code for modules that nobody calls, which takes a seventh of the time
+            _use_lazy_graph_module(True),
+            SeenWrites(),
+        ):
+            program = torch.export.export(wrapper, tensors, strict=False)
+            program, graph = _functional(program)
+    except CaptureError as error:
+        raise Untraceable(str(error), stand_ins.chosen.around_error(error), f": {error}") from error
+    except Exception as error:
+        reason = explain(error) + "." * bool(call.numbers) + about_numbers(call)
+        around = stand_ins.chosen.around_error(error)
+        cause = error.__cause__ if isinstance(error, Stopped) else error
+        raise Untraceable(reason, around, because(error)) from cause
+    _refuse_mutation(program.graph_signature)
+    graph, held = _unlifted(program, graph)
+    _refuse_foreign(graph, held)
+    _refuse_ops(graph)
+    results: Any = graph.output_node().args[0]
+    step = StepGraph(
+        fx.GraphModule({name: originals.of(value) for name, value in held.items()}, graph),
+        graph,
+        tuple(Input(call.kind(index), index, name) for index, name in enumerate(call.leaf_names)),
+        tuple(Output(index) for index in range(len(results))),
+        opaque=stand_ins.calls,
+    )
+    if answers is None:
+        return Traced(step, outputs[-1], None)
+    return decided(step, outputs[-1], answers, tensors, about_numbers(call))
+
+
+@contextlib.contextmanager
+def _uncompiled(model: nn.Module) -> Iterator[None]:
+    """Call modules that Module.compile() compiled as they were, so that tracing sees through them."""
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    kept = [module.__dict__.pop("_compiled_call_impl") for module in compiled]
+    try:
+        yield
+    finally:
+        for module, call in zip(compiled, kept, strict=True):
+            module._compiled_call_impl = call
+
+
+@contextlib.contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Leave out the source lines of each node, which take a quarter of the time and which nothing reads."""
+    config: Any = fx.config
+    before = getattr(config, "do_not_emit_stack_traces", None)
+    config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        config.do_not_emit_stack_traces = before
+
+
+class _FlatCall(nn.Module):
+    """The model behind a flat signature; remembers the structure of what it returned."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        call: CallSpec,
+        begins: Callable[[], None],
+        returned: Callable[[OutputSpec], None],
+        answers: Answers | None,
+    ) -> None:
+        super().__init__()
+        self.begins = begins
+        self.model = model
+        self.call = call
+        self.answers = answers
+        if answers is not None:
+            self.values = answers.tensors
+        # export restores every attribute that forward sets, so the structure leaves through a function
+        self.returned = returned
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.begins()
+        try:
+            with self.answers.replay(self.values) if self.answers else contextlib.nullcontext():
+                result = run_as_tensors(self.call, self.model, tensors)
+            output, leaves = OutputSpec.of(result)
+        except CaptureError:
+            raise
+        except Exception as error:
+            raise Stopped from error
+        self.returned(output)
+        return (*leaves, *(tensor for _, tensor in self.answers.asked)) if self.answers else leaves
+
+
+def _functional(program: Any) -> tuple[Any, fx.Graph]:
+    """The program and its graph without in-place operations, whose writes into views would be lost otherwise.
+
+    PyTorch's own way traces once more, which takes as long as the export itself.
+    """
+    graph = inlined(program.graph)
+    if is_functional(graph):
+        return program, graph
+    try:
+        return program, functional(graph)
+    except Unknown:
+        program = program.run_decompositions({})
+        return program, program.graph
+
+
+def _refuse_mutation(signature: Any) -> None:
+    changed = {OutputKind.BUFFER_MUTATION: "buffer", OutputKind.USER_INPUT_MUTATION: "input"}
+    for output in signature.output_specs:
+        if output.kind in changed:
+            raise CaptureError(
+                f"the model's forward changes the {changed[output.kind]} '{output.target}' in place; "
+                "a cached step would skip that change: make forward pure"
+            )
+    for entry in signature.input_specs:
+        if entry.kind == InputKind.TOKEN:
+            raise CaptureError(
+                "the model's forward has effects beyond its result (an effect token); make it pure"
+            )
+
+
+def _unlifted(program: Any, exported: fx.Graph) -> tuple[fx.Graph, dict[str, Any]]:
+    """The graph with the caller's tensors as its only inputs, and what it takes from the model, by name."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    held: dict[str, Any] = {}
+    values = {**program.constants, **program.state_dict}
+    inputs = list(
+        zip(exported.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True)
+    )
+    for node, spec in inputs:
+        if spec.kind == InputKind.USER_INPUT:
+            env[node] = graph.node_copy(node)
+    for node, spec in inputs:
+        if node not in env:
+            held[spec.target] = values[spec.target]
+            env[node] = graph.get_attr(spec.target)
+            env[node].meta.update(node.meta)
+    results: Any = graph.graph_copy(exported, env)
+    graph.output(tuple(results))
+    erase_unread(graph)
+    return graph, held
+
+
+def _refuse_foreign(graph: fx.Graph, held: Mapping[str, Any]) -> None:
+    """Weights of which tracing saw the bytes alone must be read by opaque calls only."""
+    for node in graph.find_nodes(op="get_attr"):
+        value = held.get(node.target)
+        if isinstance(value, torch.Tensor) and is_foreign(value):
+            reader = next(iter(node.users))
+            raise _untraceable(reader, f"reads '{node.target}', a {type(value).__name__}, as plain bytes")
+
+
+def _refuse_ops(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        target = node.target
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            raise _untraceable(node, f"runs {target}, whose inner graph cannot be rewritten")
+        if not isinstance(target, torch._ops.OpOverload):
+            continue
+        if target._schema.is_mutable:
+            raise _untraceable(node, f"runs {target}, which changes its input in place")
+        if _drops(node):
+            raise CaptureError(f"{_place(node)} runs dropout in training mode; pass training=self.training")
+        if torch.Tag.nondeterministic_seeded in target.tags and target not in _PURE_RANDOM:
+            raise CaptureError(
+                f"{_place(node)} draws random numbers ({target}); a plan cannot say what reusing them means: "
+                "draw them outside the model and pass them in"
+            )
+
+
+def _drops(node: fx.Node) -> bool:
+    """Whether dropout is active, on its own or within attention."""
+    if node.target is torch.ops.aten.dropout.default:
+        return bool(node.args[1] and node.args[2])
+    is_attention = node.target is torch.ops.aten.scaled_dot_product_attention.default
+    return is_attention and bool((node.args[4:5] and node.args[4]) or node.kwargs.get("dropout_p"))
+
+
+def _untraceable(node: fx.Node, does: str) -> Untraceable:
+    return Untraceable(f"{_place(node)} {does}", _around(node), f": it {does}")
+
+
+def _place(node: fx.Node) -> str:
+    around = _around(node)
+    return named(around[0]) if around else "the model"
+
+
+def _around(node: fx.Node) -> list[str]:
+    """The paths of the modules that a node was traced in, from the inside out."""
+    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    found = [re.sub(r"@\d+", "", path).removeprefix("model").lstrip(".") for path in reversed(paths)]
+    return [path for path in found if path]
+
+
+def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the model's forward, without self."""
+    own = model.__dict__.get("forward")
+    if own is not None and is_own(model):
+        return inspect.signature(own).parameters
+    signature = inspect.signature(type(model).forward)
+    return dict(list(signature.parameters.items())[1:])

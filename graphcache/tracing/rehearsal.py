@@ -1,0 +1,135 @@
+"""One real call of a model before it is traced, which leaves every tensor and random state as they were."""
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from graphcache.ir.errors import CaptureError
+from graphcache.tracing.explanation import user_line
+
+_AS_THEY_ARE = (CaptureError, MemoryError, torch.OutOfMemoryError)
+Undo = Callable[[], bool]
+"""Undoes writes, and says whether there were any."""
+
+
+def rehearse(call: Callable[[], Any], devices: Iterable[torch.device]) -> Undo:
+    """Call a model once, so that what it makes in its first call, and keeps out of sight, holds real values.
+
+    Args:
+        call: the model's call; its result is dropped.
+        devices: on which the model computes.
+
+    Returns:
+        Undoes what the call wrote into tensors that are older.
+
+    Raises:
+        CaptureError: the call fails; then it is undone. Lack of memory is raised as it is.
+    """
+    writes = Writes()
+    try:
+        with _disable_current_modes(), random_states_kept(devices), writes:
+            call()
+    except BaseException as error:
+        writes.undo()
+        if isinstance(error, _AS_THEY_ARE) or not isinstance(error, Exception):
+            raise
+        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+        raise CaptureError(f"the model itself fails on this call{user_line(error)}: {reason}") from error
+    finally:
+        torch.clear_autocast_cache()
+    return writes.undo
+
+
+@contextlib.contextmanager
+def random_states_kept(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Whatever random numbers are drawn within, later ones are as if none had been."""
+    numpy: Any = sys.modules.get("numpy")
+    own, arrays = random.getstate(), numpy.random.get_state() if numpy else None
+    indices = sorted({device.index or 0 for device in devices if device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(indices):
+            yield
+    finally:
+        random.setstate(own)
+        if numpy:
+            numpy.random.set_state(arrays)
+
+
+class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps a copy of every tensor older than itself before it is written to."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._effects: dict[Any, _Effects] = {}
+        self._new: set[int] = set()
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def written(self) -> list[torch.Tensor]:
+        """The older tensors that were written to."""
+        return [tensor for tensor, _ in self._copies]
+
+    def undo(self) -> bool:
+        """Write the copies back, the newest first, and say whether there are any."""
+        copies, self._copies = self._copies, []
+        for tensor, copy in reversed(copies):
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                tensor.copy_(copy)
+        return bool(copies)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in self._effects:
+            self._effects[func] = _Effects.of(func)
+        effects = self._effects[func]
+        for index, name in effects.written:
+            for tensor in _tensors(args[index] if index < len(args) else kwargs.get(name)):
+                self._keep(tensor)
+        result = func(*args, **kwargs)
+        if effects.is_new:
+            self._new.update(map(_memory, _tensors(result)))
+        return result
+
+    def _keep(self, tensor: torch.Tensor) -> None:
+        if _memory(tensor) not in self._new:
+            self._copies.append((tensor, tensor.clone()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Effects:
+    """Of an operation: which arguments it writes to, and whether its results have memory of their own."""
+
+    written: tuple[tuple[int, str], ...]
+    is_new: bool
+
+    @staticmethod
+    def of(operation: Any) -> "_Effects":
+        schema = getattr(operation, "_schema", None)
+        if schema is None:
+            return _Effects((), False)
+        arguments = enumerate(schema.arguments)
+        written = [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        return _Effects(tuple(written), all(one.alias_info is None for one in schema.returns))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        yield from (item for item in value if isinstance(item, torch.Tensor))
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Identifies what a tensor's values lie in; those without memory of their own by themselves."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)
