@@ -150,7 +150,9 @@ class _Functional:
             view = whole
         return part
 
-    def _call(self, node: fx.Node, target: OpOverload, operand: fx.Node, *args: Any, **kwargs: Any) -> fx.Node:
+    def _call(
+        self, node: fx.Node, target: OpOverload, operand: fx.Node, *args: Any, **kwargs: Any
+    ) -> fx.Node:
         """A new operation whose result has the shape and type of its first operand."""
         made = self._made(node, target, operand, *args, **kwargs)
         before, after = value_of(operand), value_of(made)
