@@ -17,8 +17,8 @@ _AS_THEY_ARE = (CaptureError, MemoryError, torch.OutOfMemoryError)
 _UNCOMPILED = "found no compiled frames"
 """What PyTorch says of code that has to be compiled, and is not since operations are watched."""
 _COMPILES = (
-    "forward lets code be compiled as a whole (flex attention does), which PyTorch does not do while a call's "
-    "writes are watched; use code that is not compiled within forward. It fails"
+    "forward lets code be compiled as a whole (flex attention does), which PyTorch does not do while a "
+    "call's writes are watched; use code that is not compiled within forward. It fails"
 )
 Undo = Callable[[], bool]
 """Undoes writes, and says whether there were any."""
