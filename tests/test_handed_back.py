@@ -51,7 +51,9 @@ def arguments(time: float = 0.5) -> dict[str, Tensor]:
 
 
 class Kept:
-    """Keys as an object keeps them."""
+    """Keys as an object keeps them of which nobody can say what it holds."""
+
+    __slots__ = ("keys",)
 
     def __init__(self, keys: Tensor) -> None:
         self.keys = keys

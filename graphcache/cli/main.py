@@ -91,7 +91,7 @@ def inspect(
         cost = f"{site.flops / 1e6:.2f}", f"{site.share:.1%}"
         table.add_row(site.name, site.role, site.shape, f"{site.bytes:,}", *cost)
     console.print(table)
-    console.print(found.totals)
+    console.print(found.totals, soft_wrap=True)
 
 
 @app.command()

@@ -14,6 +14,12 @@ from graphcache.ir.errors import CaptureError
 from graphcache.tracing.explanation import user_line
 
 _AS_THEY_ARE = (CaptureError, MemoryError, torch.OutOfMemoryError)
+_UNCOMPILED = "found no compiled frames"
+"""What PyTorch says of code that has to be compiled, and is not since operations are watched."""
+_COMPILES = (
+    "forward lets code be compiled as a whole (flex attention does), which PyTorch does not do while a "
+    "call's writes are watched; use code that is not compiled within forward. It fails"
+)
 Undo = Callable[[], bool]
 """Undoes writes, and says whether there were any."""
 
@@ -40,7 +46,8 @@ def rehearse(call: Callable[[], Any], devices: Iterable[torch.device]) -> Undo:
         if isinstance(error, _AS_THEY_ARE) or not isinstance(error, Exception):
             raise
         reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-        raise CaptureError(f"the model itself fails on this call{user_line(error)}: {reason}") from error
+        what = _COMPILES if _UNCOMPILED in reason else "the model itself fails on this call"
+        raise CaptureError(f"{what}{user_line(error)}: {reason}") from error
     finally:
         torch.clear_autocast_cache()
     return writes.undo

@@ -1,6 +1,6 @@
 """Tiny pipelines of as many of diffusers' kinds as can be built without text encoders."""
 
-from every_pipeline import images, more_images, others, refused, videos
+from every_pipeline import further, images, more_images, others, refused, unets, videos
 from pipelines import PIPELINES as FEW
 from tiny_pipelines import TinyPipeline
 
@@ -9,6 +9,8 @@ MORE: dict[str, TinyPipeline] = {
     **more_images.PIPELINES,
     **videos.PIPELINES,
     **others.PIPELINES,
+    **further.PIPELINES,
+    **unets.PIPELINES,
 }
 PIPELINES: dict[str, TinyPipeline] = {**FEW, **MORE}
 REFUSED_PIPELINES = refused.PIPELINES
