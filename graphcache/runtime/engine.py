@@ -27,15 +27,7 @@ from graphcache.runtime.guidance_role import role_of
 from graphcache.runtime.matching import Call
 from graphcache.runtime.options import Options
 from graphcache.runtime.plans import Plans
-from graphcache.runtime.runner import (
-    BranchState,
-    begun,
-    carried,
-    changed_inputs,
-    halved,
-    hand_over,
-    run_step,
-)
+from graphcache.runtime.runner import BranchState, begun, carried, changed_inputs, halved, hand_over, run_step
 from graphcache.runtime.schedulers import Driver
 from graphcache.runtime.session import Branch, Generation, Session
 from graphcache.runtime.spoken import Spoken
