@@ -26,7 +26,8 @@ from graphcache.planning.comparison import compare
 from graphcache.planning.profiling import Subject as Described
 from graphcache.planning.profiling import describe
 from graphcache.planning.sampling import Sampling, with_frozen_weights
-from graphcache.runtime.engine import Engine, Options
+from graphcache.runtime.engine import Engine
+from graphcache.runtime.options import Options
 from linear import LinearDiT, Replanned, Sampler, linear
 from pipelines import PIPELINES
 from reference import Subject, subject

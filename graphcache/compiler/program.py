@@ -37,7 +37,19 @@ PhaseKey = tuple[Phase, tuple[tuple[str, int, int], ...], Guided | None, tuple[M
 
 @dataclass
 class Program:
-    """A captured step, its prologue, and its phases under any plan, each made when first needed."""
+    """A captured step, its prologue, and its phases under any plan, each made when first needed.
+
+    Attributes:
+        captured: the step for one signature.
+        backend: compiles the phases; the prologue runs as it is.
+        varying: leaves that change within a generation, though nothing says so: nothing is hoisted from them.
+        offload: whether caches are kept in host memory.
+        observers: told of every pass.
+        kept: compiled code of graphs that were captured before.
+        half: the step for the conditional half of a doubled batch, once a plan needs it.
+        tokens: rows and tokens of the sites that have had budgets.
+        phases: the code of those that were needed so far.
+    """
 
     captured: Captured
     backend: Backend

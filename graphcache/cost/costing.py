@@ -17,7 +17,8 @@ from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Action, Budget, Role, Schedule, site_of
 from graphcache.libraries.extras import require
-from graphcache.runtime.engine import Engine, Options, original
+from graphcache.runtime.engine import Engine, original
+from graphcache.runtime.options import Options
 
 Key = tuple[Budget, Any]
 """A token budget and the number of tokens that it is taken of, an expression."""

@@ -25,6 +25,8 @@ from graphcache.ir.tree import (
     strip,
 )
 
+Signature = tuple[Hashable, ...]
+"""What the arguments of a call have in common with those of others; see `Binder.signature`."""
 Key = tuple[Hashable, ...]
 """The form of the model, a signature, and what else code depends on; gradient mode comes last."""
 _BY_IDENTITY = (torch.dtype, torch.device, torch.layout, torch.memory_format, enum.Enum, type)

@@ -19,7 +19,8 @@ from graphcache.libraries.exclusive import COMPILING
 from graphcache.passes.base import run
 from graphcache.passes.probe import Probe, handle
 from graphcache.planning.gradient_memory import Budget, with_own_inputs
-from graphcache.runtime.engine import Engine, Options
+from graphcache.runtime.engine import Engine
+from graphcache.runtime.options import Options
 from graphcache.runtime.runner import BranchState, end, feed, run_prologue
 from graphcache.runtime.session import Branch
 

@@ -39,7 +39,8 @@ from graphcache.planning.sampling import (
     refuse_random,
     with_frozen_weights,
 )
-from graphcache.runtime.engine import Engine, Options
+from graphcache.runtime.engine import Engine
+from graphcache.runtime.options import Options
 from graphcache.runtime.transform import wrapped
 
 Progress = Callable[[int, int], None]

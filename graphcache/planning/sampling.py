@@ -15,7 +15,8 @@ from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
 from graphcache.libraries.extras import require
-from graphcache.runtime.engine import Engine, Options, original
+from graphcache.runtime.engine import Engine, original
+from graphcache.runtime.options import Options
 from graphcache.runtime.parts import denoisers, modules
 from graphcache.runtime.transform import transform, wrapped
 from graphcache.tracing.capture import forward_parameters

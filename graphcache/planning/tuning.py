@@ -22,7 +22,8 @@ from graphcache.ir.roles import Names
 from graphcache.planning.gradient_memory import MEMORY, Budget, with_own_inputs
 from graphcache.planning.metrics import psnr
 from graphcache.planning.sampling import Sampler, Sampling, converged, refuse_random, with_frozen_weights
-from graphcache.runtime.engine import Engine, Options
+from graphcache.runtime.engine import Engine
+from graphcache.runtime.options import Options
 from graphcache.runtime.runner import BranchState, run_step
 from graphcache.runtime.session import Branch
 from graphcache.runtime.transform import wrapped

@@ -1,74 +1,40 @@
 """Finds the program and the branch's state of a call, and runs it: what is behind a transformed model."""
 
-import logging
 import threading
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from graphcache import presets
-from graphcache.analysis.coverage import coverage
 from graphcache.compiler.captured import Captured
 from graphcache.compiler.compile import Backend, begin_generation, prior_compilation
 from graphcache.compiler.decisions import Decisions, bare
-from graphcache.compiler.guidance_half import is_doubled, is_listed_twice
+from graphcache.compiler.guidance_half import is_doubled
 from graphcache.compiler.modes import ambient, refuse_conversion, refuse_export, what_changed
 from graphcache.compiler.program import Program
 from graphcache.compiler.programs import Programs
 from graphcache.compiler.variants import Variants
-from graphcache.ir.call import Binder, CallSpec, Key
-from graphcache.ir.errors import PlanError, StateError
+from graphcache.ir.call import Binder, CallSpec, Key, Signature
+from graphcache.ir.errors import StateError
 from graphcache.ir.opaque import Opaque
 from graphcache.ir.plan import Plan
-from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Role
 from graphcache.ir.versions import version
-from graphcache.passes.base import Observer
 from graphcache.runtime.caller import Caller
+from graphcache.runtime.guidance_role import role_of
 from graphcache.runtime.matching import Call
-from graphcache.runtime.runner import (
-    BranchState,
-    begun,
-    carried,
-    changed_inputs,
-    halved,
-    hand_over,
-    run_step,
-)
+from graphcache.runtime.options import Options
+from graphcache.runtime.plans import Plans
+from graphcache.runtime.runner import BranchState, begun, carried, changed_inputs, halved, hand_over, run_step
 from graphcache.runtime.schedulers import Driver
 from graphcache.runtime.session import Branch, Generation, Session
+from graphcache.runtime.spoken import Spoken
 from graphcache.runtime.step_tracking import Place, place
 from graphcache.runtime.surroundings import Around, OpenSession, Scopes, Surroundings
 from graphcache.tracing.capture import forward_parameters
 from graphcache.tracing.untraceable import told
-
-Signature = tuple[Hashable, ...]
-"""What the arguments of a call have in common with those of others; see `Binder.signature`."""
-_ROLES: dict[str, Role] = {"cond": "cond", "uncond": "uncond"}
-"""Of calls in cache contexts with these names."""
-_UNNAMED = Names()
-SIGNATURES = 8
-"""Captures that are kept where nobody says how many."""
-
-log = logging.getLogger("graphcache")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `transform` was given beside the model; see there."""
-
-    plan: Plan
-    backend: Backend = None
-    branches: int | None = None
-    waits: bool = True
-    offload: bool = False
-    observers: Sequence[Observer] = ()
-    signatures: int = SIGNATURES
-    watches_all: bool = False
-    names: Names = _UNNAMED
 
 
 class Engine:
@@ -88,14 +54,13 @@ class Engine:
         self.variants = Variants(model, options.watches_all)
         self.programs = Programs(options.signatures)
         self.decisions = Decisions()
-        self.plans = {options.plan.steps: options.plan}
+        self.plans = Plans(options.plan)
         self.given = model
         self.timesteps_before: Any = None
         self.outer: Any = None
         self.calls = 0
-        self._said: set[str] = set()
+        self.spoken = Spoken()
         self._opaque: Sequence[Opaque] = ()
-        self._looked_at: set[str] = set()
         self._specs: dict[Key, CallSpec] = {}
         self._lock = threading.RLock()
 
@@ -193,25 +158,13 @@ class Engine:
         """Forget the session's generation; the next one that no scheduler drives begins at `start_step`."""
         session = self.surroundings.session
         steps = session.steps if steps is None else steps
-        self.plan_for(steps)
+        _ = self.plans[steps]
         if not 0 <= start_step < steps:
             raise StateError(
                 f"start_step={start_step} is not a step of the plan, which has steps 0 to {steps - 1}"
             )
         session.forget()
         session.start_step, session.steps = start_step, steps
-
-    def plan_for(self, steps: int) -> Plan:
-        """The plan for a number of evaluations: a preset evaluated anew, any other grid resampled."""
-        plan = self.plans.get(steps)
-        if plan is None:
-            given = self.options.plan
-            plan = self.plans[steps] = presets.resample(given, steps)
-            how = "resampled" if plan.preset is None else "evaluated anew"
-            if given.lists_coefficients:
-                how += "; its coefficients hold for its own steps, so values are extrapolated linearly"
-            log.warning("the plan has %d steps, this generation %d: it was %s", given.steps, steps, how)
-        return plan
 
     def prepare(self, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> Program:
         """Capture for these keywords or positions and check the plan against the model."""
@@ -223,7 +176,7 @@ class Engine:
         key, program = self._program(self._key(signature, tensors, begins=True), bound, tensors)
         plan, name = self.options.plan, self.surroundings.name
         program.check(plan, self._role(plan, name, program, tensors, key))
-        self._say_what_is_left(plan, program)
+        self.spoken.of_coverage(plan, program.captured.step)
         return program
 
     def flat(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -249,18 +202,18 @@ class Engine:
     def _state(self, session: Session, generation: Generation, branch: Branch, call: Call) -> BranchState:
         """The branch's state at this step; one that did not run the step before begins empty."""
         begins = generation.untouched
-        plan = self.plan_for(generation.steps)
+        plan = self.plans[generation.steps]
         if begins:
             session.driver.refuse_other(plan)
         state = None if begins else session.states.get(branch)
         if state is not None and state.step + 1 != generation.step:
-            self._say_once(
+            self.spoken.once(
                 f"branch '{branch[0]}', call {branch[1] + 1} of a step, missed one or more steps before step "
                 f"{generation.step}: what it had cached is dropped, and it begins anew"
             )
             state = None
         elif state is None and not begins and branch[1]:
-            self._say_once(
+            self.spoken.once(
                 "a call of a later step fits none of the calls of the steps before, so that its caches begin "
                 "there; where inputs change from step to step, name the calls: model.cache_context(name)"
             )
@@ -287,31 +240,12 @@ class Engine:
         else:
             made = halved(state, call.key, program, plan, step)
         if made is None:
-            self._say_once(
+            self.spoken.once(
                 f"{what_changed(state.key, call.key)} at step {step} of a generation: what the steps before "
                 "have cached does not fit, so the caches begin anew"
             )
             return self._begun(plan, step, call)
         return made
-
-    def _say_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            log.warning("%s", text)
-
-    def _say_what_is_left(self, plan: Plan, program: Program) -> None:
-        """Warn once of a preset that speaks of little of what it is meant for, in this model."""
-        if plan.preset is None or plan.preset.name in self._looked_at:
-            return
-        self._looked_at.add(plan.preset.name)
-        for part in coverage(program.captured.step, plan):
-            if part.share < 0.5:
-                log.warning(
-                    "preset %s speaks of %s; what is left computes at every step: graphcache.inspect lists "
-                    "the sites and their roles, for rows of your own",
-                    plan.preset.name,
-                    part,
-                )
 
     def _begun(self, plan: Plan, step: int, call: Call) -> BranchState:
         """A state whose history begins with this call."""
@@ -319,7 +253,7 @@ class Engine:
         call = call._replace(key=key)
         role, shared = self._lowered_for(plan, call, program)
         state = begun(call.key, program, plan, step, role, shared)
-        self._say_what_is_left(plan, program)
+        self.spoken.of_coverage(plan, program.captured.step)
         return state
 
     def _lowered_for(self, plan: Plan, call: Call, program: Program) -> tuple[Role, bool]:
@@ -331,31 +265,12 @@ class Engine:
     def _role(
         self, plan: Plan, name: str, program: Program, tensors: Sequence[torch.Tensor], key: Key
     ) -> Role:
-        """Which calls of guidance these are, by the cache context and by the latents."""
-        if not plan.is_guided:
-            return "only"
-        if name in _ROLES:
-            return _ROLES[name]
-        latents = program.captured.call.given_latents(tensors)
-        if not is_doubled(latents):
-            if is_listed_twice(latents):
-                raise PlanError(
-                    "row guidance: the latents are a list that holds each sample twice, whose halves cannot "
-                    "be told apart within the graph; make two calls a step, in model.cache_context('cond') "
-                    "and ('uncond')"
-                )
-            self._say_once(
-                "the halves of the batch are not the same latents: row guidance has no effect here"
-            )
-            return "only"
-        if plan.conditional is None:
-            raise PlanError(
-                "row guidance: say which half of the doubled batch is the conditional branch's, with "
-                "conditional=last (or first) in the plan's header, or make two calls a step, in "
-                "model.cache_context('cond') and ('uncond')"
-            )
-        self._halve(program, tensors, plan.conditional, key)
-        return "doubled"
+        """Which calls of guidance these are; of a doubled batch the conditional half is captured as well."""
+        role = role_of(plan, name, program.captured.call.given_latents(tensors), self.spoken)
+        if role == "doubled":
+            assert plan.conditional is not None
+            self._halve(program, tensors, plan.conditional, key)
+        return role
 
     def _halve(self, program: Program, tensors: Sequence[torch.Tensor], conditional: str, key: Key) -> None:
         with self._lock:
@@ -404,7 +319,7 @@ class Engine:
         captured = Captured.of(self.model, spec, tensors, self.options.observers, split, asks, self._opaque)
         self._opaque = captured.step.opaque
         for text in told(captured.step.opaque):
-            self._say_once(text)
+            self.spoken.once(text)
         self.variants.captured()
         return captured
 

@@ -13,7 +13,8 @@ from graphcache.ir.graph import storage_bytes, value_of
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
 from graphcache.ir.text import describe
-from graphcache.runtime.engine import Engine, Options, original
+from graphcache.runtime.engine import Engine, original
+from graphcache.runtime.options import Options
 from graphcache.tracing.untraceable import told
 
 

@@ -11,8 +11,9 @@ from graphcache.compiler.compile import Backend, refuse_unknown, unwrapped
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
-from graphcache.runtime.engine import SIGNATURES, Engine, Options, original
+from graphcache.runtime.engine import Engine, original
 from graphcache.runtime.likeness import alike
+from graphcache.runtime.options import SIGNATURES, Options
 from graphcache.runtime.parts import denoisers, modules
 from graphcache.runtime.passed_by import say_if_passed_by, timesteps_of
 from graphcache.runtime.summary import Summary, summarise

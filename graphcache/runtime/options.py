@@ -1,0 +1,28 @@
+"""What `transform` was given beside the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphcache.compiler.compile import Backend
+from graphcache.ir.plan import Plan
+from graphcache.ir.roles import Names
+from graphcache.passes.base import Observer
+
+SIGNATURES = 8
+"""Captures that are kept where nobody says how many."""
+_UNNAMED = Names()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `transform` was given beside the model; see there."""
+
+    plan: Plan
+    backend: Backend = None
+    branches: int | None = None
+    waits: bool = True
+    offload: bool = False
+    observers: Sequence[Observer] = ()
+    signatures: int = SIGNATURES
+    watches_all: bool = False
+    names: Names = _UNNAMED
