@@ -21,11 +21,11 @@ demo: .venv/.with-examples
 
 # One thread per test process: the models are tiny, and threads would only fight over the cores.
 test: .venv/.with-test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist load
 
 # Every class and every pipeline of diffusers; `make test` takes a few of each, which SEED chooses.
 test-models: .venv/.with-test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --every-model \
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist load --every-model \
 	  tests/test_every_class.py tests/test_every_pipeline.py
 
 # Writes docs/models.md: what works with every class and every pipeline.
