@@ -4,6 +4,7 @@ from graphcache import importers, presets
 from graphcache.ir.errors import CaptureError, GraphCacheError, PlanError, StateError
 from graphcache.ir.plan import Plan
 from graphcache.planning.automatic import auto
+from graphcache.planning.comparison import compare
 from graphcache.planning.profile import Profile
 from graphcache.planning.profile_file import load_profile, save_profile
 from graphcache.planning.profiling import profile
@@ -20,6 +21,7 @@ __all__ = [
     "Profile",
     "StateError",
     "auto",
+    "compare",
     "importers",
     "inspect",
     "load_profile",
