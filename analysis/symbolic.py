@@ -152,10 +152,6 @@ class SymbolicShapes:
         """FLOPs between each branch's stream and its value; what they share is divided."""
         return self._by_branch({node.name: self.flops(node) for node in self.step.calls()})
 
-    def branch_bytes(self) -> dict[str, Any]:
-        """Bytes moved between each branch's stream and its value; what they share is divided."""
-        return self._by_branch({node.name: self.bytes_moved(node) for node in self.step.calls()})
-
     def entry_bytes(self, site: str) -> Any:
         """Bytes of one cached value of a branch.
 

@@ -56,7 +56,7 @@ def _elementwise(node: fx.Node, known: Known) -> Followed:
 
 
 def _like(node: fx.Node, known: Known) -> Followed:
-    """The first operand in the dtype of the second, or its shape filled with one number."""
+    """The operand's shape, filled with one number."""
     source: Any = node.args[0]
     return aligned(node, [source], known)
 
@@ -107,7 +107,6 @@ _REGROUPED = (
     aten._unsafe_view.default,
     aten.flatten.using_ints,
     aten.unflatten.int,
-    aten.view_as.default,
     aten.ravel.default,
     aten.squeeze.default,
     aten.squeeze.dim,
@@ -209,7 +208,6 @@ _RULES = _table(
         (
             _like,
             [
-                aten.type_as.default,
                 aten.empty_like.default,
                 aten.zeros_like.default,
                 aten.ones_like.default,
@@ -235,7 +233,7 @@ _RULES = _table(
                 aten.glu.default,
             ],
         ),
-        (_expanded, [aten.expand.default, aten.expand_as.default, aten.broadcast_to.default]),
+        (_expanded, [aten.expand.default, aten.broadcast_to.default]),
         (_repeated, [aten.repeat.default, aten.tile.default, aten.repeat_interleave.self_int]),
         (_stacked, [aten.stack.default]),
         (concatenated, [aten.cat.default, aten.concat.default]),

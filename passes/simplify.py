@@ -44,9 +44,11 @@ class Simplify:
         returned = {env[node] for node in step.results()}
         renamed: dict[str, str] = {}
         for node in list(graph.nodes):
-            if node.op != "call_function" or node in returned:
+            if node.op != "call_function":
                 continue
             _say_what_is_known(node)
+            if node in returned:
+                continue
             same = _identical(node)
             if same is not None:
                 renamed[node.name] = same.name

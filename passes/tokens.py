@@ -205,8 +205,6 @@ class Tokens:
             return self._expanded(taken[0], self._shape(followed.layout))
         if node.target is aten.view_as_complex.default:
             return self.chain.emit(node.target, self.chain.emit(aten.contiguous.default, taken[0]))
-        if node.target is aten.type_as.default:
-            return self.chain.cast(taken[0], value_of(node).dtype)
         return self._applied(node, dict(zip(followed.along, taken, strict=True)))
 
     def _joined(self, followed: Followed) -> fx.Node:

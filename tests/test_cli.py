@@ -19,6 +19,7 @@ from pipelines import PIPELINES
 from zoo import CASES
 
 FACTORY = """
+import untraced
 from zoo import CASES
 def made():
     case = CASES["dit"]
@@ -31,6 +32,8 @@ def nothing():
     return 3
 def beside(model):
     return model
+def experts():
+    return untraced.holding(), untraced.arguments()
 """
 
 
@@ -55,6 +58,11 @@ def test_inspect_lists_every_site_with_its_share() -> None:
     for name in ("transformer_blocks.0.self", "transformer_blocks.1.mlp"):
         assert name in output
     assert "2 blocks, 4 sites (2 self, 2 mlp)" in output
+
+
+def test_inspect_says_what_is_called_because_it_cannot_be_traced() -> None:
+    lines = run("inspect", "cli_factory:experts").output.splitlines()
+    assert "2 modules 'blocks.*.inner' (Experts) cannot be traced" in lines[-1]
 
 
 def test_inspect_takes_the_inputs_from_a_function_of_the_model() -> None:

@@ -11,7 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 import graphcache
-from graphcache import GraphCacheError
+from graphcache import CaptureError, GraphCacheError
 from graphcache.runtime.parts import Part
 from reference import assert_same
 from tiny import TinyDiT, tiny
@@ -121,6 +121,21 @@ def test_denoisers_are_found_by_what_they_are_called_with(kind: str) -> None:
     for path in DENOISERS[kind]:
         assert len(at(pipe, path).summary().branches[0].steps) == 6
     assert not torch.equal(pipe(6), plain(6))
+
+
+class Unnamed(TinyDiT):
+    """A denoiser of which some arguments have no names."""
+
+    def forward(self, x: Tensor, timestep: Tensor, *rest: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, timestep, *rest)
+
+
+def test_where_one_denoiser_is_refused_all_stay_as_they_are() -> None:
+    pipe = Halves(model_a=tiny(1), model_b=tiny(2, Unnamed), text_encoder=Encoder())
+    before = dict(vars(pipe))
+    with pytest.raises(CaptureError, match="takes \\*args"):
+        graphcache.transform(pipe, graphcache.presets.fora(6))
+    assert vars(pipe) == before
 
 
 @every_kind

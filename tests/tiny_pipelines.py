@@ -154,18 +154,7 @@ WAN_VAE = model_of(
     latents_mean=[0.0] * 4,
     latents_std=[1.0] * 4,
 )
-DIT = model_of(
-    "DiTTransformer2DModel",
-    32,
-    num_attention_heads=HEADS,
-    attention_head_dim=HEAD_DIM,
-    in_channels=4,
-    out_channels=8,
-    num_layers=2,
-    sample_size=8,
-    patch_size=2,
-    num_embeds_ada_norm=1000,
-)
+DIT = variant_of("dit", 32, num_embeds_ada_norm=1000)
 CHROMA = model_of(
     "ChromaTransformer2DModel",
     35,

@@ -13,6 +13,10 @@ from graphcache.ir.plantext import parse_value
 
 Device = Annotated[str | None, typer.Option(help="where a folder's weights go, such as cuda")]
 Dtype = Annotated[str | None, typer.Option(help="of a folder's weights, such as bfloat16")]
+Call = Annotated[str | None, typer.Option(help="a pipeline folder's call, as JSON", metavar="JSON")]
+Timestep = Annotated[str | None, typer.Option(help="forward's timestep argument, if it is not found")]
+Latents = Annotated[list[str] | None, typer.Option(help="its latents, or their paths, if they are not found")]
+Threads = Annotated[int | None, typer.Option(help="torch threads")]
 
 
 def plan_argument(text: str, steps: int | None) -> Plan:

@@ -15,8 +15,12 @@ from rich.text import Text
 
 from graphcache import importers, presets
 from graphcache.cli.arguments import (
+    Call,
     Device,
     Dtype,
+    Latents,
+    Threads,
+    Timestep,
     assignment,
     json_argument,
     plan_argument,
@@ -48,9 +52,6 @@ Inputs = Annotated[
     str | None,
     typer.Option(help="package.module:function that takes the model and returns its keyword arguments"),
 ]
-Call = Annotated[str | None, typer.Option(help="a pipeline folder's call, as JSON", metavar="JSON")]
-Timestep = Annotated[str | None, typer.Option(help="forward's timestep argument, if it is not found")]
-Latents = Annotated[list[str] | None, typer.Option(help="its latents, or their paths, if they are not found")]
 
 _COLOURS = {"#": "bold white on blue", ".": "bright_black"}
 _LETTER_COLOURS = ("green", "magenta", "yellow", "cyan", "red")
@@ -91,7 +92,8 @@ def inspect(
         cost = f"{site.flops / 1e6:.2f}", f"{site.share:.1%}"
         table.add_row(site.name, site.role, site.shape, f"{site.bytes:,}", *cost)
     console.print(table)
-    console.print(found.totals, soft_wrap=True)
+    for line in (found.totals, *found.opaque):
+        console.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -155,7 +157,7 @@ def bench(
     call: Call = None,
     timestep: Timestep = None,
     latents: Latents = None,
-    threads: Annotated[int | None, typer.Option(help="torch threads")] = None,
+    threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
     output: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,

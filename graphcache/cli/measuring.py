@@ -12,7 +12,16 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from graphcache.cli.arguments import Device, Dtype, json_argument, plan_argument
+from graphcache.cli.arguments import (
+    Call,
+    Device,
+    Dtype,
+    Latents,
+    Threads,
+    Timestep,
+    json_argument,
+    plan_argument,
+)
 from graphcache.cli.console import console
 from graphcache.cli.sources import Placement, Sampled, load_object, load_sampled
 from graphcache.ir.errors import GraphCacheError
@@ -40,12 +49,8 @@ Subject = Annotated[
         metavar="MODEL",
     ),
 ]
-Call = Annotated[str | None, typer.Option(help="a pipeline folder's call, as JSON", metavar="JSON")]
 Count = Annotated[int, typer.Option("--samples", help="a pipeline's samples: the call with seeds 0, 1, …")]
 Steps = Annotated[int, typer.Option(help="model evaluations of one generation")]
-Timestep = Annotated[str | None, typer.Option(help="forward's timestep argument, if it is not found")]
-Latents = Annotated[list[str] | None, typer.Option(help="its latents, or their paths, if they are not found")]
-Threads = Annotated[int | None, typer.Option(help="torch threads")]
 Memory = Annotated[
     int, typer.Option(help="bytes for intermediate results; what does not fit is computed again")
 ]

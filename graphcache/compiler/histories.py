@@ -15,7 +15,7 @@ def entries(phases: Iterable[StepGraph]) -> Mapping[str, Sequence[torch.Tensor]]
     """One entry of every history that these phases store, as fake tensors.
 
     Raises:
-        GraphCacheError: two phases store something else under one name, or one reads what none stores.
+        GraphCacheError: what phases store or read under one name differs in shape or dtype.
     """
     steps = list(phases)
     found: dict[tuple[str, int], torch.Tensor] = {}
@@ -35,7 +35,9 @@ def entries(phases: Iterable[StepGraph]) -> Mapping[str, Sequence[torch.Tensor]]
 
 def refuse_others(cache: CacheState, phase: Runnable) -> None:
     """Raise StateError if what is cached is not what a phase was made to read."""
-    for port in phase.places.reads:
+    for port in phase.step.inputs:
+        if not isinstance(port, CacheRead):
+            continue
         history = cache.entries.get(port.site, ())
         for entry in history[port.entry : port.entry + 1]:
             if not phase.takes(port, entry[port.part]):

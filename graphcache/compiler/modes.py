@@ -19,7 +19,8 @@ def ambient() -> tuple[Hashable, ...]:
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     dtypes: tuple[torch.dtype, ...] = ()
     if any(autocast):
-        dtypes = tuple(torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
+        devices = itertools.compress(("cpu", "cuda"), autocast)
+        dtypes = tuple(map(torch.get_autocast_dtype, devices))
     return autocast, dtypes, attention_kernels(), _attention_backend(), torch.is_grad_enabled()
 
 

@@ -73,7 +73,6 @@ class Program:
         Raises:
             CaptureError: one half of the batch cannot run alone.
         """
-
         inputs = laid(self.captured.strides, tensors)
         self.half = capture_half(model, self.captured, self._held, inputs, conditional, self.observers)
 

@@ -13,7 +13,7 @@ import torch
 
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import InputKind
-from graphcache.ir.roles import Names, Place, find_latents, find_times, may_be_time
+from graphcache.ir.roles import UNNAMED, Names, Place, find_latents, find_times, may_be_time
 from graphcache.ir.tree import (
     INSTEAD_OF_A_CACHE,
     fields_of,
@@ -33,7 +33,6 @@ _BY_IDENTITY = (torch.dtype, torch.device, torch.layout, torch.memory_format, en
 _BY_VALUE = (type(None), bool, int, float, complex, str, bytes)
 _PLAIN = (*_BY_VALUE, *_BY_IDENTITY, numbers.Number, range, slice)
 """Of a result: what a graph hands out at every step as it was at capture."""
-_UNNAMED = Names()
 _KNOWN_NUMBERS = 256
 """Tensors of numbers that are kept."""
 _KNOWN_ORDERS = 64
@@ -48,7 +47,7 @@ class Binder:
         names: which arguments are latents and timestep, if they are to be found under names of their own.
     """
 
-    def __init__(self, parameters: Mapping[str, inspect.Parameter], names: Names = _UNNAMED) -> None:
+    def __init__(self, parameters: Mapping[str, inspect.Parameter], names: Names = UNNAMED) -> None:
         kinds = {p.kind for p in parameters.values()}
         if inspect.Parameter.VAR_POSITIONAL in kinds:
             raise CaptureError("the model's forward takes *args; give its arguments names")

@@ -252,6 +252,13 @@ def as_bytes(tensor: torch.Tensor) -> bytes:
     return data
 
 
+def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two tensors have one dtype and shape, and the same bits; waits for the device."""
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        return False
+    return torch.equal(ours, theirs) or as_bytes(ours) == as_bytes(theirs)
+
+
 def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     """What code is made for of a tensor: dtype, device, shape and strides."""
     strides = tensor.stride() if tensor.layout == torch.strided else None

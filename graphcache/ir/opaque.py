@@ -2,6 +2,7 @@
 
 import itertools
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,7 @@ _NUMBERS = itertools.count(1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Opaque:
+class Opaque(ABC):
     """A call of a module that was not traced, and what is known of it.
 
     `place` is the module's path, `cause` why it is not traced, `flops` what a real call took, and `attends`
@@ -41,17 +42,17 @@ class Opaque:
     number: int = field(default_factory=_NUMBERS.__next__)
 
     @property
+    @abstractmethod
     def key(self) -> str:
         """Equal for calls that do the same."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trained(self) -> list[Tensor]:
         """The module's parameters that need gradients, as many as the operation is given weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The module's results, none of which shares memory with another tensor."""
-        raise NotImplementedError
 
 
 class _Calls:

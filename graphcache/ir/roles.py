@@ -38,6 +38,10 @@ class Names:
         return Names(timestep, (latents,) if isinstance(latents, str) else tuple(latents))
 
 
+UNNAMED = Names()
+"""Where nothing was named, latents and timestep are found."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """A tensor or a number among a call's arguments."""

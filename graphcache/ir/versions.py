@@ -1,4 +1,4 @@
-"""Tensors known again, and how often they were written."""
+"""Tensors and their memory known again, and how often they were written."""
 
 import weakref
 
@@ -16,3 +16,11 @@ def version(tensor: torch.Tensor | None) -> int:
 def stamp(tensor: torch.Tensor) -> Stamp:
     """By which the same tensor, unchanged, is known again."""
     return weakref.ref(tensor), version(tensor)
+
+
+def memory(tensor: torch.Tensor) -> int:
+    """Identifies what a tensor's values lie in; those without memory of their own by themselves."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)

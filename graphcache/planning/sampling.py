@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from graphcache.compiler.compile import Backend, unwrapped
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
-from graphcache.ir.roles import Names
+from graphcache.ir.roles import UNNAMED, Names
 from graphcache.libraries.extras import require
 from graphcache.runtime.engine import Engine, original
 from graphcache.runtime.options import Options
@@ -24,7 +24,6 @@ from graphcache.tracing.capture import forward_parameters
 Sampler = Callable[[nn.Module, Any, int], Tensor]
 """(model, sample, steps) -> result, the batch first: a whole generation. The same sample always begins with
 the same noise. A decorator `torch.no_grad` is looked through where gradients are needed."""
-_UNNAMED = Names()
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,10 @@ class Sampling:
     model: nn.Module
     sampler: Sampler
     pipe: Any = None
-    names: Names = _UNNAMED
+    names: Names = UNNAMED
 
     @staticmethod
-    def of(model_or_pipe: Any, sampler: Sampler | None = None, names: Names = _UNNAMED) -> "Sampling":
+    def of(model_or_pipe: Any, sampler: Sampler | None = None, names: Names = UNNAMED) -> "Sampling":
         """Of a module with a sampler, or of a pipeline.
 
         Raises:

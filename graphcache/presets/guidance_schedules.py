@@ -216,8 +216,3 @@ _RELEASED: dict[str, Schedule] = {
         completes=True,
     ),
 }
-
-
-def published_models() -> tuple[str, ...]:
-    """The models whose constants `fastercache` knows."""
-    return tuple(_RELEASED)

@@ -158,7 +158,7 @@ class Engine:
         """Forget the session's generation; the next one that no scheduler drives begins at `start_step`."""
         session = self.surroundings.session
         steps = session.steps if steps is None else steps
-        _ = self.plans[steps]
+        _ = self.plans[steps]  # a number of steps that the plan cannot have is refused here
         if not 0 <= start_step < steps:
             raise StateError(
                 f"start_step={start_step} is not a step of the plan, which has steps 0 to {steps - 1}"

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 from graphcache.compiler.compile import Backend
 from graphcache.ir.plan import Plan
-from graphcache.ir.roles import Names
+from graphcache.ir.roles import UNNAMED, Names
 from graphcache.passes.base import Observer
 
 SIGNATURES = 8
 """Captures that are kept where nobody says how many."""
-_UNNAMED = Names()
 
 
 @dataclass(frozen=True)
@@ -25,4 +24,4 @@ class Options:
     observers: Sequence[Observer] = ()
     signatures: int = SIGNATURES
     watches_all: bool = False
-    names: Names = _UNNAMED
+    names: Names = UNNAMED

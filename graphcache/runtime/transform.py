@@ -179,8 +179,9 @@ def transform(
         if example_inputs is not None:
             made._graphcache.prepare(example_inputs)
         return made  # type: ignore[no-any-return]
-    for part in denoisers(model_or_pipe, named).values():
-        made = _transformed(part.module, options, model_or_pipe)
+    chosen = denoisers(model_or_pipe, named).values()
+    models: list[Any] = [_transformed(part.module, options, model_or_pipe) for part in chosen]
+    for part, made in zip(chosen, models, strict=True):
         made._graphcache.timesteps_before = timesteps_of(model_or_pipe)
         part.replace(made)
     return model_or_pipe

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,7 +114,7 @@ class Answers:
         return _mapped(note, torch.Tensor, held)
 
 
-class _Mode(TorchFunctionMode):
+class _Mode(TorchFunctionMode, ABC):
     """Handles whatever asks for values."""
 
     def __init__(self, answers: Answers) -> None:
@@ -131,8 +132,9 @@ class _Mode(TorchFunctionMode):
         asked = kind.asked(args, kwargs) if kind else None
         return self._answer(kind, asked, func, args, kwargs) if kind and asked else func(*args, **kwargs)
 
+    @abstractmethod
     def _answer(self, kind: Kind, asked: list[torch.Tensor], func: Any, args: Any, kwargs: Any) -> Any:
-        raise NotImplementedError
+        """What a call that asks for values gives."""
 
 
 class _Record(_Mode):

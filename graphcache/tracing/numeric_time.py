@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
+from graphcache.ir.graph import same_bits
 from graphcache.tracing.explanation import user_line
 from graphcache.tracing.rehearsal import random_states_kept
 
@@ -71,7 +72,7 @@ def refuse_unlike_numbers(call: CallSpec, model: Callable[..., Any], tensors: Se
             f"{named_numbers(call)}, which forward takes as a number only{user_line(error)}: "
             f"{type(error).__name__}: {error}. {ADVICE}"
         ) from error
-    if len(found) != len(expected) or not all(map(_is_same, found, expected)):
+    if len(found) != len(expected) or not all(map(same_bits, found, expected)):
         raise CaptureError(f"{named_numbers(call)}, with which forward computes other bits. {ADVICE}")
 
 
@@ -90,11 +91,3 @@ def named_numbers(call: CallSpec) -> str:
     """What was made of the numbers, as the beginning of a sentence."""
     names = ", ".join(call.leaf_names[index] for index in call.numbers)
     return f"the timestep {names} is a number; a graph gets it as a tensor without dimensions"
-
-
-def _is_same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
-        return False
-    if ours.is_complex() or ours.is_floating_point():
-        return bool(torch.isclose(ours, theirs, rtol=0, atol=0, equal_nan=True).all())
-    return torch.equal(ours, theirs)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.opaque import Opaque, describe_layouts
 from graphcache.ir.tree import Leaf, Record, fields_of, fill, is_record, sequence_of
+from graphcache.ir.versions import memory
 
 _STILL = (type(None), str, bytes, torch.dtype, torch.device, enum.Enum, type)
 """What may stand beside the tensors of a result; a number may depend on values."""
@@ -181,8 +182,3 @@ def kind_of(tensor: Tensor) -> tuple[Any, ...]:
 def named(place: str) -> str:
     """A module in a sentence."""
     return f"module '{place}'"
-
-
-def memory(tensor: Tensor) -> int:
-    """Identifies what a tensor's values lie in."""
-    return int(tensor.untyped_storage()._cdata)

@@ -11,9 +11,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from graphcache.ir.graph import layout
+from graphcache.ir.graph import layout, same_bits
 from graphcache.ir.opaque import Opaque, describe_layouts, known, opaque_call
-from graphcache.tracing.opaque import PLAIN, Invocation, OpaqueCall, Unfit, kind_of, memory, taken_apart
+from graphcache.ir.versions import memory
+from graphcache.tracing.opaque import PLAIN, Invocation, OpaqueCall, Unfit, kind_of, taken_apart
 from graphcache.tracing.rehearsal import Writes
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention
@@ -85,7 +86,7 @@ def observed(
     before = _state(module)
     try:
         template, first = taken_apart(result)
-        if not all(map(_is_same, tensors, copies)):
+        if not all(map(same_bits, tensors, copies)):
             raise Unfit("changes its arguments in place")
         second, flops, attends = _again(invocation, template, first, tensors, held)
         _refuse_traces(place, buffers, before, _state(module))
@@ -118,7 +119,7 @@ def _refuse_traces(
 ) -> None:
     """Calls must leave the values of buffers, and a second one all attributes, as they were before it."""
     for name, buffer, copy in buffers:
-        if not _is_same(buffer, copy):
+        if not same_bits(buffer, copy):
             raise Impure(f"changes '{place}.{name}'")
     for name in before.keys() | after.keys():
         if not _is_kept(before.get(name, _NOTHING), after.get(name, _NOTHING)):
@@ -143,7 +144,7 @@ def _again(
             again, second = invocation.run([tensor.detach() for tensor in tensors])
         if again != template or [*map(layout, second)] != [*map(layout, first)]:
             raise Unfit("returns another structure when it is called again")
-        if not all(map(_is_same, first, second)):
+        if not all(map(same_bits, first, second)):
             raise Impure("computes other bits when it is called again with the same inputs")
     except (Unfit, Impure):
         raise
@@ -166,7 +167,7 @@ def _refuse_failing(call: Opaque, tensors: Sequence[Tensor], first: Sequence[Ten
     except Exception as error:
         text = str(error).strip().split("\n")[0]
         raise Impure(f"fails within an operation ({type(error).__name__}: {text})") from error
-    if not all(map(_is_same, results, first)):
+    if not all(map(same_bits, results, first)):
         raise Impure("computes other bits within an operation")
 
 
@@ -230,15 +231,6 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, value in chain([*vars(module).items()], module._parameters.items(), module._buffers.items()):
         items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
         yield from ((name, item) for item in items if isinstance(item, Tensor))
-
-
-def _is_same(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors have the same bits."""
-    return torch.equal(ours, theirs) or torch.equal(_bytes(ours), _bytes(theirs))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
 
 
 def _is_trained(weight: nn.Parameter) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from graphcache.ir.errors import CaptureError
+from graphcache.ir.versions import memory
 from graphcache.tracing.explanation import user_line
 
 _AS_THEY_ARE = (CaptureError, MemoryError, torch.OutOfMemoryError)
@@ -102,11 +103,11 @@ class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._keep(tensor)
         result = func(*args, **kwargs)
         if effects.is_new:
-            self._new.update(map(_memory, _tensors(result)))
+            self._new.update(map(memory, _tensors(result)))
         return result
 
     def _keep(self, tensor: torch.Tensor) -> None:
-        if _memory(tensor) not in self._new:
+        if memory(tensor) not in self._new:
             self._copies.append((tensor, tensor.clone()))
 
 
@@ -132,11 +133,3 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
         yield value
     elif isinstance(value, (list, tuple)):
         yield from (item for item in value if isinstance(item, torch.Tensor))
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    """Identifies what a tensor's values lie in; those without memory of their own by themselves."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return id(tensor)
