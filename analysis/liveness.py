@@ -8,24 +8,11 @@ from graphcache.analysis.frequency import factors
 from graphcache.analysis.tracks import Track, remembered, select, simulate
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Branch, block_count
+from graphcache.ir.history import GUIDANCE, OUTPUT, PREDICTION, History, range_site
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
 from graphcache.ir.resolve import Resolution, resolve
-from graphcache.ir.schedule import (
-    GUIDANCE,
-    PREDICTION,
-    UNCORRECTED,
-    Action,
-    Guided,
-    Memory,
-    Phase,
-    Role,
-    Schedule,
-    Step,
-    patched,
-    site_of,
-    unconditional,
-)
+from graphcache.ir.schedule import UNCORRECTED, Action, Guided, Memory, Phase, Role, Schedule, Step
 
 _Column = tuple[Action, ...]
 
@@ -33,6 +20,7 @@ _Column = tuple[Action, ...]
 def lower(
     plan: Plan,
     branches: Sequence[Branch],
+    rows: Resolution | None = None,
     start: int = 0,
     role: Role = "only",
     memories: Sequence[Memory] = (),
@@ -43,6 +31,7 @@ def lower(
     Args:
         plan: the grid of actions.
         branches: the model's residual branches, in execution order.
+        rows: the plan's, met with these branches.
         start: first step that will run; earlier ones are skipped, and what lacks history computes.
         role: which calls of guidance the schedule is for; without any, the row `guidance` means nothing.
         memories: operands that sites with token budgets need kept whole.
@@ -52,7 +41,7 @@ def lower(
         PlanError: rows that match nothing, actions without the history they need, overlapping ranges.
     """
     blocks = block_count(branches)
-    resolution = resolve(plan, branches, blocks)
+    resolution = rows or resolve(plan, branches, blocks)
     _refuse_split_values(resolution, branches)
     letters = {letter.symbol: letter for letter in plan.letters}
     steps = range(start, plan.steps)
@@ -93,7 +82,7 @@ def _guidance(row: Row | None, letters: dict[str, Letter], steps: range) -> Trac
     if row is None or set(row.actions) == {"#"}:
         return None
     split = any(symbol in letters for symbol in row.actions)
-    track = Track(GUIDANCE, row, range(0))
+    track = Track(History(GUIDANCE), row, range(0))
     since: list[int] = []
     for step in steps:
         letter = letters.get(row.actions[step])
@@ -113,7 +102,7 @@ def _guidance(row: Row | None, letters: dict[str, Letter], steps: range) -> Trac
 
 def _prediction(guidance: Track, steps: range) -> Track:
     """The conditional branch's result, which the other call of the same step reads."""
-    track = Track(PREDICTION, guidance.row, range(0))
+    track = Track(History(PREDICTION), guidance.row, range(0))
     for step in steps:
         track.record(Action("compute"), ())
         track.computed.append(step)
@@ -148,13 +137,14 @@ def _tracks(
     """Sites that a row ever takes from the cache, outermost first."""
     tracks = []
     if resolution.output is not None:
-        tracks.append(Track("output", resolution.output, range(blocks)))
+        tracks.append(Track(History(OUTPUT), resolution.output, range(blocks), surround=True))
     for row, first, last in sorted(resolution.ranges, key=lambda item: item[1] - item[2]):
-        tracks.append(Track(f"range({first}..{last})", row, range(first, last + 1)))
+        history = History(range_site(first, last))
+        tracks.append(Track(history, row, range(first, last + 1), surround=True))
     for branch in branches:
         row_ = resolution.branches.get(branch.name)
         if row_ is not None:
-            tracks.append(Track(branch.name, row_, range(branch.block, branch.block + 1)))
+            tracks.append(Track(History(branch.name), row_, range(branch.block, branch.block + 1)))
     packed = {symbol for symbol, letter in letters.items() if letter.is_packed}
     for track in tracks:
         track.packed = not packed.isdisjoint(track.row.actions)
@@ -162,17 +152,16 @@ def _tracks(
         if any(letter.is_tokens for letter in used) and any(
             letter.is_forecast or letter.is_compute for letter in used
         ):
-            track.copy = Track(patched(track.name), track.row, track.blocks)
+            track.copy = Track(track.history.patched, track.row, track.blocks)
     return [track for track in tracks if set(track.row.actions) != {"#"}]
 
 
 def _rename(track: Track, role: Role) -> None:
-    """The histories of the unconditional half of a doubled batch have names of their own."""
+    """The unconditional half of a doubled batch has histories of its own."""
     if role != "doubled":
         return
-    site, _, rest = track.name.partition("|")
-    track.name = unconditional(site) + (f"|{rest}" if rest else "")
-    track.selections = {step: replace(item, site=track.name) for step, item in track.selections.items()}
+    track.history = track.history.other_half
+    track.selections = {step: replace(item, history=track.history) for step, item in track.selections.items()}
 
 
 def _assemble(
@@ -191,7 +180,7 @@ def _assemble(
         phases.append(replace(phase, half=doubled and phase.is_answered))
         for i in members[index]:
             weights[i] = tuple(tracks[t].weights[i] or UNCORRECTED for t in groups)
-    known: dict[tuple[int, ...], Mapping[str, int]] = {}
+    known: dict[tuple[int, ...], Mapping[History, int]] = {}
     result = tuple(
         Step(
             order[columns[i]],
@@ -201,17 +190,17 @@ def _assemble(
         )
         for i, step in enumerate(steps)
     )
-    ranges = {site_of(t.name): t.blocks for t in tracks if t.name.startswith("range(")}
+    ranges = {t.site: t.blocks for t in tracks if t.surround and t.site != OUTPUT}
     bounds = tuple((name, blocks.start, blocks.stop - 1) for name, blocks in ranges.items())
     return Schedule(tuple(phases), result, bounds, guided, tuple(memories))
 
 
 def _kept(
-    tracks: Sequence[Track], step: int, known: dict[tuple[int, ...], Mapping[str, int]]
-) -> Mapping[str, int]:
+    tracks: Sequence[Track], step: int, known: dict[tuple[int, ...], Mapping[History, int]]
+) -> Mapping[History, int]:
     """How many entries of each history are kept after a step: one object for all steps that keep the same."""
     counts = tuple([track.keep(step) for track in tracks])
-    return known.setdefault(counts, dict(zip([track.name for track in tracks], counts, strict=True)))
+    return known.setdefault(counts, dict(zip([track.history for track in tracks], counts, strict=True)))
 
 
 def _merged(columns: list[_Column]) -> list[_Column]:
@@ -259,5 +248,5 @@ def _phase(
         action = replace(action, stores=stores, packed=track.packed and action.kind != "hold")
         if action.packed and stores:
             action = replace(action, reads=1)
-        actions.append((track.name, action))
+        actions.append((track.history, action))
     return Phase(tuple(actions)), owners

@@ -11,6 +11,7 @@ from graphcache.analysis.dataflow import Dataflow
 from graphcache.analysis.ranges import cut_range
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Branch, Hoisted, Input, StepGraph, Table
+from graphcache.ir.history import range_site
 
 LINEAR = (
     ops.VIEWS | ops.COPIES | ops.SLICES | {ops.aten.cat.default, ops.aten.add.Tensor, ops.aten.sub.Tensor}
@@ -141,7 +142,7 @@ class Reuse:
         if computed:
             return f"{computed[0]} of the same block computes"
         try:
-            cut_range(self.step, f"range({block}..{block})", block, block)
+            cut_range(self.step, range_site(block, block), block, block)
         except PlanError as error:
             return str(error)
         return next(filter(None, map(self._addend, inside)), None)

@@ -25,6 +25,7 @@ from graphcache.analysis import cost, ops
 from graphcache.analysis.branches import branch_members, owners
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.graph import CacheWrite, Hoisted, StepGraph
+from graphcache.ir.history import History
 from graphcache.ir.schedule import Budget
 
 BATCH = "batch"
@@ -164,12 +165,12 @@ class SymbolicShapes:
         names = ", ".join(branch.name for branch in self.step.branches)
         raise CostError(f"there is no site {site}; the sites are {names or 'none'}")
 
-    def stored_bytes(self) -> dict[str, Any]:
+    def stored_bytes(self) -> dict[History, Any]:
         """Bytes that each history gets from one run, of those that the graph writes."""
-        found: dict[str, Any] = {}
+        found: dict[History, Any] = {}
         for port, node in zip(self.step.outputs, self.step.results(), strict=True):
             if isinstance(port, CacheWrite):
-                found[port.site] = found.get(port.site, 0) + self._bytes(node)
+                found[port.history] = found.get(port.history, 0) + self._bytes(node)
         return {name: sympy.expand(size) for name, size in found.items()}
 
     @cached_property

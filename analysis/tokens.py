@@ -15,7 +15,8 @@ from graphcache.analysis.token_rules import follow
 from graphcache.analysis.ways import unwrap
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Branch, Hoisted, StepGraph, has_static_shape, is_tensor, value_of
-from graphcache.ir.schedule import Memory, memory
+from graphcache.ir.history import History
+from graphcache.ir.schedule import Memory
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,8 @@ def memories(step: StepGraph, cuts: Mapping[str, TokenCut]) -> tuple[Memory, ...
     result = []
     for node, sites in found.items():
         readers = tuple(name for name, members in inside.items() if node in members)
-        result.append(Memory(memory(sites[0], counts[sites[0]]), node.name, tuple(sites), readers))
+        history = History(sites[0], "operand", counts[sites[0]])
+        result.append(Memory(history, node.name, tuple(sites), readers))
         counts[sites[0]] += 1
     return tuple(result)
 

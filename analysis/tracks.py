@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from graphcache.analysis.bases import coefficients
 from graphcache.ir.errors import PlanError
+from graphcache.ir.history import OUTPUT, History
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
 from graphcache.ir.schedule import Action, Budget, Measure, Memory, Selection
@@ -14,13 +15,15 @@ from graphcache.ir.schedule import Action, Budget, Measure, Memory, Selection
 class Track:
     """One site's row while it is simulated: its actions, what they read, what must be kept.
 
+    `blocks` are those that it is of; a range and the output `surround` the sites of theirs.
     A `packed` history has entries that hold the difference to the one before, which is read no more then.
     `copy` is the track of the value that tokens are written into, where forecasts read the raw ones.
     """
 
-    name: str
+    history: History
     row: Row
     blocks: range
+    surround: bool = False
     packed: bool = False
     actions: list[Action] = field(default_factory=list)
     weights: list[tuple[float, ...]] = field(default_factory=list)
@@ -28,6 +31,10 @@ class Track:
     last_read: dict[int, int] = field(default_factory=dict)
     copy: "Track | None" = None
     selections: dict[int, Selection] = field(default_factory=dict)
+
+    @property
+    def site(self) -> str:
+        return self.history.site
 
     @property
     def is_patched(self) -> bool:
@@ -60,7 +67,7 @@ def simulate(
             continue
         held = _held_by(tracks, step, letters)
         for track in tracks:
-            _advance(track, step, letters, count, held.get(track.name))
+            _advance(track, step, letters, count, held.get(track.site))
     return tracks
 
 
@@ -77,19 +84,19 @@ def select(track: Track, steps: range, plan: Plan, shared: bool) -> None:
         measures = {Measure.of(letter, halves) for _, letter in chosen}
         if len(measures) > 1:
             raise PlanError(
-                f"site {track.name}, steps {steps[first]} to {steps[following - 1]}: token letters by "
+                f"site {track.site}, steps {steps[first]} to {steps[following - 1]}: token letters by "
                 "different scores; between two computed steps a row has one"
             )
-        track.selections[steps[first]] = Selection(track.name, chosen, following - first, plan.grid)
+        track.selections[steps[first]] = Selection(track.history, chosen, following - first, plan.grid)
         if chosen[0][1].is_measured:
             track.actions[first] = replace(track.actions[first], measure=measures.pop())
 
 
 def remembered(memory: Memory, tracks: Sequence[Track], steps: range) -> Track:
     """An operand of attention: whole where a site that reads it computes, else the chosen tokens' part."""
-    by_name = {track.name: track for track in tracks}
+    by_name = {track.site: track for track in tracks if track.history.is_value}
     owner = by_name[memory.sites[0]]
-    track = Track(memory.name, owner.row, owner.blocks)
+    track = Track(memory.history, owner.row, owner.blocks)
     for i, step in enumerate(steps):
         kinds = {by_name[name].actions[i].kind if name in by_name else "compute" for name in memory.readers}
         if not kinds.isdisjoint(("compute", "correct")):
@@ -106,18 +113,17 @@ def remembered(memory: Memory, tracks: Sequence[Track], steps: range) -> Track:
 def _held_by(tracks: Sequence[Track], step: int, letters: dict[str, Letter]) -> dict[str, str]:
     """Sites that neither compute nor age at a step, and the reused site around them."""
     held: dict[str, str] = {}
-    around = [t for t in tracks if t.name == "output" or t.name.startswith("range(")]
-    for outer in around:
-        if outer.name in held or not _is_skipped(outer, step, letters):
+    for outer in (track for track in tracks if track.surround):
+        if outer.site in held or not _is_skipped(outer, step, letters):
             continue
         for track in tracks:
-            if track is outer or track.name in held or track.name == "output":
+            if track is outer or track.site in held or track.site == OUTPUT:
                 continue
-            if outer.name == "output" or set(track.blocks) <= set(outer.blocks):
-                held[track.name] = outer.name
+            if outer.site == OUTPUT or set(track.blocks) <= set(outer.blocks):
+                held[track.site] = outer.site
             elif set(track.blocks) & set(outer.blocks) and _is_skipped(track, step, letters):
                 raise PlanError(
-                    f"step {step}: {outer.name} and {track.name} overlap and are both taken from the cache; "
+                    f"step {step}: {outer.site} and {track.site} overlap and are both taken from the cache; "
                     "let one of them compute there"
                 )
     return held

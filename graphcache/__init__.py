@@ -8,6 +8,7 @@ from graphcache.planning.comparison import compare
 from graphcache.planning.profile import Profile
 from graphcache.planning.profile_file import load_profile, save_profile
 from graphcache.planning.profiling import profile
+from graphcache.planning.sampling import Sampling
 from graphcache.planning.search import search
 from graphcache.planning.tuning import tune, with_corrections
 from graphcache.runtime.inspection import inspect
@@ -19,6 +20,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Profile",
+    "Sampling",
     "StateError",
     "auto",
     "compare",

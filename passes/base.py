@@ -36,7 +36,7 @@ def run(passes: Sequence[Pass], step: StepGraph, observers: Sequence[Observer] =
                 f"the model's step has sizes that depend on tensor values, and {name} has to know them "
                 f"({reason}). Use operations that keep the size, such as torch.where and masks"
             ) from error
-        after = replace(after, history=(*step.history, name))
+        after = replace(after, passes=(*step.passes, name))
         verify(after, name)
         for observe in observers:
             observe(name, step, after)

@@ -8,7 +8,8 @@ from torch import fx
 from graphcache.analysis.frequency import radius
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import CacheRead, CacheWrite, Input, Output, StepGraph, Table, value_of
-from graphcache.ir.schedule import GUIDANCE, PREDICTION, Action, Guided, Phase
+from graphcache.ir.history import GUIDANCE, PREDICTION, History
+from graphcache.ir.schedule import Action, Guided, Phase
 from graphcache.passes.prune import pruned
 from graphcache.passes.rewrite import Chain, Rewriter, wider
 
@@ -31,12 +32,12 @@ class Guide:
 
     def __call__(self, step: StepGraph) -> StepGraph:
         results = _Results(step, guided=self.guided)
-        for name, action in self.phase.actions:
-            if name == PREDICTION:
+        for history, action in self.phase.actions:
+            if history.site == PREDICTION:
                 results.keep()
-            elif name == GUIDANCE and action.kind == "forecast":
+            elif history.site == GUIDANCE and action.kind == "forecast":
                 results.answer(action, self.phase.half)
-            elif name == GUIDANCE and action.stores:
+            elif history.site == GUIDANCE and action.stores:
                 results.measure()
         return pruned(results.finished())
 
@@ -56,7 +57,7 @@ class _Results(Rewriter):
     def keep(self) -> None:
         """Hand out copies of the results."""
         for part, index in enumerate(self.predictions):
-            self.write(CacheWrite(PREDICTION, part), self.end.copied(self.results[index]))
+            self.write(CacheWrite(History(PREDICTION), part), self.end.copied(self.results[index]))
 
     def measure(self) -> None:
         """Hand out the bands of the difference between the branches."""
@@ -66,7 +67,7 @@ class _Results(Rewriter):
             terms = (self._wide(self._mean(node, variance)) for node in (other, conditional))
             difference = self.end.emit(aten.sub.Tensor, *terms)
             for band, node in enumerate(self._split(difference)):
-                self.write(CacheWrite(GUIDANCE, part * self.bands + band), self.end.copied(node))
+                self.write(CacheWrite(History(GUIDANCE), part * self.bands + band), self.end.copied(node))
 
     def answer(self, action: Action, half: bool) -> None:
         """Return what stands for the unconditional branch; `half`: behind or before the conditional one's."""
@@ -161,7 +162,7 @@ class _Results(Rewriter):
         return self.input(port, value_of(like), shape=shape)
 
     def _load(self, site: str, part: int, like: fx.Node) -> fx.Node:
-        return self.input(CacheRead(site, part, 0), value_of(like))
+        return self.input(CacheRead(History(site), part, 0), value_of(like))
 
     def _wide(self, node: fx.Node) -> fx.Node:
         return self.end.cast(node, wider(value_of(node).dtype))

@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from graphcache.ir.graph import CacheRead, CacheWrite, StepGraph, fake_mode, value_of
+from graphcache.ir.history import History
 from graphcache.passes.rewrite import Rewriter
 from graphcache.passes.transfer import arrive, fetch, send
 
@@ -18,17 +19,17 @@ class Offload:
     A site's entries are on the device from the site before it on, until their last use.
     """
 
-    histories: Set[str]
+    histories: Set[History]
 
     def __call__(self, step: StepGraph) -> StepGraph:
         rewriter = Rewriter(step)
         order = {node: place for place, node in enumerate(rewriter.graph.nodes)}
         reads = {
-            node: port.site
+            node: port.history
             for port, node in rewriter.loaded.items()
-            if isinstance(port, CacheRead) and port.site in self.histories and _is_on_device(node)
+            if isinstance(port, CacheRead) and port.history in self.histories and _is_on_device(node)
         }
-        groups: dict[str, list[fx.Node]] = {}
+        groups: dict[History, list[fx.Node]] = {}
         for node in sorted(reads, key=lambda node: min(order[user] for user in node.users)):
             groups.setdefault(reads[node], []).append(node)
         place: fx.Node | None = None
@@ -38,7 +39,7 @@ class Offload:
         for index, port in enumerate(rewriter.outputs):
             value = rewriter.results[index]
             is_sent = value.target is send._opoverload
-            if isinstance(port, CacheWrite) and port.site in self.histories and not is_sent:
+            if isinstance(port, CacheWrite) and port.history in self.histories and not is_sent:
                 rewriter.results[index] = rewriter.emit(value, send._opoverload, value)
         return rewriter.finished()
 

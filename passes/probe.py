@@ -5,12 +5,8 @@ from dataclasses import dataclass
 
 from graphcache.analysis.ranges import Bypass, cut_range
 from graphcache.ir.graph import CacheWrite, StepGraph
+from graphcache.ir.history import History
 from graphcache.passes.rewrite import Rewriter, aten
-
-
-def handle(site: str) -> str:
-    """The name under which the value is handed out whose gradient is that of a range's change."""
-    return f"{site}|handle"
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class Probe:
         rewriter = Rewriter(step)
         values = {branch.name: branch.value for branch in step.branches}
         for name in self.branches:
-            rewriter.write(CacheWrite(name, 0), rewriter.nodes[values[name]])
+            rewriter.write(CacheWrite(History(name), 0), rewriter.nodes[values[name]])
         for name, first, last in self.ranges:
             cut = cut_range(step, name, first, last)
             bypass = Bypass(rewriter.graph, cut)
@@ -35,6 +31,6 @@ class Probe:
                 merge = rewriter.nodes[leaving]
                 before = bypass(merge)
                 delta = rewriter.emit(max(merge, before), aten.sub.Tensor, merge, before)
-                rewriter.write(CacheWrite(name, part), delta)
-                rewriter.write(CacheWrite(handle(name), part), merge)
+                rewriter.write(CacheWrite(History(name), part), delta)
+                rewriter.write(CacheWrite(History(name, "handle"), part), merge)
         return rewriter.finished()

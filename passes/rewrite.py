@@ -166,7 +166,7 @@ def _fake(target: Any, args: Sequence[Any], kwargs: dict[str, Any], beside: fx.N
 
 def _name(port: InPort) -> str:
     if isinstance(port, CacheRead):
-        site = "".join(c if c.isalnum() else "_" for c in port.site)
+        site = "".join(c if c.isalnum() else "_" for c in str(port.history))
         return f"cache_{site}_{port.part}_{port.entry}"
     if isinstance(port, Table):
         return f"{port.kind}_{port.size}_{port.radius}"

@@ -13,7 +13,7 @@ from graphcache.analysis.token_layout import Layout
 from graphcache.analysis.tokens import cut_tokens
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Branch, value_of
-from graphcache.ir.schedule import Measure, site_of
+from graphcache.ir.schedule import Measure
 from graphcache.passes.rewrite import Chain, Rewriter
 from graphcache.passes.tokens import by_token
 
@@ -42,7 +42,7 @@ def measured(
         rewriter: the graph that computes the site whole.
         flow: of the step that it is a copy of.
         known: scores made so far in this graph; grows.
-        name: the site's history.
+        name: the site.
         measure: which score.
         raw: the site's value.
         half: 0 or 1 where the score is of one half of the batch alone.
@@ -50,7 +50,7 @@ def measured(
     Raises:
         PlanError: the score needs attention that the site's block does not have.
     """
-    site = next(b for b in rewriter.step.branches if b.name == site_of(name))
+    site = next(b for b in rewriter.step.branches if b.name == name)
     cut = cut_tokens(flow, site)
     if measure.by == "norm":
         chain = rewriter.after(raw)

@@ -12,17 +12,8 @@ from graphcache.analysis.dataflow import Dataflow
 from graphcache.analysis.ranges import Bypass, RangeCut, cut_range
 from graphcache.analysis.tokens import TokenCut, token_cuts
 from graphcache.ir.graph import CacheRead, CacheWrite, Output, StepGraph, fake_mode, value_of
-from graphcache.ir.schedule import (
-    GUIDANCE,
-    PREDICTION,
-    Action,
-    Memory,
-    Phase,
-    patched,
-    score,
-    site_of,
-    unconditional,
-)
+from graphcache.ir.history import GUIDANCE, OUTPUT, PREDICTION, History
+from graphcache.ir.schedule import Action, Memory, Phase
 from graphcache.passes.pack import Packed
 from graphcache.passes.partial import Partial, remembered
 from graphcache.passes.prune import pruned
@@ -33,10 +24,10 @@ aten = ops.aten
 
 
 @dataclass(frozen=True)
-class _History:
-    """Where the rows of a part come from and go to."""
+class _Rows:
+    """Where the rows of a part come from and go to: all of them, or one half of the batch."""
 
-    name: str
+    history: History
     action: Action
     half: int | None = None
 
@@ -57,8 +48,8 @@ class Specialize:
     def __call__(self, step: StepGraph) -> StepGraph:
         cuts = {name: cut_range(step, name, first, last) for name, first, last in self.ranges}
         actions = dict(self.phase.actions)
-        budgeted = {site_of(name) for name, action in actions.items() if action.budget is not None}
-        met = [memory for memory in self.memories if actions[memory.name].kind == "tokens"]
+        budgeted = {history.site for history, action in actions.items() if action.budget is not None}
+        met = [memory for memory in self.memories if actions[memory.history].kind == "tokens"]
         budgeted |= {site for memory in met for site in memory.sites}
         rewriter = _Sites(step, is_half=self.phase.half)
         rewriter.cuts = token_cuts(rewriter.flow, budgeted)
@@ -66,26 +57,26 @@ class Specialize:
             kept = remembered(rewriter, memory, actions, rewriter.cuts)
             if kept is not None:
                 rewriter.memory[memory.node] = kept
-        sites = [name for name in actions if self._is_rewritten(name, actions)]
-        parts = {name: rewriter.parts(name, cuts.get(name)) for name in sites if name != "output"}
+        sites = [history.site for history in actions if self._is_rewritten(history, actions)]
+        parts = {name: rewriter.parts(name, cuts.get(name)) for name in sites if name != OUTPUT}
         # innermost first: what lies around a site takes its value as the site hands it on
         for name in reversed(sites):
-            places = rewriter.output_parts() if name == "output" else parts[name]
+            places = rewriter.output_parts() if name == OUTPUT else parts[name]
             for number, part in enumerate(places):
-                rewriter.apply(self._histories(name, actions), number, part)
+                rewriter.apply(self._rows(History(name), actions), number, part)
         return pruned(rewriter.finished())
 
-    def _is_rewritten(self, name: str, actions: Mapping[str, Action]) -> bool:
-        is_site = name not in (GUIDANCE, PREDICTION) and name == site_of(name)
-        return is_site and actions[name].kind != "hold"
+    def _is_rewritten(self, history: History, actions: Mapping[History, Action]) -> bool:
+        is_site = history.is_value and history.site not in (GUIDANCE, PREDICTION)
+        return is_site and actions[history].kind != "hold"
 
-    def _histories(self, site: str, actions: Mapping[str, Action]) -> list[_History]:
+    def _rows(self, history: History, actions: Mapping[History, Action]) -> list[_Rows]:
         """Of the whole batch, or of its halves in their order."""
-        other = unconditional(site)
+        other = history.other_half
         if other not in actions or self.phase.half:
-            return [_History(site, actions[site])]
-        order = (site, other) if self.conditional == "first" else (other, site)
-        return [_History(name, actions[name], half) for half, name in enumerate(order)]
+            return [_Rows(history, actions[history])]
+        order = (history, other) if self.conditional == "first" else (other, history)
+        return [_Rows(each, actions[each], half) for half, each in enumerate(order)]
 
 
 @dataclass(frozen=True)
@@ -163,27 +154,27 @@ class _Sites(Rewriter):
 
         return _Part(delta, substitute, fresh=False)
 
-    def apply(self, histories: Sequence[_History], number: int, part: _Part) -> None:
+    def apply(self, sources: Sequence[_Rows], number: int, part: _Part) -> None:
         """Obtain one part of a site from its history, or from those of a doubled batch's halves."""
-        raw, keep, kinds = part.raw, set[fx.Node](), {history.action.kind for history in histories}
+        raw, keep, kinds = part.raw, set[fx.Node](), {source.action.kind for source in sources}
         if "tokens" in kinds:
-            part.substitute(self._partial(histories, part), keep, False)
+            part.substitute(self._partial(sources, part), keep, False)
             return
         corrects = kinds <= {"compute", "correct"}
-        if len(histories) == 1:
+        if len(sources) == 1:
             # both graphs of a doubled batch hand on contiguous rows
             part = replace(part, fresh=part.fresh or (self.is_half and not value_of(raw).is_contiguous()))
-            new = self._obtained(histories[0], number, part, raw, keep)
+            new = self._obtained(sources[0], number, part, raw, keep)
             if new is not None:
                 part.substitute(new, keep, corrects)
             return
         halves = []
-        for half, history in enumerate(histories):
-            if history.action.kind == "compute" and not history.action.stores:
+        for half, source in enumerate(sources):
+            if source.action.kind == "compute" and not source.action.stores:
                 continue
             rows = self.after(raw).rows(raw, half)
             keep.add(rows)
-            taken = self._obtained(history, number, replace(part, fresh=True), rows, keep)
+            taken = self._obtained(source, number, replace(part, fresh=True), rows, keep)
             if taken is not None:
                 halves.append(taken)
         if halves:
@@ -191,57 +182,59 @@ class _Sites(Rewriter):
             part.substitute(self.emit(last, aten.cat.default, halves), keep, corrects)
 
     def _obtained(
-        self, history: _History, number: int, part: _Part, raw: fx.Node, keep: set[fx.Node]
+        self, source: _Rows, number: int, part: _Part, raw: fx.Node, keep: set[fx.Node]
     ) -> fx.Node | None:
         """What stands for `raw`, None when it computes; hands out what is stored."""
-        action = history.action
+        action = source.action
         if action.packed:
-            return self._packed(history, number, raw, keep)
+            return self._packed(source, number, raw, keep)
         if action.measure is not None:
-            self.write(CacheWrite(score(history.name), 0), self._measured(history, raw))
+            self.write(CacheWrite(source.history.scores, 0), self._measured(source, raw))
         if action.stores:
             kept = self.after(raw).copied(raw) if part.fresh else raw
             keep.add(kept)
-            self.write(CacheWrite(history.name, number), kept)
+            self.write(CacheWrite(source.history, number), kept)
         if action.kind == "compute":
             return None
-        ports = [CacheRead(history.name, number, i, action.optional) for i in range(action.reads)]
+        ports = [CacheRead(source.history, number, i, action.optional) for i in range(action.reads)]
         entries = [self._load(port, raw, part) for port in ports]
         if action.kind == "correct":
             entries.insert(0, raw)
         if action.patched:
-            entries = [self._load(CacheRead(patched(history.name), number, 0), raw, part)]
+            entries = [self._load(CacheRead(source.history.patched, number, 0), raw, part)]
         if action.group >= 0:
             return self.combine(raw, entries, action.group, keep)
         return self.after(raw).copied(entries[0]) if part.result else entries[0]
 
-    def _measured(self, history: _History, raw: fx.Node) -> fx.Node:
-        assert history.action.measure is not None
-        return measured(self, self.flow, self.scores, history.name, history.action.measure, raw, history.half)
+    def _measured(self, source: _Rows, raw: fx.Node) -> fx.Node:
+        measure, site = source.action.measure, source.history.site
+        assert measure is not None
+        return measured(self, self.flow, self.scores, site, measure, raw, source.half)
 
-    def _partial(self, histories: Sequence[_History], part: _Part) -> fx.Node:
+    def _partial(self, sources: Sequence[_Rows], part: _Part) -> fx.Node:
         """The cached value with the chosen tokens computed anew."""
-        action, names = histories[0].action, [history.name for history in histories]
-        assert all(history.action == action for history in histories)
+        action, histories = sources[0].action, [source.history for source in sources]
+        assert all(source.action == action for source in sources)
         chain = self.after(part.raw)
-        partial = Partial(self, self.cuts[site_of(names[0])], self.memory, chain)
+        partial = Partial(self, self.cuts[histories[0].site], self.memory, chain)
         value, entries = value_of(part.raw), []
-        for name in names:
-            port = CacheRead(patched(name) if action.patched else name, 0, 0, changed=not action.patches)
-            if len(names) == 1:
+        for history in histories:
+            read = history.patched if action.patched else history
+            port = CacheRead(read, 0, 0, changed=not action.patches)
+            if len(histories) == 1:
                 entry = self._load(port, part.raw, part)
             else:
                 entry = self.input(port, value, shape=(value.shape[0] // 2, *value.shape[1:]))
             entries.append(chain.copied(entry) if action.patches else entry)
-        return partial.value(names, action, entries)
+        return partial.value(histories, action, entries)
 
-    def _packed(self, history: _History, number: int, raw: fx.Node, keep: set[fx.Node]) -> fx.Node | None:
+    def _packed(self, source: _Rows, number: int, raw: fx.Node, keep: set[fx.Node]) -> fx.Node | None:
         """The same from a value in bfloat16 and its difference to the one before in 8 bits."""
-        action, cache = history.action, Packed(self, raw, keep)
-        ports = [CacheRead(history.name, 3 * number + part, 0) for part in range(3)]
+        action, cache = source.action, Packed(self, raw, keep)
+        ports = [CacheRead(source.history, 3 * number + part, 0) for part in range(3)]
         if action.stores:
             for part, node in enumerate(cache.pack(ports[0])):
-                self.write(CacheWrite(history.name, 3 * number + part), node)
+                self.write(CacheWrite(source.history, 3 * number + part), node)
         if action.kind == "compute":
             return None
         return cache.unpack(ports, action.group)

@@ -21,6 +21,7 @@ from graphcache.compiler.program import Program
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import StepGraph, value_of
+from graphcache.ir.history import History
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
 from graphcache.ir.resolve import resolve
@@ -226,7 +227,7 @@ class Reference:
                 norms = norms.to(raw.device)
                 score = norms / norms.norm(dim=-1, keepdim=True)
             tokens = Tokens(cut.rows, cut.tokens, raw.device, self.plan.grid)
-            selection = Selection(site.name, tuple(steps), step - self.now)
+            selection = Selection(History(site.name), tuple(steps), step - self.now)
             site.chosen = chosen(selection, tokens, self.now, number, score)
 
     def _later(self, site: Site, step: int) -> str:

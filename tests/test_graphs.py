@@ -16,6 +16,7 @@ from graphcache.analysis.invariant import invariant_values
 from graphcache.analysis.liveness import lower
 from graphcache.compiler.program import Program
 from graphcache.ir.graph import CacheWrite, StepGraph
+from graphcache.ir.history import GUIDANCE, PREDICTION, History
 from graphcache.ir.plan import Preset
 from graphcache.ir.schedule import Role, Schedule
 from graphcache.ir.text import render
@@ -154,7 +155,7 @@ def test_a_plain_difference_is_not_split() -> None:
     """Without a letter of frequencies one tensor is kept, and no product is left."""
     measured = guided("guidance ##.#.", 1, "doubled")
     kept = [port for port in measured.outputs if isinstance(port, CacheWrite)]
-    assert kept == [CacheWrite("guidance", 0)]
+    assert kept == [CacheWrite(History(GUIDANCE), 0)]
     assert count(measured)["matmul.default"] == 0
     assert count(guided(GUIDED, 1, "doubled"))["matmul.default"] == 4
 
@@ -163,8 +164,8 @@ def test_a_refresh_is_written_only_where_a_one_branch_step_follows() -> None:
     step = subject("pixart").captured.step
     schedule = lower(plan("guidance ####..##.##", 11), step.branches, role="cond")
     other = lower(plan("guidance ####..##.##", 11), step.branches, role="uncond")
-    assert [at.keep["guidance"] for at in other.steps] == [0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0]
-    assert all(at.keep["prediction"] == 1 for at in schedule.steps)
+    assert [at.keep[History(GUIDANCE)] for at in other.steps] == [0, 0, 0, 1, 1, 0, 0, 1, 0, 0, 0]
+    assert all(at.keep[History(PREDICTION)] == 1 for at in schedule.steps)
 
 
 @pytest.mark.parametrize("name", ["fora", "taylorseer", "pab", "delta_dit", "fastercache"])
@@ -264,11 +265,11 @@ def test_no_pass_changes_its_input() -> None:
         plan("c = tuned compute\nrange(0..0) #.#\n@mlp ##c\n  step 2 = 0.5\noutput ##.", 3), step.branches
     )
     phases = [Specialize(phase, schedule.ranges) for phase in schedule.phases]
-    before = render(step), step.branches, step.history, [dict(node.meta) for node in step.graph.nodes]
+    before = render(step), step.branches, step.passes, [dict(node.meta) for node in step.graph.nodes]
     for item in (*PASSES, Hoist(held), Prologue(held), *phases):
         made = item(step)
         assert made.graph is not step.graph
-        after = render(step), step.branches, step.history, [dict(node.meta) for node in step.graph.nodes]
+        after = render(step), step.branches, step.passes, [dict(node.meta) for node in step.graph.nodes]
         assert str(after) == str(before)
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from graphcache import GraphCacheError, Plan, StateError
 from graphcache.compiler.histories import entries, refuse_others
 from graphcache.compiler.program import Program
+from graphcache.ir.history import History
 from graphcache.ir.state import CacheState
 from reference import capture_call
 from tiny import arguments, tiny
@@ -23,8 +24,8 @@ def test_phases_of_one_plan_agree_about_every_history() -> None:
     schedule = made.schedule(PLAN)
     found = made.entries(schedule)
     assert {name: [tuple(part.shape) for part in parts] for name, parts in found.items()} == {
-        "blocks.0.self": [(2, 3, 4)],
-        "blocks.0.mlp": [(2, 3, 4)],
+        History("blocks.0.self"): [(2, 3, 4)],
+        History("blocks.0.mlp"): [(2, 3, 4)],
     }
 
 
@@ -43,11 +44,11 @@ def test_phases_of_two_sizes_do_not(stored: bool) -> None:
 
 def test_an_entry_of_another_kind_is_not_stored() -> None:
     cache = CacheState()
-    cache.store("a", (torch.zeros(2, 3),))
+    cache.store(History("a"), (torch.zeros(2, 3),))
     for other in (torch.zeros(2, 4), torch.zeros(2, 3, dtype=torch.bfloat16)):
         with pytest.raises(StateError, match=r"^a: .* comes to be cached beside f32\[2,3\]"):
-            cache.store("a", (other,))
-    assert len(cache.entries["a"]) == 1
+            cache.store(History("a"), (other,))
+    assert len(cache.entries[History("a")]) == 1
 
 
 @pytest.mark.parametrize("other", [torch.zeros(1, 3, 4), torch.zeros(2, 3, 4, dtype=torch.float64)], ids=str)
@@ -57,8 +58,8 @@ def test_an_entry_of_another_kind_is_not_read(other: torch.Tensor) -> None:
     cache = CacheState()
     refuse_others(cache, phase)
     for port in phase.places.reads:
-        cache.entries[port.site] = [(torch.zeros(2, 3, 4),)] * 2
+        cache.entries[port.history] = [(torch.zeros(2, 3, 4),)] * 2
     refuse_others(cache, phase)
-    cache.entries[phase.places.reads[0].site] = [(other,)] * 2
+    cache.entries[phase.places.reads[0].history] = [(other,)] * 2
     with pytest.raises(StateError, match="is cached, and this step reads another shape or dtype"):
         refuse_others(cache, phase)

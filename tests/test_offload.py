@@ -91,7 +91,7 @@ def test_every_stored_value_is_sent_right_behind_its_node() -> None:
 def test_it_changes_nothing_the_second_time() -> None:
     for _, after in phases():
         ports = (*after.inputs, *after.outputs)
-        again = Offload({port.site for port in ports if isinstance(port, CacheRead | CacheWrite)})(after)
+        again = Offload({port.history for port in ports if isinstance(port, CacheRead | CacheWrite)})(after)
         assert [node.target for node in again.calls()] == [node.target for node in after.calls()]
 
 
@@ -100,7 +100,7 @@ def test_what_tokens_are_written_into_stays() -> None:
     program = Program(subject("pixart").captured, None)
     movable = program.schedule(plan).movable
     assert movable
-    assert all("cross" in name for name in movable)
+    assert all("cross" in name.site for name in movable)
 
 
 def test_the_summary_tells_how_much_is_on_the_host() -> None:

@@ -387,6 +387,17 @@ def test_latents_and_timestep_that_are_not_found_can_be_named() -> None:
     assert rows[1].psnr == expected.psnr
 
 
+def test_a_sampling_says_once_how_a_model_is_run() -> None:
+    given = graphcache.Sampling.of(linear(1), Sampler("first"), conditional="first")
+    assert_same_profile(graphcache.profile(given, [5, 8, 2], steps=3, probes=1), profiled())
+    made = graphcache.auto(given, [5, 8], steps=3, speedup=1.1, iterations=1, backend=None)
+    assert graphcache.restore(made.model) is given.model
+    (_, row) = compare(given, {"found": made.plan}, [8], steps=3, backend=None)
+    assert row.psnr == pytest.approx(made.held_out, abs=1e-2)
+    with pytest.raises(GraphCacheError, match=r"give sampler=, timestep=, latents= .* to Sampling.of"):
+        graphcache.profile(given, [5], steps=3, conditional="last")
+
+
 def profiled(mode: str | None = "first", samples: Sequence[int] = (5, 8, 2), **options: Any) -> Profile:
     conditional = mode if mode in ("first", "last") else None
     options = {"sampler": Sampler(mode), "probes": 1, "conditional": conditional, **options}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import Plan, PlanError
+from graphcache.ir.history import History
 from graphcache.ir.schedule import Selection
 from graphcache.runtime.selection import Tokens
 from reference_selection import chosen
@@ -199,7 +200,7 @@ def owners(model: Rearranging, x: Tensor) -> Tensor | None:
 def places(letter: str) -> Tensor:
     """The tokens that step 1 computes, row by row."""
     plan = Plan.parse(f"plan steps=2\n{letter}\n* #a")
-    selection = Selection("x", ((1, plan.letters[0]),), 2)
+    selection = Selection(History("x"), ((1, plan.letters[0]),), 2)
     tokens = Tokens(ROWS, TOKENS, torch.device("cpu"))
     return chosen(selection, tokens, 0, 0, torch.empty(0))[1].places
 

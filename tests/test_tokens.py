@@ -16,6 +16,7 @@ from graphcache import Plan, PlanError, presets, transform
 from graphcache.analysis import ops
 from graphcache.compiler.program import Program
 from graphcache.ir.graph import Branch, is_tensor, value_of
+from graphcache.ir.history import History
 from graphcache.ir.letter import Letter
 from graphcache.ir.schedule import Budget, Selection
 from graphcache.passes import scores
@@ -168,7 +169,7 @@ def letter(text: str) -> Letter:
 def tables(text: str, rows: int = 2, count: int = 16, steps: int = 4, **given: Any) -> list[Tensor]:
     """The places chosen for the steps after one that computed."""
     item = letter(text)
-    selection = Selection("x", tuple((step, item) for step in range(1, steps + 1)), steps + 1)
+    selection = Selection(History("x"), tuple((step, item) for step in range(1, steps + 1)), steps + 1)
     score = given.pop("score", None)
     scores = [torch.empty(0) if score is None else score]
     (found,) = choose(selection, Tokens(rows, count, torch.device("cpu"), **given), 0, [0], scores)
@@ -247,7 +248,7 @@ class TestChoices:
     def test_clusters_are_those_of_the_reference(self) -> None:
         """Which says in its own words how far k-means gets, and which token wins a tie."""
         value = torch.randn(2, 16, 4)
-        selection = Selection("x", ((1, letter("tokens 4 by cluster multiple=1")),), 2)
+        selection = Selection(History("x"), ((1, letter("tokens 4 by cluster multiple=1")),), 2)
         tokens = Tokens(2, 16, torch.device("cpu"))
         (ours,) = choose(selection, tokens, 0, [0], [value])
         theirs = chosen(selection, tokens, 0, 0, value)
@@ -256,7 +257,10 @@ class TestChoices:
     @pytest.mark.parametrize("by", ["random", "stratified", "norm", "cluster"])
     def test_sites_chosen_together_are_chosen_as_each_alone(self, by: str) -> None:
         item = letter(f"tokens 5 by {by} multiple=1")
-        selection, tokens = Selection("x", ((1, item), (2, item)), 3), Tokens(2, 16, torch.device("cpu"))
+        selection, tokens = (
+            Selection(History("x"), ((1, item), (2, item)), 3),
+            Tokens(2, 16, torch.device("cpu")),
+        )
         scores = [torch.rand(2, 16, 4) if by == "cluster" else torch.rand(2, 16) for _ in range(3)]
         together = choose(selection, tokens, 0, [4, 7, 9], scores)
         for site, score, found in zip([4, 7, 9], scores, together, strict=True):

@@ -27,7 +27,6 @@ from graphcache.cli.sources import Placement, Sampled, load_object, load_sampled
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import write_bytes
-from graphcache.ir.roles import Names
 from graphcache.planning.automatic import checker
 from graphcache.planning.candidates import Candidate
 from graphcache.planning.cluster import Cluster
@@ -137,8 +136,7 @@ def search(
         )
     if model is not None:
         found_samples = _sampled(model, call, samples, threads, Placement(device, dtype))
-        names = Names.of(timestep, latents or ())
-        sampling = Sampling.of(found_samples.model_or_pipe, found_samples.sampler, names)
+        sampling = Sampling.of(found_samples.model_or_pipe, found_samples.sampler, timestep, latents or ())
         check = checker(sampling, found_samples.samples, made.steps)
     with _mapping(ray, device) as run:
         found = search_plan(

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from graphcache.compiler.pipeline import analysed
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.graph import StepGraph
 from graphcache.ir.opaque import Opaque
-from graphcache.passes.base import Observer, Pass, run
-from graphcache.passes.simplify import Simplify
-from graphcache.passes.split import Split
-from graphcache.passes.tag import Tag
+from graphcache.passes.base import Observer
 from graphcache.tracing.capture import capture
 from graphcache.tracing.conditions import Conditions
 
@@ -50,8 +48,7 @@ class Captured:
         """
         examples = distinct([_dense(tensor) for tensor in tensors])
         step, output, conditions = capture(model, call, tuple(examples), asks, before)
-        passes: list[Pass] = [Simplify(), Tag()]
-        step = run([*passes, Split()] if split else passes, step, observers)
+        step = analysed(step, split, observers)
         strides = tuple(tensor.stride() for tensor in examples)
         return Captured(step, call, output, strides, conditions)
 

@@ -21,6 +21,7 @@ from graphcache.ir.graph import (
     may_be_same_sizes,
     value_of,
 )
+from graphcache.ir.history import History
 
 
 class _Kind(NamedTuple):
@@ -35,13 +36,13 @@ class _Kind(NamedTuple):
 class Places:
     """Input ports by how they are looked up at every step.
 
-    `reads` are those that take an entry of a history as it is, at (site, entry, part) in `entries`; `others`
-    are the rest. `order` puts reads and others, one after the other, into the order of the ports; it is
-    empty where they stand so.
+    `reads` are those that take an entry of a history as it is, at (history, entry, part) in `entries`;
+    `others` are the rest. `order` puts reads and others, one after the other, into the order of the ports; it
+    is empty where they stand so.
     """
 
     reads: tuple[CacheRead, ...]
-    entries: tuple[tuple[str, int, int], ...]
+    entries: tuple[tuple[History, int, int], ...]
     others: tuple[InPort, ...]
     order: tuple[int, ...]
 
@@ -51,7 +52,7 @@ class Places:
         others = tuple(port for port in ports if port not in set(reads))
         found = {port: i for i, port in enumerate((*reads, *others))}
         order = tuple(found[port] for port in ports)
-        entries = tuple((port.site, port.entry, port.part) for port in reads)
+        entries = tuple((port.history, port.entry, port.part) for port in reads)
         return Places(reads, entries, others, () if order == tuple(range(len(order))) else order)
 
 
@@ -107,12 +108,12 @@ class Runnable:
         return computed_bytes(self.step)
 
     @cached_property
-    def stored(self) -> tuple[tuple[str, int], ...]:
-        """(site, number of parts) in the order in which the stores follow the results."""
-        parts: dict[str, int] = {}
+    def stored(self) -> tuple[tuple[History, int], ...]:
+        """(history, number of parts) in the order in which the stores follow the results."""
+        parts: dict[History, int] = {}
         for port in self.step.outputs:
             if isinstance(port, CacheWrite):
-                parts[port.site] = parts.get(port.site, 0) + 1
+                parts[port.history] = parts.get(port.history, 0) + 1
         return tuple(parts.items())
 
     def coefficients(self, group: int, values: tuple[float, ...]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from graphcache.analysis.invariant import invariant_values
 from graphcache.analysis.liveness import lower
 from graphcache.analysis.ranges import cut_range
 from graphcache.analysis.tokens import TokenCut, memories, token_cuts
+from graphcache.compiler import pipeline
 from graphcache.compiler.captured import Captured, laid
 from graphcache.compiler.compile import Backend, Kept, build
 from graphcache.compiler.guidance_half import Half, capture_half
@@ -21,18 +22,16 @@ from graphcache.compiler.histories import entries
 from graphcache.compiler.phase_code import Runnable
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Input, StepGraph, storage_bytes, value_of
-from graphcache.ir.plan import Plan
+from graphcache.ir.history import History
+from graphcache.ir.plan import Plan, Row
 from graphcache.ir.resolve import resolve
-from graphcache.ir.schedule import Guided, Memory, Phase, Role, Schedule, site_of
+from graphcache.ir.schedule import Guided, Memory, Phase, Role, Schedule
 from graphcache.libraries.exclusive import COMPILING
-from graphcache.passes.base import Observer, Pass, run
-from graphcache.passes.guidance import Guide
-from graphcache.passes.hoist import Hoist, Prologue
-from graphcache.passes.narrow import Narrow
-from graphcache.passes.offload import Offload
-from graphcache.passes.specialize import Specialize
+from graphcache.passes.base import Observer
 
-PhaseKey = tuple[Phase, tuple[tuple[str, int, int], ...], Guided | None, tuple[Memory, ...], frozenset[str]]
+PhaseKey = tuple[
+    Phase, tuple[tuple[str, int, int], ...], Guided | None, tuple[Memory, ...], frozenset[History]
+]
 
 
 @dataclass
@@ -88,7 +87,7 @@ class Program:
         """
         if not self._held:
             return None
-        step = run((Prologue(self._held),), self.captured.step, self.observers)
+        step = pipeline.prologue(self.captured.step, self._held, self.observers)
         return Runnable(step, build(step, None))
 
     def prepared(self) -> "Program":
@@ -106,28 +105,23 @@ class Program:
 
     @cached_property
     def step(self) -> StepGraph:
-        return run((Hoist(self._held),), self.captured.step, self.observers)
+        return pipeline.repeated(self.captured.step, self._held, self.observers)
 
     @cached_property
     def half_step(self) -> StepGraph:
         assert self.half is not None
         names = tuple(name for name in self._held if name in self.half.hoisted)
-        return run((Hoist(names),), self.half.step, self.observers)
+        return pipeline.repeated(self.half.step, names, self.observers)
 
     @cached_property
     def _flow(self) -> Dataflow:
         return Dataflow(self.captured.step)
 
-    def cuts(self, plan: Plan) -> dict[str, TokenCut]:
-        """How the sites that a plan gives token budgets run on some of their tokens."""
+    def _cuts(self, plan: Plan, rows: Mapping[str, Row]) -> dict[str, TokenCut]:
+        """How the sites whose rows have token budgets run on some of their tokens."""
         symbols = {letter.symbol for letter in plan.letters if letter.is_tokens}
-        if not symbols:
-            return {}
-        step = self.captured.step
-        rows = resolve(plan, step.branches, step.blocks).branches
-        return token_cuts(
-            self._flow, [name for name, row in rows.items() if not symbols.isdisjoint(row.actions)]
-        )
+        budgeted = [name for name, row in rows.items() if not symbols.isdisjoint(row.actions)]
+        return token_cuts(self._flow, budgeted) if budgeted else {}
 
     def schedule(self, plan: Plan, start: int = 0, role: Role = "only", shared: bool = False) -> Schedule:
         """The plan from a step on, lowered for this model and for calls of this role.
@@ -138,8 +132,10 @@ class Program:
         if key not in self._schedules:
             with COMPILING:
                 self._refuse_other_model(plan)
-                step, cuts = self.captured.step, self.cuts(plan)
-                schedule = lower(plan, step.branches, start, role, memories(step, cuts), shared)
+                step = self.captured.step
+                rows = resolve(plan, step.branches, step.blocks)
+                cuts = self._cuts(plan, rows.branches)
+                schedule = lower(plan, step.branches, rows, start, role, memories(step, cuts), shared)
                 self.tokens |= {name: (cut.rows, cut.tokens) for name, cut in cuts.items()}
                 if role == "doubled":
                     self._refuse_mixed(schedule)
@@ -166,7 +162,7 @@ class Program:
         values |= {
             name: set(cut_range(step, name, first, last).leaving) for name, first, last in schedule.ranges
         }
-        for name in {site_of(name) for phase in schedule.phases for name, _ in phase.actions}:
+        for name in {history.site for phase in schedule.phases for history, _ in phase.actions}:
             if not self.half.mixed.isdisjoint(values.get(name, ())):
                 raise PlanError(
                     f"row guidance: {name} mixes the samples of both branches within one dimension, so "
@@ -185,21 +181,12 @@ class Program:
                     self.phases[key] = self._made(phase, schedule, moved)
         return self.phases[key]
 
-    def _made(self, phase: Phase, schedule: Schedule, moved: frozenset[str]) -> Runnable:
-        guided = schedule.guided
-        conditional = guided.conditional if guided else None
-        passes: list[Pass] = [Specialize(phase, schedule.ranges, conditional, schedule.memories)]
-        if guided is not None:
-            passes.append(Guide(phase, guided))
-        if self.backend is not None:
-            # what is not compiled keeps the bits of the untouched model
-            passes.append(Narrow())
-        if moved:
-            passes.append(Offload(moved))
-        step = run(passes, self.half_step if phase.half else self.step, self.observers)
+    def _made(self, phase: Phase, schedule: Schedule, moved: frozenset[History]) -> Runnable:
+        step = self.half_step if phase.half else self.step
+        step = pipeline.specialised(step, phase, schedule, moved, self.backend is not None, self.observers)
         return Runnable(step, build(step, self.backend, self.kept), self.half if phase.half else None)
 
-    def moved(self, schedule: Schedule) -> frozenset[str]:
+    def moved(self, schedule: Schedule) -> frozenset[History]:
         """Histories that are kept in host memory."""
         return schedule.movable if self.offload else frozenset()
 
@@ -231,13 +218,15 @@ class Program:
         latents = next(node for port, node in ports if isinstance(port, Input) and port.kind == "latent")
         return int(value_of(latents).shape[0])
 
-    def entries(self, schedule: Schedule) -> Mapping[str, Sequence[torch.Tensor]]:
+    def entries(self, schedule: Schedule) -> Mapping[History, Sequence[torch.Tensor]]:
         """One entry of every history that the schedule stores, as fake tensors."""
         return entries(self.phase(schedule, index).step for index in range(len(schedule.phases)))
 
-    def entry_bytes(self, schedule: Schedule) -> dict[str, int]:
+    def entry_bytes(self, schedule: Schedule) -> dict[History, int]:
         """Bytes of one entry of every history that the schedule stores."""
-        return {name: sum(map(storage_bytes, values)) for name, values in self.entries(schedule).items()}
+        return {
+            history: sum(map(storage_bytes, values)) for history, values in self.entries(schedule).items()
+        }
 
     def check(self, plan: Plan, role: Role = "only") -> None:
         """Lower a plan and specialise every phase, so that whatever is wrong is said now.

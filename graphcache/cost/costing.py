@@ -13,9 +13,10 @@ from graphcache.analysis.symbolic import CostError, Sized, SymbolicShapes, among
 from graphcache.cost.size_search import Example, SizedProgram, vary
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import StepGraph
+from graphcache.ir.history import History
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
-from graphcache.ir.schedule import Action, Budget, Role, Schedule, site_of
+from graphcache.ir.schedule import Action, Budget, Role, Schedule
 from graphcache.libraries.extras import require
 from graphcache.runtime.engine import Engine, original
 from graphcache.runtime.options import Options
@@ -140,7 +141,7 @@ class CostModel:
     def _priced(self, plan: Plan, role: Role) -> PlanCost:
         schedules = [capture.program.schedule(plan, role=role) for capture in self.captures]
         phases = [self._phase(schedules, index) for index in range(len(schedules[0].phases))]
-        entries = {name: size for phase in phases for name, size in phase.entries.items()}
+        entries = {history: size for phase in phases for history, size in phase.entries.items()}
         steps = [phases[step.phase] for step in schedules[0].steps]
         once = self.prologue.total_bytes if self.prologue else sympy.S.Zero
         flops = sympy.Add(self.prologue_flops, *(phase.flops for phase in steps))
@@ -172,7 +173,7 @@ class CostModel:
 class _PhaseCost:
     flops: Any
     moved: Any
-    entries: Mapping[str, Any]
+    entries: Mapping[History, Any]
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ def _number(budget: Budget, tokens: Any) -> Any:
 def _budgets(schedule: Schedule, index: int, tokens: Mapping[str, Any]) -> list[Key]:
     """The distinct budgets of a phase."""
     actions = schedule.phases[index].actions
-    keys = (_key(a.budget, tokens[site_of(name)]) for name, a in actions if a.budget is not None)
+    keys = (_key(a.budget, tokens[history.site]) for history, a in actions if a.budget is not None)
     return list(dict.fromkeys(keys))
 
 
@@ -338,20 +339,20 @@ def _sized(
 ) -> Sized:
     """A phase's graph at a capture's sizes, its budgets replaced by numbers of tokens."""
 
-    def counted(name: str, action: Action) -> Action:
+    def counted(history: History, action: Action) -> Action:
         if action.budget is None:
             return action
-        count = counts[names[_key(action.budget, tokens[site_of(name)])]]
+        count = counts[names[_key(action.budget, tokens[history.site])]]
         return replace(action, budget=Budget(count, 1, action.budget.blend))
 
     phase = schedule.phases[index]
-    actions = tuple((name, counted(name, action)) for name, action in phase.actions)
+    actions = tuple((history, counted(history, action)) for history, action in phase.actions)
     phases = (*schedule.phases[:index], replace(phase, actions=actions), *schedule.phases[index + 1 :])
     step = capture.program.phase(replace(schedule, phases=phases), index).step
     return Sized({**capture.sizes, **counts}, step)
 
 
-def _peak(schedule: Schedule, entries: Mapping[str, Any]) -> Any:
+def _peak(schedule: Schedule, entries: Mapping[History, Any]) -> Any:
     """The most bytes held at any time, like `Schedule.peak` of numbers."""
     moments, before = [sympy.S.Zero], sympy.S.Zero
     for index, step in enumerate(schedule.steps):

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.history import History
 from graphcache.ir.opaque import Opaque
 from graphcache.ir.selector import STEM
 
@@ -44,13 +45,13 @@ class Hoisted:
 
 @dataclass(frozen=True, slots=True)
 class CacheRead:
-    """History entry of a site: `entry` 0 is the newest raw value, `part` tells a site's tensors apart.
+    """Entry of a history: `entry` 0 is the newest raw value, `part` tells a site's tensors apart.
 
-    An `optional` one is read as zeros where the site has no history yet; one that is `changed` is written to
-    in place.
+    An `optional` one is read as zeros where nothing is cached yet; one that is `changed` is written to in
+    place.
     """
 
-    site: str
+    history: History
     part: int
     entry: int
     optional: bool = False
@@ -58,18 +59,18 @@ class CacheRead:
 
     def __str__(self) -> str:
         suffix = " if any" * self.optional + " changed in place" * self.changed
-        return f"read {self.site} part {self.part} entry {self.entry}{suffix}"
+        return f"read {self.history} part {self.part} entry {self.entry}{suffix}"
 
 
 @dataclass(frozen=True, slots=True)
 class CacheWrite:
-    """The raw value of a site, handed to the runner as its newest history entry."""
+    """A raw value, handed to the runner as its history's newest entry."""
 
-    site: str
+    history: History
     part: int
 
     def __str__(self) -> str:
-        return f"write {self.site} part {self.part}"
+        return f"write {self.history} part {self.part}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +116,11 @@ class Chosen:
     `clusters`: for each token of the stream the cluster that it is in, int64 (rows, tokens).
     """
 
-    site: str
+    history: History
     clusters: bool = False
 
     def __str__(self) -> str:
-        return f"{'clusters' if self.clusters else 'chosen tokens'} of {self.site}"
+        return f"{'clusters' if self.clusters else 'chosen tokens'} of {self.history}"
 
 
 InPort = Input | Hoisted | CacheRead | Coefficients | Table | Chosen
@@ -164,7 +165,7 @@ class StepGraph:
     inputs: tuple[InPort, ...]
     outputs: tuple[OutPort, ...]
     branches: tuple[Branch, ...] = ()
-    history: tuple[str, ...] = ()
+    passes: tuple[str, ...] = ()
     opaque: tuple[Opaque, ...] = ()
 
     @cached_property

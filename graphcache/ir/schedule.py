@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from graphcache.ir.history import GUIDANCE, OUTPUT, PREDICTION, History
 from graphcache.ir.letter import Letter
 
 Kind = Literal["compute", "correct", "reuse", "forecast", "tokens", "hold"]
@@ -12,41 +13,6 @@ Kind = Literal["compute", "correct", "reuse", "forecast", "tokens", "hold"]
 Role = Literal["only", "doubled", "cond", "uncond"]
 """What calls a schedule is for: without guidance, on a batch that holds both branches, or those of one
 of two branches that are called one after the other."""
-
-GUIDANCE = "guidance"
-"""The history of the branches' difference."""
-PREDICTION = "prediction"
-"""The conditional branch's result, kept for the unconditional branch's call at the same step."""
-
-
-def unconditional(site: str) -> str:
-    """The name of the history that the unconditional half of a doubled batch has of a site."""
-    return f"{site}|uncond"
-
-
-def is_unconditional(history: str) -> bool:
-    """Whether a history is of the unconditional half of a doubled batch."""
-    return unconditional("") in history
-
-
-def site_of(history: str) -> str:
-    """The site that a history is of."""
-    return history.partition("|")[0]
-
-
-def memory(site: str, operand: int) -> str:
-    """The name of the history of an operand that chosen tokens meet whole: attention's keys or values."""
-    return f"{site}|memory.{operand}"
-
-
-def patched(site: str) -> str:
-    """The name of the history that a site's tokens are written into beside one that forecasts read."""
-    return f"{site}|patched"
-
-
-def score(site: str) -> str:
-    """The name under which the scores of a site's tokens are handed out."""
-    return f"{site}|score"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,21 +101,21 @@ class Phase:
     `half` phases run the graph that was captured at half the batch, on its conditional half.
     """
 
-    actions: tuple[tuple[str, Action], ...]
+    actions: tuple[tuple[History, Action], ...]
     half: bool = False
 
     @property
     def is_answered(self) -> bool:
         """Whether the unconditional branch is made from the conditional one's result."""
-        return any(name == GUIDANCE and action.kind == "forecast" for name, action in self.actions)
+        return any(history.site == GUIDANCE and action.kind == "forecast" for history, action in self.actions)
 
 
-def _stored(phase: Phase) -> Iterator[str]:
-    for name, action in phase.actions:
+def _stored(phase: Phase) -> Iterator[History]:
+    for history, action in phase.actions:
         if action.stores:
-            yield name
+            yield history
         if action.patches:
-            yield patched(name)
+            yield history.patched
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,10 +136,10 @@ class Guided:
 class Memory:
     """An operand of a product, kept whole so that chosen tokens of `sites` can meet it.
 
-    `name` is its history, `node` its node, `readers` are all sites whose values it goes into.
+    `node` is its node, `readers` are all sites whose values it goes into.
     """
 
-    name: str
+    history: History
     node: str
     sites: tuple[str, ...]
     readers: tuple[str, ...]
@@ -187,7 +153,7 @@ class Selection:
     the number of steps up to the next one that computes the site whole.
     """
 
-    site: str
+    history: History
     steps: tuple[tuple[int, Letter], ...]
     cycle: int
     grid: tuple[int, int, int] | None = None
@@ -195,11 +161,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Step:
-    """One step: its phase, the coefficients of each group, and the entries of each site live after it."""
+    """One step: its phase, the coefficients of each group, and the entries of each history live after it."""
 
     phase: int
     coefficients: tuple[tuple[float, ...], ...]
-    keep: Mapping[str, int]
+    keep: Mapping[History, int]
     selections: tuple[Selection, ...] = ()
 
 
@@ -214,20 +180,19 @@ class Schedule:
     memories: tuple[Memory, ...] = ()
 
     @cached_property
-    def stores(self) -> tuple[frozenset[str], ...]:
+    def stores(self) -> tuple[frozenset[History], ...]:
         """Histories that each phase stores."""
         return tuple(frozenset(_stored(phase)) for phase in self.phases)
 
     @cached_property
-    def movable(self) -> frozenset[str]:
+    def movable(self) -> frozenset[History]:
         """Histories of features that nothing writes into and that later steps alone read."""
         fixed = {GUIDANCE, PREDICTION}
         for phase in self.phases:
-            marked = (name for name, action in phase.actions if action.budget or action.measure)
-            fixed |= {site_of(name) for name in marked}
-        stored = frozenset[str]().union(*self.stores)
-        fixed |= {site_of(selection.site) for step in self.steps for selection in step.selections}
-        return frozenset(name for name in stored if site_of(name) not in fixed and "|memory" not in name)
+            fixed |= {history.site for history, action in phase.actions if action.budget or action.measure}
+        fixed |= {selection.history.site for step in self.steps for selection in step.selections}
+        stored = frozenset[History]().union(*self.stores)
+        return frozenset(name for name in stored if name.site not in fixed and name.content != "operand")
 
     def branches(self, step: int) -> int:
         """Branches of guidance that a step evaluates: one or both of a doubled batch, else one or none."""
@@ -237,19 +202,19 @@ class Schedule:
 
     def is_skipped(self, phase: Phase, block: int) -> bool:
         """Whether a block lies within a range, or the output, that the phase takes from the cache."""
-        taken = {name for name, action in phase.actions if action.kind in ("reuse", "forecast")}
+        taken = {history.site for history, action in phase.actions if action.kind in ("reuse", "forecast")}
         inside = (name for name, first, last in self.ranges if first <= block <= last)
-        return "output" in taken or not taken.isdisjoint(inside)
+        return OUTPUT in taken or not taken.isdisjoint(inside)
 
-    def held(self, step: int, size: Mapping[str, int]) -> int:
-        """Bytes that the state holds after a step, given the bytes of one entry of each site."""
-        return sum(size[name] * count for name, count in self.steps[step].keep.items() if count)
+    def held(self, step: int, size: Mapping[History, int]) -> int:
+        """Bytes that the state holds after a step, given the bytes of one entry of each history."""
+        return sum(size[history] * count for history, count in self.steps[step].keep.items() if count)
 
-    def peak(self, size: Mapping[str, int]) -> int:
+    def peak(self, size: Mapping[History, int]) -> int:
         """The most bytes held at any time: what a step found, and beside it what it stored."""
         most = before = 0
         for index, step in enumerate(self.steps):
-            stored = sum(size[name] for name in self.stores[step.phase])
+            stored = sum(size[history] for history in self.stores[step.phase])
             most = max(most, before + stored)
             before = self.held(index, size)
         return most
@@ -260,5 +225,5 @@ class Schedule:
             steps = [str(i) for i, step in enumerate(self.steps) if step.phase == index]
             half = " at half the batch" if phase.half else ""
             lines.append(f"phase {index}{half}: steps {' '.join(steps)}")
-            lines += [f"  {name}: {action}" for name, action in phase.actions]
+            lines += [f"  {history}: {action}" for history, action in phase.actions]
         return "\n".join(lines)

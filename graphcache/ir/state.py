@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from graphcache.ir.errors import StateError
+from graphcache.ir.history import History
 from graphcache.ir.text import describe
 
 Entry = tuple[torch.Tensor, ...]
@@ -23,43 +24,43 @@ class Choice:
 
 
 class CacheState:
-    """Slots of one branch: site -> entries -> one tensor per part.
+    """Slots of one branch: history -> entries -> one tensor per part.
 
     The runner threads it through the phases; no graph and no module ever holds it.
     """
 
     def __init__(self) -> None:
-        self.entries: dict[str, list[Entry]] = {}
+        self.entries: dict[History, list[Entry]] = {}
         self.hoisted: Mapping[str, torch.Tensor] = {}
         self.half_hoisted: Mapping[str, torch.Tensor] | None = None
-        self.chosen: Mapping[str, Choice] = {}
+        self.chosen: Mapping[History, Choice] = {}
 
-    def store(self, site: str, entry: Entry) -> None:
+    def store(self, history: History, entry: Entry) -> None:
         """Make an entry its history's newest.
 
         Raises:
             StateError: it has another shape or dtype than those before.
         """
-        history = self.entries.setdefault(site, [])
-        if history:
-            for new, old in zip(entry, history[0], strict=True):
+        entries = self.entries.setdefault(history, [])
+        if entries:
+            for new, old in zip(entry, entries[0], strict=True):
                 if new.shape != old.shape or new.dtype != old.dtype:
                     raise StateError(
-                        f"{site}: {describe(new)} comes to be cached beside {describe(old)}; call reset(), "
+                        f"{history}: {describe(new)} comes to be cached beside {describe(old)}; call reset() "
                         "and report this as a fault of graphcache"
                     )
-        history.insert(0, entry)
+        entries.insert(0, entry)
 
-    def trim(self, keep: Mapping[str, int]) -> None:
+    def trim(self, keep: Mapping[History, int]) -> None:
         """Drop what no later step reads."""
         if not any(keep.values()):
             self.entries.clear()
             return
-        for site, history in self.entries.items():
-            del history[keep.get(site, 0) :]
+        for history, entries in self.entries.items():
+            del entries[keep.get(history, 0) :]
 
     def tensors(self) -> Sequence[torch.Tensor]:
-        return [part for history in self.entries.values() for entry in history for part in entry]
+        return [part for entries in self.entries.values() for entry in entries for part in entry]
 
     def held_bytes(self) -> int:
         """Bytes of the distinct storages that history entries keep alive."""

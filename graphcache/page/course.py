@@ -7,9 +7,10 @@ from functools import cached_property
 from graphcache.analysis.liveness import lower
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.graph import Branch
+from graphcache.ir.history import GUIDANCE, OUTPUT, PREDICTION, History, range_site
 from graphcache.ir.plan import COMPUTE, Plan
 from graphcache.ir.resolve import resolve
-from graphcache.ir.schedule import GUIDANCE, PREDICTION, Role, Schedule, site_of
+from graphcache.ir.schedule import Role, Schedule
 from graphcache.planning.profile import Profile, parsed
 
 HOLD = "-"
@@ -87,8 +88,8 @@ class Course:
         blocks = {branch.name: branch.block for branch in self.branches}
         rows = resolve(self.plan, self.branches, len({*blocks.values()}))
         actions = {name: row.actions for name, row in rows.branches.items()}
-        actions |= {f"range({first}..{last})": row.actions for row, first, last in rows.ranges}
-        actions |= {"output": rows.output.actions} if rows.output else {}
+        actions |= {range_site(first, last): row.actions for row, first, last in rows.ranges}
+        actions |= {OUTPUT: rows.output.actions} if rows.output else {}
         actions = dict.fromkeys(blocks, COMPUTE * self.plan.steps) | actions
         found = {name: self._run(name, line, blocks.get(name)) for name, line in actions.items()}
         return found | ({GUIDANCE: rows.guidance.actions} if rows.guidance else {})
@@ -97,7 +98,7 @@ class Course:
         line = []
         for step, symbol in zip(self.schedule.steps, actions, strict=True):
             phase = self.schedule.phases[step.phase]
-            action = dict(phase.actions).get(name)
+            action = dict(phase.actions).get(History(name))
             held = action is not None and action.kind == "hold"
             if action is None and block is not None:
                 held = self.schedule.is_skipped(phase, block)
@@ -112,7 +113,7 @@ class Course:
         return tuple(name for name in self.symbols if name not in known)
 
     @cached_property
-    def sizes(self) -> Mapping[str, int]:
+    def sizes(self) -> Mapping[History, int]:
         """Bytes of one entry of every history, by what the profile tells of its site.
 
         Of a batch that holds both branches of guidance each half is cached for itself where a plan has steps
@@ -123,14 +124,14 @@ class Course:
         widest = max((site.bytes_kept for site in self.profile.sites if site.kind == "branch"), default=0)
         halves = 2 if self.schedule.guided and self.schedule.guided.conditional else 1
         bands = 2 if self.schedule.guided and self.schedule.guided.divisor is not None else 1
-        found: dict[str, int] = {}
+        found: dict[History, int] = {}
         for schedule in self.schedules:
             for phase in schedule.phases:
                 for name, action in phase.actions:
-                    entry = sites.get(site_of(name), widest) // halves
+                    entry = sites.get(name.site, widest) // halves
                     found[name] = max(found.get(name, 0), entry * 3 // 4 if action.packed else entry)
         calls = self.profile.calls
-        return found | {GUIDANCE: sites.get(GUIDANCE, 0) * calls * bands, PREDICTION: 0}
+        return found | {History(GUIDANCE): sites.get(GUIDANCE, 0) * calls * bands, History(PREDICTION): 0}
 
     @cached_property
     def held(self) -> tuple[int, ...]:
@@ -148,10 +149,12 @@ class Course:
         return times * sum(schedule.peak(self._with_patches) for schedule in self.schedules)
 
     @cached_property
-    def _with_patches(self) -> Mapping[str, int]:
+    def _with_patches(self) -> Mapping[History, int]:
         """A copy of a value that tokens are written into is as large as the value."""
         stored = {name for schedule in self.schedules for names in schedule.stores for name in names}
-        return {**self.sizes} | {name: self.sizes[site_of(name)] for name in stored - self.sizes.keys()}
+        return {**self.sizes} | {
+            name: self.sizes[name._replace(content="value")] for name in stored - self.sizes.keys()
+        }
 
 
 def meet(name: str, plan: Plan, profile: Profile) -> Course:

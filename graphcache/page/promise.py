@@ -5,8 +5,8 @@ import math
 import numpy as np
 
 from graphcache.analysis.sensitivity import effect
+from graphcache.ir.history import GUIDANCE, History
 from graphcache.ir.plan import COMPUTE
-from graphcache.ir.schedule import GUIDANCE
 from graphcache.page.course import HOLD, Course
 from graphcache.planning.candidates import Candidate, partly_skipped, skipped, whole
 from graphcache.planning.profile import Profile, families
@@ -92,7 +92,7 @@ def _sources(course: Course, name: str) -> list[Source | None]:
 def _weights(course: Course, name: str, step: int) -> tuple[float, ...]:
     """Those of the history, newest first; of `linear8` the schedule has only the difference's."""
     made = course.schedule.steps[step]
-    action = dict(course.schedule.phases[made.phase].actions).get(name)
+    action = dict(course.schedule.phases[made.phase].actions).get(History(name))
     if name == GUIDANCE or action is None or action.group < 0:
         return (1.0,)
     listed = made.coefficients[action.group]

@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeVar
 from graphcache.compiler.compile import Backend
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
-from graphcache.ir.roles import Names
 from graphcache.planning.gradient_memory import MEMORY
 from graphcache.planning.profile import Profile
 from graphcache.planning.profiling import profile
@@ -85,18 +84,14 @@ def auto(
     """
     if len(samples) < 2:
         raise GraphCacheError("auto needs two samples or more: one of them judges the plan")
-    sampling = Sampling.of(model_or_pipe, sampler, Names.of(timestep, latents))
+    sampling = Sampling.of(model_or_pipe, sampler, timestep, latents, conditional)
     held = max(1, len(samples) // 4)
     trained, judges = samples[:-held], samples[-held:]
     place = None if folder is None else os.path.join(folder, "profile.json")
     measured = profile(
-        model_or_pipe,
+        sampling,
         trained[:8],
         steps=steps,
-        sampler=sampler,
-        conditional=conditional,
-        timestep=timestep,
-        latents=latents,
         seed=seed,
         memory=memory,
         backend=backend,
@@ -110,16 +105,13 @@ def auto(
     plan, tuned = found.plan, None
     if iterations and plan.lists_coefficients:
         tuned = tune(
-            model_or_pipe,
+            sampling,
             with_corrections(plan),
             trained,
             judges,
-            sampler=sampler,
             reference=reference,
             iterations=iterations,
             data_range=data_range,
-            timestep=timestep,
-            latents=latents,
             memory=memory,
             progress=lambda now: progress(f"tuning, iteration {now.number + 1} of at most {iterations}"),
         )
@@ -129,7 +121,10 @@ def auto(
         plan.save(os.path.join(folder, "plan.txt"))
     progress("checking")
     held_out = judged(sampling, plan, judges, data_range)
-    made = transform(model_or_pipe, plan, backend=backend, timestep=timestep, latents=latents)
+    target = model_or_pipe if model_or_pipe is not sampling else sampling.target
+    made = transform(
+        target, plan, backend=backend, timestep=sampling.names.timestep, latents=sampling.names.latents
+    )
     return Automatic(made, plan, measured, found, tuned, held_out)
 
 

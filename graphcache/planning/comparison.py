@@ -16,7 +16,6 @@ from graphcache.compiler.compile import Backend, compile_plainly
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import read_bytes
-from graphcache.ir.roles import Names
 from graphcache.planning.metrics import frechet_distance, psnr, ssim
 from graphcache.planning.sampling import Sampler, Sampling, refuse_random
 
@@ -109,7 +108,7 @@ def compare(
     """
     if not samples:
         raise GraphCacheError("samples is empty: a comparison needs at least one")
-    sampling = Sampling.of(model_or_pipe, sampler, Names.of(timestep, latents))
+    sampling = Sampling.of(model_or_pipe, sampler, timestep, latents)
     refuse_random(sampling, samples[0], steps)
     contest = _Contest(sampling, dict(plans), steps, dict(fewer or {}), backend)
     progress(f"compiling {len(contest.names)} contenders")

@@ -13,18 +13,16 @@ from torch.utils import _pytree as pytree
 from graphcache.compiler.captured import laid
 from graphcache.compiler.compile import build
 from graphcache.compiler.phase_code import Runnable
+from graphcache.compiler.pipeline import observed
 from graphcache.compiler.program import Program
 from graphcache.ir.graph import CacheWrite, Input
+from graphcache.ir.history import OUTPUT, History
 from graphcache.libraries.exclusive import COMPILING
-from graphcache.passes.base import run
-from graphcache.passes.probe import Probe, handle
 from graphcache.planning.gradient_memory import Budget, with_own_inputs
 from graphcache.runtime.engine import Engine
 from graphcache.runtime.options import Options
 from graphcache.runtime.runner import BranchState, end, feed, run_prologue
 from graphcache.runtime.session import Branch
-
-OUTPUT = "output"
 
 Values = Mapping[str, tuple[Tensor, ...]]
 """What the sites of one evaluation computed, or its gradients: a tuple of a site's tensors."""
@@ -127,12 +125,12 @@ class _Evaluation:
 
     def run(self) -> _Run:
         results = self.probed.runnable.call(*self.feed)
-        parts: dict[str, list[Tensor]] = {OUTPUT: list(results[: self.count])}
+        parts: dict[History, list[Tensor]] = {History(OUTPUT): list(results[: self.count])}
         for port, value in zip(self.probed.runnable.step.outputs, results, strict=True):
             if isinstance(port, CacheWrite):
-                parts.setdefault(port.site, []).append(value)
-        values = {name: tuple(tensors) for name, tensors in parts.items() if "|" not in name}
-        sources = {name: tuple(parts.get(handle(name), tensors)) for name, tensors in values.items()}
+                parts.setdefault(port.history, []).append(value)
+        values = {name.site: tuple(tensors) for name, tensors in parts.items() if name.is_value}
+        sources = {site: tuple(parts.get(History(site, "handle"), own)) for site, own in values.items()}
         return _Run(results[: self.count], values, sources)
 
 
@@ -233,7 +231,7 @@ class ProbeEngine(Engine):
         if known is None:
             branches = tuple(branch.name for branch in program.captured.step.block_branches)
             with COMPILING:
-                step = run((Probe(branches, self.ranges),), program.step)
+                step = observed(program.step, branches, self.ranges)
                 made = Runnable(step, build(step, None))
             live = set(map(id, self.programs.values()))
             for place in self._probes.keys() - live:

@@ -22,15 +22,16 @@ from graphcache.compiler.guidance_half import is_doubled
 from graphcache.compiler.program import Program
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.graph import Branch, storage_bytes, value_of
+from graphcache.ir.history import GUIDANCE, OUTPUT, History, range_site
 from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
 from graphcache.ir.roles import Names
 from graphcache.ir.selector import Selector
 from graphcache.planning.calibration import site_seconds, step_seconds
 from graphcache.planning.gradient_memory import MEMORY
-from graphcache.planning.probing import OUTPUT, ProbeEngine
+from graphcache.planning.probing import ProbeEngine
 from graphcache.planning.profile import Part, Profile, Provenance, Site, families
 from graphcache.planning.profile_file import load_part, save_part, save_profile
-from graphcache.planning.recording import GUIDANCE, Recording
+from graphcache.planning.recording import Recording
 from graphcache.planning.sampling import (
     Sampler,
     Sampling,
@@ -74,7 +75,8 @@ def profile(
     for `window` steps.
 
     Args:
-        model_or_pipe: a module in eval mode, or a pipeline with one transformer.
+        model_or_pipe: a module in eval mode, a pipeline with one transformer, or a `Sampling` of either,
+            which then has the sampler, the names and the conditional half.
         samples: what the sampler takes; of a pipeline mappings of its call's arguments.
         steps: model evaluations of one generation.
         sampler: runs a bare module through a generation; a pipeline is its own.
@@ -98,10 +100,10 @@ def profile(
     if not samples:
         raise GraphCacheError("samples is empty: profiling needs at least one")
     refuse_unknown(backend)
-    sampling = Sampling.of(model_or_pipe, sampler, Names.of(timestep, latents))
-    task = Task(steps, min(window, steps - 1), probes, seed, conditional, sampling.names)
+    sampling = Sampling.of(model_or_pipe, sampler, timestep, latents, conditional)
+    task = Task(steps, min(window, steps - 1), probes, seed, sampling.conditional, sampling.names)
     engine = ProbeEngine(sampling.model, Options(Plan(steps), names=sampling.names), sampling.pipe, memory)
-    subject = describe(engine, sampling.first_call(samples[0], steps), conditional)
+    subject = describe(engine, sampling.first_call(samples[0], steps), sampling.conditional)
     engine.ranges = subject.ranges
     kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in engine.flat(subject.inputs)]
     key = hashlib.sha256(repr((task, subject.graph, kinds, versions())).encode()).hexdigest()
@@ -229,7 +231,7 @@ def _reused(program: Program, name: str) -> tuple[int, int]:
     """
     schedule = program.schedule(Plan(2, rows=(Row(Selector.parse(name), COMPUTE + REUSE),)))
     left = graph_flops(program.phase(schedule, schedule.steps[1].phase).step)
-    return left, program.entry_bytes(schedule)[name]
+    return left, program.entry_bytes(schedule)[History(name)]
 
 
 def _token_bytes(flow: Dataflow, branch: Branch) -> int:
@@ -243,7 +245,7 @@ def _token_bytes(flow: Dataflow, branch: Branch) -> int:
 
 def _bounds(depths: tuple[float, float], blocks: int) -> tuple[str, int, int]:
     inside = Selector.parse(f"range({depths[0]}..{depths[1]})").blocks(blocks)
-    return f"range({inside[0]}..{inside[-1]})", inside[0], inside[-1]
+    return range_site(inside[0], inside[-1]), inside[0], inside[-1]
 
 
 def measure(

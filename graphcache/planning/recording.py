@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from graphcache.analysis.frequency import basis
-from graphcache.planning.probing import OUTPUT, Values
+from graphcache.ir.history import GUIDANCE, OUTPUT
+from graphcache.planning.probing import Values
 from graphcache.planning.profile import Part
 from graphcache.runtime.session import Branch
 
-GUIDANCE = "guidance"
 SKETCH = 4096
 """Numbers that a value is reduced to before its products with those of other steps are taken."""
 

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -28,38 +28,63 @@ the same noise. A decorator `torch.no_grad` is looked through where gradients ar
 
 @dataclass(frozen=True)
 class Sampling:
-    """A model and how it is run through a generation.
+    """A model and how it is run through a generation: what profiling, tuning and comparing begin with.
 
     Attributes:
         model: the original one.
         sampler: runs any model of its kind.
         pipe: the pipeline that the sampler calls, if there is one.
         names: of the arguments that are latents and timestep, where they are not found.
+        conditional: the conditional half of a doubled batch, "first" or "last".
     """
 
     model: nn.Module
     sampler: Sampler
     pipe: Any = None
     names: Names = UNNAMED
+    conditional: str | None = None
 
     @staticmethod
-    def of(model_or_pipe: Any, sampler: Sampler | None = None, names: Names = UNNAMED) -> "Sampling":
-        """Of a module with a sampler, or of a pipeline.
+    def of(
+        model_or_pipe: Any,
+        sampler: Sampler | None = None,
+        timestep: str | None = None,
+        latents: str | Sequence[str] = (),
+        conditional: str | None = None,
+    ) -> "Sampling":
+        """Of a module with a sampler, or of a pipeline; a `Sampling` is taken as it is.
+
+        Args:
+            model_or_pipe: what is sampled.
+            sampler: runs a bare module through a generation.
+            timestep: the name of the timestep argument, if it is not found.
+            latents: those of the latents, as for `transform`.
+            conditional: the conditional half of a doubled batch, "first" or "last".
 
         Raises:
-            GraphCacheError: a bare module comes without a sampler, or a pipeline has two transformers.
+            GraphCacheError: a bare module comes without a sampler, or a pipeline has two transformers; or a
+                `Sampling` comes with what it says itself.
         """
+        names = Names.of(timestep, latents)
+        if isinstance(model_or_pipe, Sampling):
+            if sampler is not None or names != UNNAMED or conditional is not None:
+                raise GraphCacheError(
+                    "a Sampling says itself how its model is run: give sampler=, timestep=, latents= and "
+                    "conditional= to Sampling.of"
+                )
+            return model_or_pipe
         if isinstance(model_or_pipe, nn.Module):
             if sampler is None:
                 raise GraphCacheError(
                     "a bare module does not say how it is sampled; give sampler=, a function of (model, "
                     "sample, steps) that returns the result of a whole generation"
                 )
-            return Sampling(original(unwrapped(model_or_pipe)[0]), sampler, names=names)
+            model = original(unwrapped(model_or_pipe)[0])
+            return Sampling(model, sampler, names=names, conditional=conditional)
         name, part = _denoiser(model_or_pipe)
         model = original(unwrapped(part)[0])
         sampler = sampler or _PipelineSampler(model_or_pipe, name)
-        return Sampling(model, sampler, model_or_pipe, names)
+        return Sampling(model, sampler, model_or_pipe, names, conditional)
 
     def generate(self, model: nn.Module, sample: Any, steps: int, *, gradients: bool = False) -> Tensor:
         """The result of one generation; with `gradients` those of what the model's calls depend on."""
@@ -93,6 +118,11 @@ class Sampling:
         """The model under a plan, compiled, as a user would have it."""
         names = self.names
         return transform(self.model, plan, backend=backend, timestep=names.timestep, latents=names.latents)
+
+    @property
+    def target(self) -> Any:
+        """The pipeline, or the bare model."""
+        return self.model if self.pipe is None else self.pipe
 
     @property
     def scheduler(self) -> str:
@@ -243,9 +273,10 @@ def with_frozen_weights(function: _Function) -> _Function:
 
     @functools.wraps(function)
     def frozen(model_or_pipe: Any, *args: Any, **kwargs: Any) -> Any:
-        parts = [model_or_pipe]
-        if not isinstance(model_or_pipe, nn.Module):
-            parts = [part.module for part in modules(model_or_pipe).values()]
+        target = model_or_pipe.target if isinstance(model_or_pipe, Sampling) else model_or_pipe
+        parts = [target]
+        if not isinstance(target, nn.Module):
+            parts = [part.module for part in modules(target).values()]
         weights = [p for part in parts for p in part.parameters()]
         trainable = [p for p in weights if p.requires_grad and not p.is_inference()]
         try:

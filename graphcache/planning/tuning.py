@@ -15,10 +15,12 @@ from graphcache.compiler.compile import Backend
 from graphcache.compiler.phase_code import Runnable
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.graph import Coefficients
+from graphcache.ir.history import OUTPUT, range_site
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, Plan
 from graphcache.ir.resolve import resolve
 from graphcache.ir.roles import Names
+from graphcache.ir.schedule import Phase
 from graphcache.planning.gradient_memory import MEMORY, Budget, with_own_inputs
 from graphcache.planning.metrics import psnr
 from graphcache.planning.sampling import Sampler, Sampling, converged, refuse_random, with_frozen_weights
@@ -102,7 +104,7 @@ def tune(
     for name, given in (("samples", samples), ("held_out", held_out)):
         if not given:
             raise GraphCacheError(f"{name} is empty: tuning needs at least one sample there")
-    sampling = Sampling.of(model_or_pipe, sampler, Names.of(timestep, latents))
+    sampling = Sampling.of(model_or_pipe, sampler, timestep, latents)
     refuse_random(sampling, samples[0], plan.steps)
     chosen = {"uncached": _uncached, "converged": converged}[reference]
     targets = [chosen(sampling, sample, plan.steps) for sample in samples]
@@ -241,7 +243,7 @@ class TuningEngine(Engine):
         super().__init__(model, Options(weights.given, names=names), pipe)
         self.weights = weights
         self.budget = Budget(0)
-        self._keys: dict[tuple[int, int], dict[int, Key]] = {}
+        self._keys: dict[tuple[Phase, int], dict[int, Key]] = {}
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
@@ -286,18 +288,19 @@ class TuningEngine(Engine):
 
     def _groups(self, state: BranchState) -> dict[int, Key]:
         """The row and step behind each group of coefficients of the current step."""
-        cached = self._keys.get((id(state.schedule), state.step))
+        phase = state.schedule.phases[state.now.phase]
+        cached = self._keys.get((phase, state.step))
         if cached is not None:
             return cached
         plan, step = self.weights.given, state.program.captured.step
         found = resolve(plan, step.branches, step.blocks)
         rows = dict(found.branches)
-        rows |= {f"range({first}..{last})": row for row, first, last in found.ranges}
-        rows |= {"output": found.output} if found.output else {}
+        rows |= {range_site(first, last): row for row, first, last in found.ranges}
+        rows |= {OUTPUT: found.output} if found.output else {}
         keys: dict[int, Key] = {}
-        for name, action in state.schedule.phases[state.now.phase].actions:
-            site = name.partition("|")[0]
+        for history, action in phase.actions:
+            site = history.site
             if action.group >= 0 and site in rows and rows[site].listed(state.step) is not None:
                 keys.setdefault(action.group, (plan.rows.index(rows[site]), state.step))
-        self._keys[id(state.schedule), state.step] = keys
+        self._keys[phase, state.step] = keys
         return keys

@@ -13,20 +13,14 @@ from graphcache.compiler.program import Program
 from graphcache.ir.call import Key
 from graphcache.ir.errors import StateError
 from graphcache.ir.graph import CacheRead, Chosen, Hoisted, Input, Table
+from graphcache.ir.history import GUIDANCE, PREDICTION, History
 from graphcache.ir.plan import Plan
-from graphcache.ir.schedule import (
-    GUIDANCE,
-    PREDICTION,
-    Role,
-    Schedule,
-    Selection,
-    Step,
-    is_unconditional,
-    score,
-    site_of,
-)
+from graphcache.ir.schedule import Role, Schedule, Selection, Step
 from graphcache.ir.state import CacheState, Choice, Entry
 from graphcache.runtime.selection import Tokens, choose
+
+_PREDICTED = History(PREDICTION)
+_ANY = History("")
 
 
 @dataclass
@@ -51,11 +45,11 @@ class BranchState:
     constants: tuple[torch.Tensor, ...] = ()
     hoisted_bytes: int = 0
     ready: dict[int, Runnable] = field(default_factory=dict)
-    chosen: dict[int, dict[str, Choice]] = field(default_factory=dict)
+    chosen: dict[int, dict[History, Choice]] = field(default_factory=dict)
     versions: tuple[int, ...] = ()
     steady: frozenset[int] | None = None
     ran: list["Ran"] = field(default_factory=list)
-    kept: Mapping[str, int] | None = None
+    kept: Mapping[History, int] | None = None
 
     def note(self, constants: tuple[torch.Tensor, ...], versions: tuple[int, ...]) -> None:
         """Take up the inputs of a call."""
@@ -115,8 +109,8 @@ def run_step(state: BranchState, tensors: Sequence[torch.Tensor], evaluate: Eval
     cache.chosen = state.chosen.pop(state.step, {})
     results = evaluate(runnable, feed(cache, runnable, inputs, step))
     count = position = program.captured.output.count
-    for site, parts in runnable.stored:
-        cache.store(site, tuple(results[position : position + parts]))
+    for history, parts in runnable.stored:
+        cache.store(history, tuple(results[position : position + parts]))
         position += parts
     if step.selections:
         _choose(state)
@@ -183,10 +177,10 @@ def carried(state: BranchState, key: Key, program: Program, schedule: Schedule) 
     return kept
 
 
-def _kinds(program: Program, schedule: Schedule) -> Mapping[str, list[tuple[torch.Size, torch.dtype]]]:
+def _kinds(program: Program, schedule: Schedule) -> Mapping[History, list[tuple[torch.Size, torch.dtype]]]:
     """Shape and dtype of an entry of every history."""
     entries = program.entries(schedule).items()
-    return {site: [(part.shape, part.dtype) for part in parts] for site, parts in entries}
+    return {history: [(part.shape, part.dtype) for part in parts] for history, parts in entries}
 
 
 def hand_over(conditional: BranchState | None, state: BranchState) -> None:
@@ -195,29 +189,29 @@ def hand_over(conditional: BranchState | None, state: BranchState) -> None:
     Raises:
         StateError: there is none, because the calls come in another order.
     """
-    if conditional is None or conditional.step != state.step or PREDICTION not in conditional.cache.entries:
+    if conditional is None or conditional.step != state.step or _PREDICTED not in conditional.cache.entries:
         raise StateError(
             f"step {state.step}: row guidance needs the conditional branch's result before the other's; "
             "call model.cache_context('cond') first at every step, then ('uncond')"
         )
-    state.cache.entries[PREDICTION] = conditional.cache.entries.pop(PREDICTION)
+    state.cache.entries[_PREDICTED] = conditional.cache.entries.pop(_PREDICTED)
 
 
-def _own_rows(state: BranchState) -> dict[str, list[Entry]]:
+def _own_rows(state: BranchState) -> dict[History, list[Entry]]:
     """The histories of a doubled batch's conditional half."""
     entries = state.cache.entries.items()
-    return {site: kept for site, kept in entries if site != GUIDANCE and not is_unconditional(site)}
+    return {name: kept for name, kept in entries if name.site != GUIDANCE and not name.unconditional}
 
 
-def _conditional_rows(state: BranchState, program: Program, plan: Plan) -> dict[str, list[Entry]] | None:
+def _conditional_rows(state: BranchState, program: Program, plan: Plan) -> dict[History, list[Entry]] | None:
     """One half of the batch of every entry, where the batch is not folded into another dimension."""
     half = _half(program, plan)
     expected = program.entries(state.schedule)
-    halves: dict[str, list[Entry]] = {}
-    for site, history in state.cache.entries.items():
-        halves[site] = [tuple(part[half].clone() for part in entry) for entry in history]
-        shapes = [part.shape for part in expected[site]]
-        for entry, half_entry in zip(history, halves[site], strict=True):
+    halves: dict[History, list[Entry]] = {}
+    for history, entries in state.cache.entries.items():
+        halves[history] = [tuple(part[half].clone() for part in entry) for entry in entries]
+        shapes = [part.shape for part in expected[history]]
+        for entry, half_entry in zip(entries, halves[history], strict=True):
             outermost = all(part.shape[0] == state.program.batch for part in entry)
             if not outermost or [part.shape for part in half_entry] != shapes:
                 return None
@@ -229,11 +223,11 @@ def _half(program: Program, plan: Plan) -> slice:
     return slice(program.batch) if plan.conditional == "first" else slice(program.batch, None)
 
 
-def _half_choices(choices: Mapping[str, Choice], half: slice | None) -> dict[str, Choice]:
+def _half_choices(choices: Mapping[History, Choice], half: slice | None) -> dict[History, Choice]:
     """Those of a doubled batch's conditional half, or one half of each."""
     if half is None:
-        return {site: choice for site, choice in choices.items() if not is_unconditional(site)}
-    return {site: Choice(choice.places[half], choice.clusters[half]) for site, choice in choices.items()}
+        return {name: choice for name, choice in choices.items() if not name.unconditional}
+    return {name: Choice(choice.places[half], choice.clusters[half]) for name, choice in choices.items()}
 
 
 def run_prologue(state: BranchState, tensors: Sequence[torch.Tensor], laid: Sequence[torch.Tensor]) -> None:
@@ -254,19 +248,19 @@ def _choose(state: BranchState) -> None:
     """Choose the tokens of the steps up to the next one that computes their sites whole."""
     program, entries = state.program, state.cache.entries
     numbers = {branch.name: number for number, branch in enumerate(program.captured.step.branches)}
-    alike: dict[tuple[Selection, Tokens, torch.Size], dict[str, torch.Tensor]] = {}
+    alike: dict[tuple[Selection, Tokens, torch.Size], dict[History, torch.Tensor]] = {}
     for selection in state.now.selections:
-        name = selection.site
-        given = (entries.pop(score(name), None) or entries[name])[0][0]
-        rows, count = program.tokens[site_of(name)]
+        history = selection.history
+        given = (entries.pop(history.scores, None) or entries[history])[0][0]
+        rows, count = program.tokens[history.site]
         tokens = Tokens(rows // 2 if state.role == "doubled" else rows, count, given.device, selection.grid)
-        alike.setdefault((replace(selection, site=""), tokens, given.shape), {})[name] = given
+        alike.setdefault((replace(selection, history=_ANY), tokens, given.shape), {})[history] = given
     for (selection, tokens, _), scores in alike.items():
-        sites = [numbers[site_of(name)] for name in scores]
+        sites = [numbers[history.site] for history in scores]
         made = choose(selection, tokens, state.step, sites, list(scores.values()))
-        for name, choices in zip(scores, made, strict=True):
+        for history, choices in zip(scores, made, strict=True):
             for step, choice in choices.items():
-                state.chosen.setdefault(step, {})[name] = choice
+                state.chosen.setdefault(step, {})[history] = choice
 
 
 def feed(
@@ -281,7 +275,7 @@ def feed(
         hoisted = cache.half_hoisted
     places = runnable.places
     try:
-        tensors = [entries[site][entry][part] for site, entry, part in places.entries]
+        tensors = [entries[history][entry][part] for history, entry, part in places.entries]
     except (KeyError, IndexError):  # too little is cached as yet
         tensors = [_read(cache, runnable, port) for port in places.reads]
     for port in places.others:
@@ -294,7 +288,7 @@ def feed(
         elif isinstance(port, Table):
             tensors.append(runnable.tables[port])
         elif isinstance(port, Chosen):
-            choice = cache.chosen[port.site]
+            choice = cache.chosen[port.history]
             tensors.append(choice.clusters if port.clusters else choice.places)
         else:
             tensors.append(runnable.coefficients(port.group, step.coefficients[port.group]))
@@ -305,16 +299,16 @@ def feed(
 
 def _read(cache: CacheState, runnable: Runnable, port: CacheRead) -> torch.Tensor:
     """What a port reads that is more than one look-up."""
-    history = cache.entries.get(port.site)
-    if history and port.changed and torch.is_grad_enabled():
+    entries = cache.entries.get(port.history)
+    if entries and port.changed and torch.is_grad_enabled():
         # what a graph saved for its gradient must not change after it
-        history[0] = tuple(part.clone() for part in history[0])
-    if history:
+        entries[0] = tuple(part.clone() for part in entries[0])
+    if entries:
         # a history that is shorter than the forecast's order is padded with its newest at weight 0
-        return history[port.entry if port.entry < len(history) else 0][port.part]
+        return entries[port.entry if port.entry < len(entries) else 0][port.part]
     if port.optional:
         return runnable.blank(port)
-    raise StateError(f"{port.site}: nothing is cached that this step could read; call reset()")
+    raise StateError(f"{port.history}: nothing is cached that this step could read; call reset()")
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -3,7 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from graphcache.ir.schedule import GUIDANCE, PREDICTION, UNCORRECTED, Action, Step, site_of
+from graphcache.ir.history import GUIDANCE, PREDICTION
+from graphcache.ir.schedule import UNCORRECTED, Action, Step
 from graphcache.ir.units import size
 from graphcache.runtime.runner import Ran
 from graphcache.runtime.session import Branch, Session
@@ -136,9 +137,9 @@ def _step(ran: Ran) -> StepSummary:
     phase = schedule.phases[step.phase]
     pseudo = (GUIDANCE, PREDICTION)
     actions = {
-        name: "compute" if _is_uncorrected(action, step) else action.kind
+        name.site: "compute" if _is_uncorrected(action, step) else action.kind
         for name, action in phase.actions
-        if name not in pseudo and name == site_of(name)
+        if name.is_value and name.site not in pseudo
     }
     kinds = Counter(actions.values())
     for branch in program.captured.step.branches:
