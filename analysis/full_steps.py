@@ -12,7 +12,7 @@ NONE = -1
 
 
 @dataclass(frozen=True)
-class Table:
+class SiteProducts:
     """A site's products at pairs of steps, as in `Profile`: gram (steps, steps), effects (steps, window + 1,
     probes, samples). Values that are `reused` are taken as they are, others are fitted to two entries."""
 
@@ -29,7 +29,7 @@ class Table:
     def window(self) -> int:
         return int(self.effects.shape[1]) - 1
 
-    def reusing(self, share: float) -> "Table":
+    def reusing(self, share: float) -> "SiteProducts":
         """The same where this share of the value is taken from the cache, as it is there."""
         return replace(self, gram=share**2 * self.gram, effects=share * self.effects, reused=True)
 
@@ -68,7 +68,7 @@ def _gaps(steps: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
     return newest, gap, behind, (behind > 0) & (behind <= newest) & (gap + behind <= window)
 
 
-def gap_squares(tables: Sequence[Table]) -> np.ndarray:
+def gap_squares(tables: Sequence[SiteProducts]) -> np.ndarray:
     """Estimated squared errors (newest, gap − 1, behind) of leaving out the steps up to newest + gap.
 
     Effects within a gap add up with their signs, since they continue one another; gaps are taken for
@@ -85,7 +85,7 @@ NEARBY = (2, 1)
 """Steps, and lengths of a gap, that are nearby."""
 
 
-def steadied(squares: np.ndarray, tables: Sequence[Table]) -> np.ndarray:
+def steadied(squares: np.ndarray, tables: Sequence[SiteProducts]) -> np.ndarray:
     """What `gap_squares` gives, drawn towards what nearby gaps make likely, to choose sets by.
 
     A few probes of a few samples leave every gap's error uncertain, and the best of very many sets is the
@@ -149,14 +149,14 @@ def set_error(errors: np.ndarray, chosen: Sequence[int]) -> float:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ComputedSteps:
     """A set of computed steps and the squared error that is estimated for it, summed over the samples."""
 
     steps: tuple[int, ...]
     error: float
 
 
-def best_steps(errors: np.ndarray, most: int) -> dict[int, Choice]:
+def best_steps(errors: np.ndarray, most: int) -> dict[int, ComputedSteps]:
     """For every number of computed steps up to `most`, the set with the least sum of gap errors.
 
     Args:
@@ -172,13 +172,13 @@ def best_steps(errors: np.ndarray, most: int) -> dict[int, Choice]:
     best = np.full((count + 1, count), np.inf)
     best[0, 0] = 0.0
     origins: list[np.ndarray] = []
-    found: dict[int, Choice] = {}
+    found: dict[int, ComputedSteps] = {}
     for size in range(1, most + 1):
         ends = best + errors[:, :count, count]
         older, newest = np.unravel_index(int(np.argmin(ends)), ends.shape)
         if np.isfinite(ends[older, newest]):
             chosen = _traced(origins, int(older), int(newest))
-            found[size] = Choice(chosen, float(ends[older, newest]))
+            found[size] = ComputedSteps(chosen, float(ends[older, newest]))
         # (o, n) -> (n, e): the step before n is forgotten
         through = best[:, :, None] + errors[:, :count, :count]
         origin = np.argmin(through, axis=0)

@@ -15,21 +15,21 @@ aten = ops.aten
 
 
 @dataclass(frozen=True, slots=True)
-class Factor:
+class AxisFactor:
     """Part of a dimension: `axis` of the latents (None: no such axis), and how many entries it has."""
 
     axis: int | None
     size: int
 
 
-Dimension = tuple[Factor, ...]
+Dimension = tuple[AxisFactor, ...]
 Layout = tuple[Dimension, ...]
 
 
 def layouts(nodes: Sequence[fx.Node], latent: fx.Node) -> dict[fx.Node, Layout]:
     """Follow the latents' axes through the graph; a node that no rule covers has no layout."""
     shape = value_of(latent).shape
-    found: dict[fx.Node, Layout] = {latent: tuple((Factor(i, int(n)),) for i, n in enumerate(shape))}
+    found: dict[fx.Node, Layout] = {latent: tuple((AxisFactor(i, int(n)),) for i, n in enumerate(shape))}
     for node in nodes:
         if node.op != "call_function" or not is_tensor(node):
             continue
@@ -81,7 +81,7 @@ def _kept(dimension: Dimension, size: int) -> Dimension:
     """The factors when the size still fits them; else a dimension of its own (a projection, a slice)."""
     if math.prod(f.size for f in dimension) == size:
         return dimension
-    return (Factor(None, size),)
+    return (AxisFactor(None, size),)
 
 
 def _moved(node: fx.Node, given: Layout) -> Layout | None:
@@ -94,7 +94,7 @@ def _moved(node: fx.Node, given: Layout) -> Layout | None:
         second = ops.integer(node, 2)
         dims[first], dims[second] = dims[second], dims[first]
     elif node.target is aten.unsqueeze.default:
-        dims.insert(first % (len(dims) + 1), (Factor(None, 1),))
+        dims.insert(first % (len(dims) + 1), (AxisFactor(None, 1),))
     else:
         del dims[first]
     return tuple(dims)
@@ -102,10 +102,10 @@ def _moved(node: fx.Node, given: Layout) -> Layout | None:
 
 def _convolved(given: Layout, shape: tuple[int, ...]) -> Layout:
     """A patch embedding: channels are new, each further axis is kept at its new size."""
-    kept = [given[0], (Factor(None, shape[1]),)]
+    kept = [given[0], (AxisFactor(None, shape[1]),)]
     for dimension, size in zip(given[2:], shape[2:], strict=True):
         axis = dimension[0].axis if len(dimension) == 1 else None
-        kept.append((Factor(axis, size),))
+        kept.append((AxisFactor(axis, size),))
     return tuple(kept)
 
 
@@ -114,7 +114,7 @@ def _regroup(given: Layout, shape: tuple[int, ...]) -> Layout | None:
     factors = [f for dimension in given for f in dimension if f.size != 1]
     result: list[Dimension] = []
     for size in shape:
-        taken: list[Factor] = []
+        taken: list[AxisFactor] = []
         filled = 1
         while filled < size:
             if not factors:
@@ -123,9 +123,9 @@ def _regroup(given: Layout, shape: tuple[int, ...]) -> Layout | None:
             rest = math.gcd(head.size, size // filled)
             if rest == 1 or size % filled:
                 return None
-            taken.append(Factor(head.axis, rest))
+            taken.append(AxisFactor(head.axis, rest))
             if rest != head.size:
-                factors.insert(0, Factor(head.axis, head.size // rest))
+                factors.insert(0, AxisFactor(head.axis, head.size // rest))
             filled *= rest
-        result.append(tuple(taken) or (Factor(None, 1),))
+        result.append(tuple(taken) or (AxisFactor(None, 1),))
     return tuple(result)

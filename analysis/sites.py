@@ -14,7 +14,7 @@ from graphcache.analysis.residual import residuals
 from graphcache.analysis.roles import Roles
 from graphcache.analysis.rows import rows_depend
 from graphcache.analysis.spread import Spread
-from graphcache.analysis.stems import Blocks, Place, work_of
+from graphcache.analysis.stems import Blocks, Standing, work_of
 from graphcache.analysis.ways import Residual, beginning
 from graphcache.ir.graph import Branch, Input, StepGraph, value_of
 from graphcache.ir.selector import STEM
@@ -61,7 +61,7 @@ class _Sites:
         roles = Roles(self.flow, self.merges, self.latent)
         blocks = Blocks(
             [
-                Place(_module_path(residual.merge), roles.role(residual), work_of(roles.work(residual)))
+                Standing(_module_path(residual.merge), roles.role(residual), work_of(roles.work(residual)))
                 for residual in self.found
             ]
         )

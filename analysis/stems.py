@@ -15,7 +15,7 @@ Work = tuple[tuple[object, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Standing:
     """Where a branch stands: the module of its residual add (empty for the model itself), role and work."""
 
     path: str
@@ -42,7 +42,7 @@ class Blocks:
     convolutions or of one product, or if the blocks have MLPs of their own. Without attention all are blocks.
     """
 
-    places: Sequence[Place]
+    places: Sequence[Standing]
 
     def hold(self, index: int) -> bool:
         """Whether a branch stands in a block."""
@@ -61,7 +61,7 @@ class Blocks:
         return [i for i, place in enumerate(self.places) if place.role != "mlp"]
 
     @cached_property
-    def _inside(self) -> list[Place]:
+    def _inside(self) -> list[Standing]:
         return list(self.places[self._anchors[0] : self._anchors[-1] + 1])
 
     @cached_property

@@ -10,7 +10,16 @@ from torch import fx
 
 from graphcache.analysis import ops
 from graphcache.analysis.rows import SPLITS, taken_rows
-from graphcache.analysis.token_layout import Factor, Layout, Window, is_marked, laid, marks, other, token_part
+from graphcache.analysis.token_layout import (
+    Layout,
+    TokenFactor,
+    Window,
+    is_marked,
+    laid,
+    marks,
+    other,
+    token_part,
+)
 from graphcache.analysis.token_operands import Followed, Known, Untokenised, aligned, refuse
 from graphcache.ir.graph import value_of
 
@@ -53,7 +62,7 @@ def _dimension(call: fx.Node, rank: int, place: int) -> int:
     return int(given) % rank
 
 
-def _only_token(node: fx.Node, layout: Layout, dim: int, known: Known) -> Factor:
+def _only_token(node: fx.Node, layout: Layout, dim: int, known: Known) -> TokenFactor:
     """The factor of single tokens that is all of a dimension."""
     factors = layout[dim]
     refuse(node, len(factors) != 1 or factors[0].kind != "token" or factors[0].stride != 1)

@@ -19,7 +19,7 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Factor:
+class TokenFactor:
     """Part of a dimension: `size` entries that count rows, tokens, or anything else.
 
     From one entry to the next the number of the row or token grows by `stride`. With a `window`, which
@@ -36,33 +36,33 @@ class Factor:
         """The entries that hold tokens, of a factor of single tokens."""
         return self.window or Window(0, 0, self.size)
 
-    def part(self, inner: int, size: int) -> "Factor | None":
+    def part(self, inner: int, size: int) -> "TokenFactor | None":
         """The entries that change every `inner` ones, so many of them; None if the window is cut up."""
         if inner == 1 and size == self.size:
             return self
         stride = 1 if self.kind == "other" else self.stride * inner
-        return None if self.window else Factor(size, self.kind, stride)
+        return None if self.window else TokenFactor(size, self.kind, stride)
 
-    def around(self, inner: "Factor") -> "Factor | None":
+    def around(self, inner: "TokenFactor") -> "TokenFactor | None":
         """The two as one factor, if they are one."""
         fits = self.kind == inner.kind and not self.window and not inner.window
         if fits and (self.kind == "other" or self.stride == inner.stride * inner.size):
-            return Factor(self.size * inner.size, self.kind, inner.stride if self.kind != "other" else 1)
+            return TokenFactor(self.size * inner.size, self.kind, inner.stride if self.kind != "other" else 1)
         return None
 
 
-Dimension = tuple[Factor, ...]
+Dimension = tuple[TokenFactor, ...]
 Layout = tuple[Dimension, ...]
 
 
 def other(size: int) -> Dimension:
     """A dimension without rows and tokens."""
-    return (Factor(size),) if size != 1 else ()
+    return (TokenFactor(size),) if size != 1 else ()
 
 
-def token_part(size: int, window: Window, tokens: int) -> Factor:
+def token_part(size: int, window: Window, tokens: int) -> TokenFactor:
     """A factor of single tokens, of which the window holds some or all."""
-    return Factor(size, "token", 1, None if window == Window(0, 0, size) and size == tokens else window)
+    return TokenFactor(size, "token", 1, None if window == Window(0, 0, size) and size == tokens else window)
 
 
 def stream_layout(shape: Sequence[int]) -> Layout:
@@ -71,9 +71,9 @@ def stream_layout(shape: Sequence[int]) -> Layout:
     rows, *tokens = outer if len(outer) > 1 else (1, *outer)
     layout, stride = list[Dimension](), 1
     for size in reversed(tokens):
-        layout.insert(0, merged([Factor(size, "token", stride)]))
+        layout.insert(0, merged([TokenFactor(size, "token", stride)]))
         stride *= size
-    sides = [merged([Factor(rows, "row")])] if len(outer) > 1 else []
+    sides = [merged([TokenFactor(rows, "row")])] if len(outer) > 1 else []
     return (*sides, *layout, other(channels))
 
 
@@ -85,9 +85,9 @@ def tokens_of(layout: Layout) -> tuple[int, int]:
     return counts["row"], counts["token"]
 
 
-def merged(factors: Iterable[Factor]) -> Dimension:
+def merged(factors: Iterable[TokenFactor]) -> Dimension:
     """The same entries in as few factors as possible."""
-    result: list[Factor] = []
+    result: list[TokenFactor] = []
     for factor in factors:
         if factor.size == 1 and factor.window is None:
             continue
@@ -124,7 +124,7 @@ def size_of(dimension: Dimension) -> int:
     return total
 
 
-def chosen_size(factor: Factor, tokens: int, count: int) -> int:
+def chosen_size(factor: TokenFactor, tokens: int, count: int) -> int:
     """The entries that are left of a factor when `count` of the tokens are chosen.
 
     Where tokens lie along several factors, they all move to the one that varies most slowly.
@@ -162,7 +162,7 @@ def viewed(layout: Layout, result: torch.Tensor) -> Layout | None:
     if not _is_whole(result):
         return None
     factors = merged(factor for dimension in layout for factor in dimension)
-    distances, distance = list[tuple[int, Factor]](), 1
+    distances, distance = list[tuple[int, TokenFactor]](), 1
     for factor in reversed(factors):
         distances.append((distance, factor))
         distance *= factor.size
@@ -184,9 +184,9 @@ def _is_whole(result: torch.Tensor) -> bool:
     return not result.storage_offset()
 
 
-def _along(size: int, stride: int, distances: Sequence[tuple[int, Factor]]) -> Dimension | None:
+def _along(size: int, stride: int, distances: Sequence[tuple[int, TokenFactor]]) -> Dimension | None:
     """The factors that a dimension of this size and stride runs over."""
-    found: list[Factor] = []
+    found: list[TokenFactor] = []
     while size > 1:
         distance, factor = next((d, f) for d, f in distances if d <= stride < d * f.size)
         inner, odd = divmod(stride, distance)

@@ -13,7 +13,7 @@ from torch import fx
 
 from graphcache.analysis import ops
 from graphcache.analysis.token_joins import concatenated, padded, sliced, written_over
-from graphcache.analysis.token_layout import Factor, is_marked, laid, marks, merged, other, viewed
+from graphcache.analysis.token_layout import TokenFactor, is_marked, laid, marks, merged, other, viewed
 from graphcache.analysis.token_operands import Followed, Known, Untokenised, aligned, refuse
 from graphcache.analysis.token_products import attention, einsum, linear, matmul, pointwise_convolution
 from graphcache.ir.graph import has_static_shape, value_of
@@ -143,13 +143,13 @@ def _repeated(node: fx.Node, known: Known) -> Followed:
         if not isinstance(dim, int) or not isinstance(given, int):
             raise Untokenised(node, "repeats tokens in a way that is not known")
         dims = list(layout)
-        dims[dim % len(dims)] = merged([*dims[dim % len(dims)], Factor(given)])
+        dims[dim % len(dims)] = merged([*dims[dim % len(dims)], TokenFactor(given)])
         return Followed(tuple(dims), {source: layout})
     assert isinstance(given, list | tuple)
     rank = value_of(node).dim()
     counts = [*(1 for _ in range(rank - len(given))), *given]
     dims = [*(() for _ in range(rank - len(layout))), *layout]
-    repeated = [merged([Factor(int(n)), *dim]) for n, dim in zip(counts, dims, strict=True)]
+    repeated = [merged([TokenFactor(int(n)), *dim]) for n, dim in zip(counts, dims, strict=True)]
     return Followed(tuple(repeated), {source: layout})
 
 

@@ -15,7 +15,7 @@ import graphcache
 from examples.benchmark_models import Made, device_sized_flux, device_sized_pixart, guided_cogvideox, on_cuda
 from examples.benchmark_toca import time_plans
 from graphcache import Plan, presets
-from graphcache.planning.bench import Generation
+from graphcache.planning.bench import TimedGeneration
 
 STEPS = 12
 
@@ -59,7 +59,7 @@ def offload(rounds: int) -> None:
     """Entries in pinned host memory: the time of steps that fetch, and the device memory that is left."""
     model, inputs = on_cuda(device_sized_flux())
     plan = presets.taylorseer(STEPS, 3, 1)
-    steps = Generation(inputs, "timestep", STEPS)
+    steps = TimedGeneration(inputs, "timestep", STEPS)
     for host in (False, True):
         made: Any = graphcache.transform(model, plan, backend="inductor", offload=host, wait="never")
         with torch.no_grad():

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from examples.benchmark_models import Made, guided_cogvideox, guided_latte
 from graphcache import Plan
-from graphcache.planning.bench import Generation, Timing, benchmark
+from graphcache.planning.bench import TimedGeneration, Timing, benchmark
 from graphcache.presets import fastercache
 
 MODELS: dict[str, Callable[..., Made]] = {"cogvideox": guided_cogvideox, "latte": guided_latte}
@@ -110,7 +110,7 @@ def compare(name: str, preset: str, width: int, rounds: int, rivals: bool, steps
     plan = fastercache(preset, steps or (50 if preset == "generic" else None), conditional="last")
     others: dict[str, Any] = {}
     if rivals:
-        calls = Generation(inputs, "timestep", plan.steps).calls
+        calls = TimedGeneration(inputs, "timestep", plan.steps).calls
         timesteps = [float(call["timestep"][0]) for call in calls]
         for compiled in (False, True):
             label = f"diffusers, {'compiled' if compiled else 'eager'}"

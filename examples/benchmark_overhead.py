@@ -16,13 +16,13 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 import graphcache
 from examples.benchmark_models import Made, launch_bound_flux
 from graphcache.compiler.watch import Watch
-from graphcache.planning.bench import Generation, runner_overhead
+from graphcache.planning.bench import TimedGeneration, runner_overhead
 from graphcache.runtime.schedulers import read_timestep
 
 STEPS = 30
 
 
-class Driven(Generation):
+class Driven(TimedGeneration):
     """A generation as a pipeline makes it: its scheduler counts, its calls have a context."""
 
     def __init__(self, inputs: Any) -> None:
@@ -62,7 +62,7 @@ def runner(made: Made, driven: bool, **options: Any) -> float:
     """Microseconds a step, everything but what the graphs do."""
     model, inputs = made
     cached: Any = graphcache.transform(model, graphcache.presets.fora(STEPS), **options)
-    generation = Driven(inputs) if driven else Generation(inputs, "timestep", STEPS)
+    generation = Driven(inputs) if driven else TimedGeneration(inputs, "timestep", STEPS)
     scheduler = generation.scheduler if isinstance(generation, Driven) else None
     with torch.no_grad(), cached.session(scheduler) if driven else nullcontext():
         generation.run(cached)

@@ -30,7 +30,7 @@ from graphcache.page import promise
 from graphcache.page.course import meet
 from graphcache.page.sensitivity import sensitivity
 from graphcache.planning.automatic import checker
-from graphcache.planning.bench import Generation
+from graphcache.planning.bench import TimedGeneration
 from graphcache.planning.calibration import step_seconds
 from graphcache.planning.candidates import Candidate
 from graphcache.planning.metrics import psnr
@@ -168,7 +168,9 @@ class Bench:
     def _speedups(self, contenders: dict[str, Plan]) -> dict[str, float]:
         """Of one generation: each kind of step is timed once, compiled, all plans interleaved."""
         item = self.items(TEST, 1)[0]
-        steps = Generation(self.sampling.first_call(item, self.example.steps), "timestep", self.example.steps)
+        steps = TimedGeneration(
+            self.sampling.first_call(item, self.example.steps), "timestep", self.example.steps
+        )
         keys = {name: self._keys(plan, item) for name, plan in contenders.items()}
         models: dict[str, Any] = {"plain": torch.compile(self.example.model, dynamic=False)}
         known: dict[Any, list[float]] = {"plain": []}

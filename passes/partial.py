@@ -14,7 +14,7 @@ from graphcache.ir.graph import CacheRead, CacheWrite, Chosen, value_of
 from graphcache.ir.history import History
 from graphcache.ir.schedule import Action, Budget, Memory
 from graphcache.passes.rewrite import Chain, Rewriter
-from graphcache.passes.tokens import Tokens, is_by_token
+from graphcache.passes.tokens import TokenWise, is_by_token
 
 aten = ops.aten
 
@@ -42,7 +42,7 @@ class Partial:
         known = [node for node in chosen if node is not None]
         if known:
             places = known[0] if halves == 1 else self.chain.emit(aten.cat.default, known)
-            computed = Tokens(self.rewriter, self.cut, places, self.chain, self.memory).value()
+            computed = TokenWise(self.rewriter, self.cut, places, self.chain, self.memory).value()
             rows = [computed] if halves == 1 else [self.chain.rows(computed, half) for half in range(halves)]
             each = zip(histories, entries, known, rows, strict=True)
             entries = [self._written(history, action, *rest) for history, *rest in each]
@@ -54,7 +54,7 @@ class Partial:
     def _written(
         self, history: History, action: Action, entry: fx.Node, chosen: fx.Node, computed: fx.Node
     ) -> fx.Node:
-        tokens = Tokens(self.rewriter, self.cut, chosen, self.chain)
+        tokens = TokenWise(self.rewriter, self.cut, chosen, self.chain)
         assert action.budget is not None
         if action.budget.blend is not None:
             if not is_by_token(self.cut):
@@ -114,7 +114,7 @@ def remembered(
     for other in uncovered(own.values()):
         every = chain.emit(aten.arange.default, other.tokens, device=value_of(whole).device)
         every = chain.emit(aten.expand.default, every, [other.rows, other.tokens])
-        tokens = Tokens(rewriter, other, every, chain)
+        tokens = TokenWise(rewriter, other, every, chain)
         whole = tokens.scatter(whole, other.layout, tokens.value())
     for site, cut in own.items():
         budget = actions[History(site)].budget
@@ -122,6 +122,6 @@ def remembered(
             continue
         chosen = chosen_tokens(rewriter, History(site), cut, budget, cut.rows)
         if chosen is not None:
-            tokens = Tokens(rewriter, cut, chosen, chain)
+            tokens = TokenWise(rewriter, cut, chosen, chain)
             whole = tokens.scatter(whole, cut.layout, tokens.value())
     return whole

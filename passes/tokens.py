@@ -8,8 +8,8 @@ from torch import fx
 
 from graphcache.analysis import ops
 from graphcache.analysis.token_layout import (
-    Factor,
     Layout,
+    TokenFactor,
     chosen_shape,
     chosen_size,
     halved,
@@ -27,7 +27,7 @@ aten = ops.aten
 
 
 @dataclass
-class Tokens:
+class TokenWise:
     """Emits what computes a cut's value for chosen tokens.
 
     `chosen` holds their places, int64 (rows, budget). `memory` says, by node name, what stands for operands
@@ -80,7 +80,7 @@ class Tokens:
         mixed = self.chain.emit(aten.add.Tensor, kept, self.chain.emit(aten.mul.Tensor, spread, share))
         return self.chain.emit(aten.copy_.default, cached, mixed)
 
-    def _size(self, factor: Factor) -> int:
+    def _size(self, factor: TokenFactor) -> int:
         return chosen_size(factor, self.cut.tokens, self.count)
 
     def _shape(self, layout: Layout) -> list[int]:
@@ -95,9 +95,9 @@ class Tokens:
         """The chosen tokens of a value that is not computed anew; one for all rows serves each of them."""
         rank = len(layout)
         given = [*(1 for _ in range(rank - value_of(node).dim())), *value_of(node).shape]
-        factors, sizes = list[Factor](), list[int]()
+        factors, sizes = list[TokenFactor](), list[int]()
         for dimension, size in zip(layout, given, strict=True):
-            kept = dimension if is_marked(dimension) else (Factor(size),)
+            kept = dimension if is_marked(dimension) else (TokenFactor(size),)
             factors += kept
             sizes += [factor.size if size == size_of(kept) else 1 for factor in kept]
         node = self._viewed(node, sizes)
@@ -115,7 +115,7 @@ class Tokens:
             return node
         return self.chain.emit(aten.expand.default, node, list(shape))
 
-    def _picked(self, node: fx.Node, factors: Sequence[Factor]) -> fx.Node:
+    def _picked(self, node: fx.Node, factors: Sequence[TokenFactor]) -> fx.Node:
         """The chosen entries of a value with one dimension for each factor."""
         tokens = [dim for dim, factor in enumerate(factors) if factor.kind == "token"]
         ordered = sorted(tokens, key=lambda dim: -factors[dim].stride)
@@ -145,7 +145,7 @@ class Tokens:
         in_order = list(order) == sorted(order)
         return node if in_order else self.chain.emit(aten.permute.default, node, list(order))
 
-    def _places(self, factors: Sequence[Factor], place: int, token: Factor) -> fx.Node:
+    def _places(self, factors: Sequence[TokenFactor], place: int, token: TokenFactor) -> fx.Node:
         """The chosen entries, row by row, of a value with a dimension for each factor, tokens at `place`."""
         places = self.chosen
         if token.window is not None:
@@ -160,7 +160,7 @@ class Tokens:
         sizes[place] = self.count
         return self._viewed(places, sizes)
 
-    def _entries(self, token: Factor) -> fx.Node:
+    def _entries(self, token: TokenFactor) -> fx.Node:
         """Where a factor of single tokens holds the chosen ones; for those that it lacks any entry."""
         held, places = token.held, self.chosen
         if held.start != held.first:
@@ -169,7 +169,7 @@ class Tokens:
             places = self.chain.emit(aten.clamp.default, places, 0, token.size - 1)
         return places
 
-    def _indices(self, cached: fx.Node, factors: Sequence[Factor]) -> list[fx.Node]:
+    def _indices(self, cached: fx.Node, factors: Sequence[TokenFactor]) -> list[fx.Node]:
         """One index for each factor up to the last that counts tokens, or rows of several."""
         counts = [dim for dim, factor in enumerate(factors) if factor.kind != "other"]
         tokens = [dim for dim in counts if factors[dim].kind == "token"]
@@ -184,7 +184,7 @@ class Tokens:
             indices.append(self._viewed(every, [factor.size if at == dim else 1 for at in range(len(used))]))
         return indices
 
-    def _digit(self, factors: Sequence[Factor], place: int, factor: Factor) -> fx.Node:
+    def _digit(self, factors: Sequence[TokenFactor], place: int, factor: TokenFactor) -> fx.Node:
         """Where the chosen tokens lie along one factor of several."""
         index = self._places(factors, place, factor)
         if factor.stride > 1:
@@ -209,12 +209,12 @@ class Tokens:
 
     def _joined(self, followed: Followed) -> fx.Node:
         """Each token from the part that holds it: the last one that begins no later."""
-        factors, sizes = list[Factor](), list[int]()
+        factors, sizes = list[TokenFactor](), list[int]()
         for dimension in followed.layout:
             factors += dimension
             sizes += [self._size(factor) if is_marked(dimension) else 1 for factor in dimension]
         place = next(dim for dim, factor in enumerate(factors) if factor.kind == "token")
-        index = self._expanded(self._places(factors, place, Factor(1)), sizes)
+        index = self._expanded(self._places(factors, place, TokenFactor(1)), sizes)
         shape = self._shape(followed.layout)
         index = self._viewed(
             index, [n if is_marked(dim) else 1 for n, dim in zip(shape, followed.layout, strict=True)]

@@ -28,7 +28,7 @@ from graphcache.ir.resolve import resolve
 from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Selection
 from graphcache.ir.state import Choice
-from graphcache.runtime.selection import Tokens
+from graphcache.runtime.selection import SiteTokens
 from graphcache.tracing.capture import forward_parameters
 from reference_selection import chosen
 from seeding import own_numbers
@@ -226,7 +226,7 @@ class Reference:
                 norms = squares.index_put((rows, numbers), raw.double().cpu() ** 2, accumulate=True).sqrt()
                 norms = norms.to(raw.device)
                 score = norms / norms.norm(dim=-1, keepdim=True)
-            tokens = Tokens(cut.rows, cut.tokens, raw.device, self.plan.grid)
+            tokens = SiteTokens(cut.rows, cut.tokens, raw.device, self.plan.grid)
             selection = Selection(History(site.name), tuple(steps), step - self.now)
             site.chosen = chosen(selection, tokens, self.now, number, score)
 

@@ -13,13 +13,15 @@ from torch import Tensor
 from graphcache.ir.letter import Letter
 from graphcache.ir.schedule import Budget, Selection
 from graphcache.ir.state import Choice
-from graphcache.runtime.selection import Tokens
+from graphcache.runtime.selection import SiteTokens
 
 TIED = 64 * torch.finfo(torch.float32).eps
 Vector = list[float]
 
 
-def chosen(selection: Selection, tokens: Tokens, step: int, site: int, score: Tensor) -> dict[int, Choice]:
+def chosen(
+    selection: Selection, tokens: SiteTokens, step: int, site: int, score: Tensor
+) -> dict[int, Choice]:
     """The choice of every step of one site's cycle; `score` is as for the library."""
     by = selection.steps[0][1].option("by")
     if by == "cluster":
@@ -48,7 +50,7 @@ def drawn(seed: int, step: int, site: int, row: int, count: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(made % 2**63))
 
 
-def _permuted(selection: Selection, noise: Tensor, tokens: Tokens) -> list[list[int]]:
+def _permuted(selection: Selection, noise: Tensor, tokens: SiteTokens) -> list[list[int]]:
     values = noise.tolist()
     order = sorted(range(tokens.count), key=lambda token: (values[token], token))
     rows, first = [], 0
@@ -59,7 +61,7 @@ def _permuted(selection: Selection, noise: Tensor, tokens: Tokens) -> list[list[
     return rows
 
 
-def _stratified(selection: Selection, noise: Tensor, tokens: Tokens) -> list[list[int]]:
+def _stratified(selection: Selection, noise: Tensor, tokens: SiteTokens) -> list[list[int]]:
     """The parts of a stretch are computed in float32, as they would be with the noise itself."""
     rows = []
     for number, (_, letter) in enumerate(selection.steps):
@@ -74,7 +76,7 @@ def _stratified(selection: Selection, noise: Tensor, tokens: Tokens) -> list[lis
     return rows
 
 
-def _ranked(selection: Selection, score: Vector, tokens: Tokens) -> list[list[int]]:
+def _ranked(selection: Selection, score: Vector, tokens: SiteTokens) -> list[list[int]]:
     missed, rows = [0] * tokens.count, []
     for _, letter in selection.steps:
         budget = Budget.of(letter).among(tokens.count)
@@ -96,7 +98,7 @@ def _best(score: Vector, budget: int) -> list[int]:
     return sorted((above + tied)[:budget])
 
 
-def _with_bonus(score: Vector, letter: Letter, tokens: Tokens) -> Vector:
+def _with_bonus(score: Vector, letter: Letter, tokens: SiteTokens) -> Vector:
     """The first of the best tokens of every block of the grid has its score raised."""
     side = int(letter.option("spread"))
     if side < 2:
@@ -115,7 +117,7 @@ def _with_bonus(score: Vector, letter: Letter, tokens: Tokens) -> Vector:
     return raised
 
 
-def _clusters(letter: Letter, tokens: Tokens, step: int, site: int, value: Tensor) -> Choice:
+def _clusters(letter: Letter, tokens: SiteTokens, step: int, site: int, value: Tensor) -> Choice:
     budget = Budget.of(letter).among(tokens.count)
     places, clusters = [], []
     for row, features in enumerate(value.double().view(tokens.rows, tokens.count, -1).tolist()):

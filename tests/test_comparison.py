@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from graphcache import GraphCacheError, Plan, load_profile, presets, profile, search
 from graphcache.cli.main import app
 from graphcache.planning.automatic import checker
-from graphcache.planning.comparison import Row, compare, load_rows
+from graphcache.planning.comparison import Contender, compare, load_rows
 from graphcache.planning.metrics import frechet_distance, psnr
 from graphcache.planning.sampling import Sampling, solved_by
 from linear import Replanned, Sampler, linear
@@ -37,7 +37,7 @@ def features(results: torch.Tensor) -> torch.Tensor:
     return results.flatten(1)
 
 
-def compared(**options: Any) -> tuple[Row, ...]:
+def compared(**options: Any) -> tuple[Contender, ...]:
     return compare(
         linear(),
         PLANS,

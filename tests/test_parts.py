@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CaptureError, GraphCacheError
-from graphcache.runtime.parts import Part
+from graphcache.runtime.parts import PipelinePart
 from reference import assert_same
 from tiny import TinyDiT, tiny
 from tiny_pipeline import Pipeline
@@ -172,7 +172,7 @@ DENOISING = {"UNetControlNetXSModel"}
 )
 def test_every_class_of_diffusers_is_what_it_stands_among(of: str, denoise: bool) -> None:
     for kind in classes(of):
-        part = Part("", kind.__new__(kind), ())
+        part = PipelinePart("", kind.__new__(kind), ())
         expected = (denoise and kind.__name__ not in NOT_ALONE) or kind.__name__ in DENOISING
         if kind.__module__.startswith(f"diffusers.models.{of}."):
             assert part.is_denoiser == expected, kind

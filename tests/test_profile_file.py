@@ -15,7 +15,7 @@ import pytest
 
 from graphcache import GraphCacheError, Plan, load_profile, save_profile
 from graphcache.ir.plantext import read_json, write_json
-from graphcache.planning.profile import Part, Profile, Provenance, Site
+from graphcache.planning.profile import Profile, Provenance, SampleProfile, Site
 from graphcache.planning.profile_file import decode, encode, load_part, save_part
 
 PLAN = Plan.parse("""
@@ -60,7 +60,7 @@ def assert_equal(actual: Any, expected: Any) -> None:
         assert list(actual) == list(expected)
         for name in expected:
             assert_equal(actual[name], expected[name])
-    elif isinstance(expected, (Profile, Part)):
+    elif isinstance(expected, (Profile, SampleProfile)):
         for item in fields(expected):
             assert_equal(getattr(actual, item.name), getattr(expected, item.name))
     else:
@@ -211,7 +211,7 @@ def test_writing_into_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> N
 def test_a_part_is_taken_up_under_its_own_key_alone(tmp_path: Path) -> None:
     made = small_profile()
     values = {"output": made.gram[0]}
-    part = Part(values, {"output": made.effects[0]}, made.drift, made.ranking, made.bands, 4, 2)
+    part = SampleProfile(values, {"output": made.effects[0]}, made.drift, made.ranking, made.bands, 4, 2)
     place = tmp_path / ".profile.json.part0"
     assert load_part("key 0", place) is None
     save_part(part, "key 0", place)

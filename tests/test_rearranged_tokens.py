@@ -13,7 +13,7 @@ import graphcache
 from graphcache import Plan, PlanError
 from graphcache.ir.history import History
 from graphcache.ir.schedule import Selection
-from graphcache.runtime.selection import Tokens
+from graphcache.runtime.selection import SiteTokens
 from reference_selection import chosen
 from strategies import QUICK
 
@@ -201,7 +201,7 @@ def places(letter: str) -> Tensor:
     """The tokens that step 1 computes, row by row."""
     plan = Plan.parse(f"plan steps=2\n{letter}\n* #a")
     selection = Selection(History("x"), ((1, plan.letters[0]),), 2)
-    tokens = Tokens(ROWS, TOKENS, torch.device("cpu"))
+    tokens = SiteTokens(ROWS, TOKENS, torch.device("cpu"))
     return chosen(selection, tokens, 0, 0, torch.empty(0))[1].places
 
 

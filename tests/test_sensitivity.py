@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from graphcache.analysis.full_steps import (
     NONE,
-    Table,
+    SiteProducts,
     best_steps,
     gap_errors,
     gap_squares,
@@ -23,11 +23,11 @@ FEW = settings(max_examples=25, deadline=None)
 SEEDS = st.integers(0, 2**31)
 
 
-def random_table(steps: int, window: int, seed: int, name: str = "site") -> Table:
+def random_table(steps: int, window: int, seed: int, name: str = "site") -> SiteProducts:
     """Products of random values, and effects along two probes in three samples."""
     rng = np.random.default_rng(seed)
     values = np.cumsum(rng.normal(size=(steps, 7)), axis=0)
-    return Table(name, values @ values.T, rng.normal(size=(steps, window + 1, 2, 3)))
+    return SiteProducts(name, values @ values.T, rng.normal(size=(steps, window + 1, 2, 3)))
 
 
 @FEW
@@ -100,7 +100,7 @@ def test_the_effect_of_a_stand_in_is_that_of_its_difference_to_the_value() -> No
     np.testing.assert_allclose(effect(effects, 5, (4, 3, 2), weights), gradient[5] @ change, rtol=1e-12)
 
 
-def summed_gap(tables: list[Table], older: int, newest: int, end: int) -> float:
+def summed_gap(tables: list[SiteProducts], older: int, newest: int, end: int) -> float:
     """The squared sum of all stand-ins between two computed steps, mean over probes and sum over samples."""
     total = np.zeros((2, 3))
     for step in range(newest + 1, end):
@@ -248,8 +248,8 @@ def test_steady_errors_choose_better_sets_from_few_measurements() -> None:
             for gap in range(min(7, step + 1)):
                 effects[step, gap, :, 0] = felt @ values[step - gap]
         gram = values @ values.T
-        true = gap_errors(gap_squares([Table("site", gram, effects[:, :, :30])]))
-        seen = [Table("site", gram, effects[:, :, 30:])]
+        true = gap_errors(gap_squares([SiteProducts("site", gram, effects[:, :, :30])]))
+        seen = [SiteProducts("site", gram, effects[:, :, 30:])]
         squares = gap_squares(seen)
         raw, steady = (best_steps(gap_errors(s), 8)[8].steps for s in (squares, steadied(squares, seen)))
         ratios.append(set_error(true, steady) / set_error(true, raw))

@@ -9,7 +9,7 @@ from torch import Tensor
 from graphcache.ir.history import History
 from graphcache.ir.schedule import Selection
 from graphcache.ir.state import Choice
-from graphcache.runtime.selection import Tokens, choose
+from graphcache.runtime.selection import SiteTokens, choose
 from reference import assert_same
 from reference_selection import chosen
 from test_tokens import letter
@@ -30,7 +30,7 @@ def choices(text: str, score: Tensor, **given: Any) -> dict[int, Choice]:
     """What is chosen, after it was held against the reference's choice."""
     item = letter(text)
     selection = Selection(History("x"), tuple((step, item) for step in STEPS), len(STEPS) + 1)
-    tokens = Tokens(score.shape[0], score.shape[1], score.device, **given)
+    tokens = SiteTokens(score.shape[0], score.shape[1], score.device, **given)
     (found,) = choose(selection, tokens, 0, [5], [score])
     assert_alike(found, chosen(selection, tokens, 0, 5, score))
     return found
@@ -167,6 +167,8 @@ def test_what_is_not_a_number_still_chooses_tokens(by: str) -> None:
     shape = (2, 16, 3) if by == "cluster" else (2, 16)
     item = letter(f"tokens 4 by {by} multiple=1")
     selection = Selection(History("x"), ((1, item),), 2)
-    (found,) = choose(selection, Tokens(2, 16, torch.device("cpu")), 0, [5], [torch.full(shape, torch.nan)])
+    (found,) = choose(
+        selection, SiteTokens(2, 16, torch.device("cpu")), 0, [5], [torch.full(shape, torch.nan)]
+    )
     assert found[1].places.shape == (2, 4)
     assert bool(((found[1].places >= 0) & (found[1].places < 16)).all())

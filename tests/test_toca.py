@@ -17,7 +17,7 @@ from graphcache.ir.graph import storage_bytes, value_of
 from graphcache.passes.base import run
 from graphcache.passes.split import Split
 from graphcache.presets import clusca, duca, evaluate, toca
-from graphcache.presets.token_schedules import PUBLISHED, Part, budgets, raw_budget, timetable
+from graphcache.presets.token_schedules import PUBLISHED, BranchKind, budgets, raw_budget, timetable
 from reference import Subject, capture_call, subject
 from test_semantics import check_against_reference
 from test_tokens import assert_close
@@ -117,7 +117,7 @@ class TestSizes:
     @pytest.mark.parametrize(
         ("name", "part"), [(name, part) for name, model in PUBLISHED.items() for part in model.parts]
     )
-    def test_few_sizes_with_the_same_work(self, name: str, part: Part) -> None:
+    def test_few_sizes_with_the_same_work(self, name: str, part: BranchKind) -> None:
         model = PUBLISHED[name]
         found = budgets(name, part, model.steps, model.interval, model.fresh, 16)
         used = {size for row in found.sizes for size in row} - {0, part.tokens}

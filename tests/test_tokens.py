@@ -22,7 +22,7 @@ from graphcache.ir.schedule import Budget, Selection
 from graphcache.passes import scores
 from graphcache.runtime import runner
 from graphcache.runtime.runner import BranchState, begun, run_step
-from graphcache.runtime.selection import Tokens, choose
+from graphcache.runtime.selection import SiteTokens, choose
 from reference import Subject, assert_same, runner_tensors, subject
 from reference_selection import chosen
 from strategies import QUICK, plans
@@ -172,7 +172,7 @@ def tables(text: str, rows: int = 2, count: int = 16, steps: int = 4, **given: A
     selection = Selection(History("x"), tuple((step, item) for step in range(1, steps + 1)), steps + 1)
     score = given.pop("score", None)
     scores = [torch.empty(0) if score is None else score]
-    (found,) = choose(selection, Tokens(rows, count, torch.device("cpu"), **given), 0, [0], scores)
+    (found,) = choose(selection, SiteTokens(rows, count, torch.device("cpu"), **given), 0, [0], scores)
     return [found[step].places for step in range(1, steps + 1)]
 
 
@@ -249,7 +249,7 @@ class TestChoices:
         """Which says in its own words how far k-means gets, and which token wins a tie."""
         value = torch.randn(2, 16, 4)
         selection = Selection(History("x"), ((1, letter("tokens 4 by cluster multiple=1")),), 2)
-        tokens = Tokens(2, 16, torch.device("cpu"))
+        tokens = SiteTokens(2, 16, torch.device("cpu"))
         (ours,) = choose(selection, tokens, 0, [0], [value])
         theirs = chosen(selection, tokens, 0, 0, value)
         assert_same([ours[1].places, ours[1].clusters], [theirs[1].places, theirs[1].clusters])
@@ -259,7 +259,7 @@ class TestChoices:
         item = letter(f"tokens 5 by {by} multiple=1")
         selection, tokens = (
             Selection(History("x"), ((1, item), (2, item)), 3),
-            Tokens(2, 16, torch.device("cpu")),
+            SiteTokens(2, 16, torch.device("cpu")),
         )
         scores = [torch.rand(2, 16, 4) if by == "cluster" else torch.rand(2, 16) for _ in range(3)]
         together = choose(selection, tokens, 0, [4, 7, 9], scores)
@@ -311,7 +311,7 @@ def measured(on: Subject, monkeypatch: pytest.MonkeyPatch, rows: str, shared: bo
     """The scores that a generation's first step hands to the choice, site by site."""
     scores: list[Tensor] = []
 
-    def record(selection: Selection, tokens: Tokens, step: int, sites: Any, given: list[Tensor]) -> Any:
+    def record(selection: Selection, tokens: SiteTokens, step: int, sites: Any, given: list[Tensor]) -> Any:
         scores.extend(given)
         return choose(selection, tokens, step, sites, given)
 

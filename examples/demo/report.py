@@ -13,7 +13,7 @@ from examples.demo.measure import Row as Measured
 from examples.demo.picture import grid
 from examples.demo.searched import Searched
 from graphcache.page import write_page
-from graphcache.planning.comparison import Kind, Row
+from graphcache.planning.comparison import Contender, Kind
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -32,11 +32,11 @@ def write(folder: Path, searched: Searched, rows: Sequence[Measured], samples: M
     )
 
 
-def _row(number: int, row: Measured) -> Row:
+def _row(number: int, row: Measured) -> Contender:
     kind: Kind = "preset" if row.peak_cache_mib is not None else "fewer steps"
     if row.method.startswith("searched"):
         kind = "searched"
-    return Row(
+    return Contender(
         row.method,
         kind if number else "plain",
         row.speedup,

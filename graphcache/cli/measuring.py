@@ -30,7 +30,7 @@ from graphcache.ir.plantext import write_bytes
 from graphcache.planning.automatic import checker
 from graphcache.planning.candidates import Candidate
 from graphcache.planning.cluster import Cluster
-from graphcache.planning.comparison import Row
+from graphcache.planning.comparison import Contender
 from graphcache.planning.comparison import compare as compare_runs
 from graphcache.planning.gradient_memory import MEMORY
 from graphcache.planning.profile_file import load_profile
@@ -290,7 +290,7 @@ def _print_front(found: Found) -> None:
     console.print(table)
 
 
-def _print_rows(rows: Sequence[Row]) -> None:
+def _print_rows(rows: Sequence[Contender]) -> None:
     table = Table("", "steps", "ms", "speed-up", "ideal", "PSNR", "±", "SSIM", "Fréchet", box=None)
     forms = ("{}", "{:.1f}", "{:.2f}", "{:.2f}", "{:.2f}", "{:.2f}", "{:.4f}", "{:.3g}")
     for row in rows:

@@ -13,7 +13,7 @@ import torch
 
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import InputKind
-from graphcache.ir.roles import UNNAMED, Names, Place, find_latents, find_times, may_be_time
+from graphcache.ir.roles import UNNAMED, Argument, Names, find_latents, find_times, may_be_time
 from graphcache.ir.tree import (
     INSTEAD_OF_A_CACHE,
     fields_of,
@@ -205,7 +205,7 @@ class CallSpec:
         numbers = frozenset(place.path for place in times if not place.is_tensor)
         template = {name: strip(value, name, names, numbers) for name, value in bound.items()}
 
-        def leaves(places: Sequence[Place]) -> tuple[int, ...]:
+        def leaves(places: Sequence[Argument]) -> tuple[int, ...]:
             return tuple([names.index(place.path) for place in places])
 
         only_numbers = [place for place in times if not place.is_tensor]

@@ -161,7 +161,7 @@ class Plan:
         return any(row.coefficients for row in self.rows)
 
     @classmethod
-    def _of(cls, document: plantext.Document) -> "Plan":
+    def _of(cls, document: plantext.PlanDocument) -> "Plan":
         letters = (Letter(item.symbol, item.kind, tuple(item.options.items())) for item in document.letters)
         rows = []
         for item in document.rows:
@@ -181,7 +181,7 @@ class Plan:
             document.scheduler,
         )
 
-    def _document(self) -> plantext.Document:
+    def _document(self) -> plantext.PlanDocument:
         letters = [plantext.LetterLine(item.symbol, item.kind, dict(item.options)) for item in self.letters]
         rows = []
         for row in self.rows:
@@ -190,7 +190,7 @@ class Plan:
         call = self.preset
         preset = None if call is None else plantext.PresetLine(call.name, dict(call.arguments))
         grid = None if self.grid is None else list(self.grid)
-        return plantext.Document(
+        return plantext.PlanDocument(
             plantext.VERSION,
             self.steps,
             preset,

@@ -53,7 +53,7 @@ class PresetLine(msgspec.Struct, forbid_unknown_fields=True):
     arguments: dict[str, bool | int | float | str] = {}
 
 
-class Document(msgspec.Struct, forbid_unknown_fields=True):
+class PlanDocument(msgspec.Struct, forbid_unknown_fields=True):
     """What text and JSON have in common."""
 
     version: int
@@ -98,13 +98,13 @@ def print_value(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def read_text(text: str) -> Document:
+def read_text(text: str) -> PlanDocument:
     """The lines of a plan's text; PlanError names the line that is wrong."""
     lines = [(number, line.split(";")[0].strip()) for number, line in enumerate(text.splitlines(), 1)]
     lines = [(number, line) for number, line in lines if line]
     if not lines:
         raise PlanError("the text is empty; a plan starts with a line such as 'plan steps=12 preset=none'")
-    document = Document(VERSION, 0)
+    document = PlanDocument(VERSION, 0)
     for index, (number, line) in enumerate(lines):
         try:
             (_read_line if index else _read_header)(line, document)
@@ -113,7 +113,7 @@ def read_text(text: str) -> Document:
     return document
 
 
-def _read_header(line: str, document: Document) -> None:
+def _read_header(line: str, document: PlanDocument) -> None:
     word, *rest = line.split()
     if word != "plan":
         raise PlanError(f"expected 'plan steps=… preset=…', found {line[:60]!r}")
@@ -141,7 +141,7 @@ def _read_grid(value: object) -> list[int]:
     return [int(size) for size in sizes]
 
 
-def _read_line(line: str, document: Document) -> None:
+def _read_line(line: str, document: PlanDocument) -> None:
     if listed := _LISTED.fullmatch(line):
         if not document.rows:
             raise PlanError("coefficients are listed before any row")
@@ -189,7 +189,7 @@ def _numbers(words: list[str]) -> list[float]:
     return [float(word) for word in words]
 
 
-def write_text(document: Document) -> str:
+def write_text(document: PlanDocument) -> str:
     """The canonical text: aligned, nothing left out, no newline at the end."""
     preset = document.preset or PresetLine("none")
     header = [f"plan steps={document.steps}", f"preset={preset.name}", *_words(preset.arguments)]
@@ -220,18 +220,18 @@ def _words(fields: dict[str, bool | int | float | str] | dict[str, int | float |
     return [f"{name}={print_value(value)}" for name, value in fields.items()]
 
 
-def read_json(data: bytes) -> Document:
+def read_json(data: bytes) -> PlanDocument:
     """Strict: unknown fields, other types and other versions are refused, with their place."""
     try:
         version = msgspec.json.decode(data, type=_Versioned).version
         if version != VERSION:
             raise PlanError(f"version {version} of the plan format is not known, only version {VERSION}")
-        return msgspec.json.decode(data, type=Document)
+        return msgspec.json.decode(data, type=PlanDocument)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise PlanError(f"not a plan in JSON: {error}") from None
 
 
-def write_json(document: Document) -> bytes:
+def write_json(document: PlanDocument) -> bytes:
     return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
 
 
@@ -247,7 +247,7 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     return data
 
 
-def load(path: str | os.PathLike[str]) -> Document:
+def load(path: str | os.PathLike[str]) -> PlanDocument:
     """A file's document; JSON when the suffix is `.json` or the content starts with a brace."""
     data = read_bytes(path)
     if Path(path).suffix == ".json" or data.lstrip().startswith(b"{"):
@@ -258,7 +258,7 @@ def load(path: str | os.PathLike[str]) -> Document:
         raise PlanError(f"not UTF-8 text at byte {error.start}") from None
 
 
-def save(document: Document, path: str | os.PathLike[str]) -> None:
+def save(document: PlanDocument, path: str | os.PathLike[str]) -> None:
     """Writes text, or JSON where the suffix says so; the file is replaced whole or not at all."""
     as_json = Path(path).suffix == ".json"
     write_bytes(write_json(document) if as_json else (write_text(document) + "\n").encode(), path)

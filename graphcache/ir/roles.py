@@ -43,7 +43,7 @@ UNNAMED = Names()
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Argument:
     """A tensor or a number among a call's arguments."""
 
     path: str
@@ -74,12 +74,12 @@ class Place:
 
 def may_be_time(path: str, names: Names) -> bool:
     """Whether a number there may have to become a tensor, because it is another one at each step."""
-    name = Place(path, None).name
+    name = Argument(path, None).name
     named = names.timestep is not None and path.startswith(names.timestep)
     return named or name in _TIMES or _FURTHER.search(name) is not None
 
 
-def find_times(bound: Mapping[str, Any], names: Names) -> list[Place]:
+def find_times(bound: Mapping[str, Any], names: Names) -> list[Argument]:
     """The leaves that tell the time, the one first that says which step a call is.
 
     Raises:
@@ -94,7 +94,7 @@ def find_times(bound: Mapping[str, Any], names: Names) -> list[Place]:
     return owned + others
 
 
-def _named_time(bound: Mapping[str, Any], places: Sequence[Place], named: str) -> Place:
+def _named_time(bound: Mapping[str, Any], places: Sequence[Argument], named: str) -> Argument:
     found = next((place for place in places if place.is_within(named)), None)
     if found is None:
         what = f"a {type(bound[named]).__name__}" if named in bound else "absent"
@@ -105,21 +105,21 @@ def _named_time(bound: Mapping[str, Any], places: Sequence[Place], named: str) -
     return found
 
 
-def _likely_time(places: Sequence[Place]) -> Place | None:
-    def rank(place: Place) -> tuple[int, bool, int]:
+def _likely_time(places: Sequence[Argument]) -> Argument | None:
+    def rank(place: Argument) -> tuple[int, bool, int]:
         return place.owner.count("."), not place.is_tensor, _TIMES.index(place.name)
 
     return min((place for place in places if place.name in _TIMES), key=rank, default=None)
 
 
-def _is_further(place: Place, first: Place) -> bool:
+def _is_further(place: Argument, first: Argument) -> bool:
     """Whether it tells a time beside the first one; a whole number may be a size."""
     suffix = place.name.removeprefix(first.name)
     is_named = place.name in _TIMES or (suffix != place.name and _FURTHER.fullmatch(suffix) is not None)
     return is_named and place.home == first.home and (place.is_tensor or isinstance(place.value, float))
 
 
-def find_latents(bound: Mapping[str, Any], times: Sequence[Place], names: Names) -> list[Place]:
+def find_latents(bound: Mapping[str, Any], times: Sequence[Argument], names: Names) -> list[Argument]:
     """The leaves that are latents: those of the first argument that holds floating-point tensors, or whole
     numbers under a name that latents have.
 
@@ -133,7 +133,7 @@ def find_latents(bound: Mapping[str, Any], times: Sequence[Place], names: Names)
     if names.latents:
         return _named_latents(bound, places, names.latents)
     bundle = times[0].home if times else ""
-    arguments: dict[str, list[Place]] = {}
+    arguments: dict[str, list[Argument]] = {}
     for place in places:
         arguments.setdefault(_argument(place, bundle), []).append(place)
     for argument, held in arguments.items():
@@ -148,7 +148,9 @@ def find_latents(bound: Mapping[str, Any], times: Sequence[Place], names: Names)
     )
 
 
-def _named_latents(bound: Mapping[str, Any], places: Sequence[Place], paths: Sequence[str]) -> list[Place]:
+def _named_latents(
+    bound: Mapping[str, Any], places: Sequence[Argument], paths: Sequence[str]
+) -> list[Argument]:
     for path in paths:
         if not any(place.is_within(path) for place in places):
             raise CaptureError(
@@ -158,21 +160,21 @@ def _named_latents(bound: Mapping[str, Any], places: Sequence[Place], paths: Seq
     return [place for place in places if any(place.is_within(path) for path in paths)]
 
 
-def _argument(place: Place, bundle: str) -> str:
+def _argument(place: Argument, bundle: str) -> str:
     """The argument that a leaf is in, or the entry of what bundles all of them."""
     inner = place.path.removeprefix(f"{bundle}.") if bundle else place.path
     first = re.split(r"[.\[]", inner)[0]
     return first if inner == place.path else f"{bundle}.{first}"
 
 
-def _places(bound: Mapping[str, Any]) -> Iterator[Place]:
+def _places(bound: Mapping[str, Any]) -> Iterator[Argument]:
     for name, value in bound.items():
         yield from _within(value, name)
 
 
-def _within(value: Any, path: str) -> Iterator[Place]:
+def _within(value: Any, path: str) -> Iterator[Argument]:
     if isinstance(value, torch.Tensor) or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-        yield Place(path, value)
+        yield Argument(path, value)
     elif is_record(value):
         for name, item in fields_of(value).items():
             yield from _within(item, f"{path}.{name}")

@@ -12,7 +12,7 @@ DASHES = ("", "7 4", "2 4", "10 3 2 3", "14 5", "5 2 1 2 1 2")
 CHARACTER = 7.0
 """About the width of a letter of a label."""
 
-Place = tuple[float, float]
+Spot = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Point:
     mark: str
     tone: int
     label: str
-    at: Place
+    at: Spot
     title: str
 
 
@@ -92,7 +92,7 @@ def ticks(axis: Axis, text: Callable[[float], str]) -> tuple[Tick, ...]:
     return tuple(Tick(round(axis(value), 1), text(value)) for value in axis.ticks)
 
 
-def polyline(places: Sequence[Place]) -> str:
+def polyline(places: Sequence[Spot]) -> str:
     """Straight from place to place."""
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places) if places else ""
 
@@ -104,7 +104,7 @@ def shape(kind: int, x: float, y: float, r: float = 5.0) -> str:
     return "M" + "L".join(f"{x + a * r:.1f} {y + b * r:.1f}" for a, b in _CORNERS[kind % COLOURS - 1]) + "z"
 
 
-_CORNERS: tuple[tuple[Place, ...], ...] = (
+_CORNERS: tuple[tuple[Spot, ...], ...] = (
     ((0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)),
     ((0, -1.2), (1.15, 0.9), (-1.15, 0.9)),
     ((-0.95, -0.95), (0.95, -0.95), (0.95, 0.95), (-0.95, 0.95)),
@@ -116,7 +116,7 @@ _CORNERS: tuple[tuple[Place, ...], ...] = (
 )  # fmt: skip
 
 
-def line(number: int, name: str, places: Sequence[Place]) -> Line:
+def line(number: int, name: str, places: Sequence[Spot]) -> Line:
     """The line of a number, which gives it colour, dash and shape."""
     every = max(1, len(places) // 8)
     first = number * every // COLOURS
@@ -137,7 +137,7 @@ def strip(name: str, values: Sequence[float], top: str, summary: str) -> Strip:
     return Strip(name, top, str(len(values) - 1), area, summary, width, height)
 
 
-def labelled(points: Sequence[tuple[Place, str, int, str]]) -> tuple[Point, ...]:
+def labelled(points: Sequence[tuple[Spot, str, int, str]]) -> tuple[Point, ...]:
     """Points as (place, label, kind, title); a label stands where it hides neither point nor other label."""
     taken = [(x - 6, y - 6, x + 6, y + 6) for (x, y), _, _, _ in points]
     found = []

@@ -18,7 +18,7 @@ from graphcache.page.rows import unbeaten_rows
 from graphcache.page.scales import colour, is_light
 from graphcache.page.sensitivity import sensitivity
 from graphcache.planning.candidates import Candidate, pareto
-from graphcache.planning.comparison import KINDS, Row
+from graphcache.planning.comparison import KINDS, Contender
 from graphcache.planning.profile import Profile
 
 DPI = 150
@@ -33,7 +33,7 @@ def save_charts(
     profile: Profile,
     plans: Mapping[str, Plan],
     *,
-    rows: Sequence[Row] = (),
+    rows: Sequence[Contender] = (),
     candidates: Sequence[Candidate] = (),
 ) -> tuple[Path, ...]:
     """Write `sensitivity.png`, with the first plan drawn over it, and what there is of `measured.png` and
@@ -102,7 +102,7 @@ def _sensitivity(profile: Profile, course: Course | None) -> Any:
     return figure
 
 
-def _measured(rows: Sequence[Row]) -> Any:
+def _measured(rows: Sequence[Contender]) -> Any:
     figure, axes = _figure(7, 4.5)
     for number, kind in enumerate(KINDS):
         own = [row for row in rows if row.kind == kind]

@@ -22,13 +22,13 @@ from graphcache.page.names import shortened
 from graphcache.page.rows import unbeaten_rows
 from graphcache.page.scales import Axis, linear, logarithmic
 from graphcache.planning.candidates import Candidate, pareto
-from graphcache.planning.comparison import KINDS, Row
+from graphcache.planning.comparison import KINDS, Contender
 from graphcache.planning.profile import Profile
 
 BANDS = ("low frequencies", "high frequencies")
 
 
-def measured_front(rows: Sequence[Row]) -> Chart | None:
+def measured_front(rows: Sequence[Contender]) -> Chart | None:
     """Speed-up against PSNR of all rows that have one; None where none has."""
     known = [row for row in rows if row.psnr is not None and math.isfinite(row.psnr)]
     if not known:
@@ -126,12 +126,12 @@ def _falling(values: Sequence[float], begin: float, end: float) -> Axis:
     return logarithmic(values, end, begin)
 
 
-def _psnr(row: Row) -> float:
+def _psnr(row: Contender) -> float:
     assert row.psnr is not None
     return row.psnr
 
 
-def _told(row: Row) -> str:
+def _told(row: Contender) -> str:
     return f"{row.name}, {row.kind}: {row.speedup:.2f} times as fast, {_psnr(row):.2f} dB"
 
 

@@ -20,7 +20,7 @@ from graphcache.page.promise import promise
 from graphcache.page.scales import VIRIDIS
 from graphcache.page.tokens import token_maps
 from graphcache.planning.candidates import Candidate
-from graphcache.planning.comparison import Row
+from graphcache.planning.comparison import Contender
 from graphcache.planning.profile import Profile
 
 TEMPLATES = "graphcache.page"
@@ -34,7 +34,7 @@ class Picture:
     uri: str
     width: int
     height: int
-    row: Row | None
+    row: Contender | None
 
 
 def write_page(
@@ -42,7 +42,7 @@ def write_page(
     profile: Profile,
     plans: Mapping[str, Plan],
     *,
-    rows: Sequence[Row] = (),
+    rows: Sequence[Contender] = (),
     pictures: Mapping[str, bytes] | None = None,
     sample: bytes | None = None,
     candidates: Sequence[Candidate] = (),
@@ -72,7 +72,7 @@ def write_page(
 def render(
     profile: Profile,
     plans: Mapping[str, Plan],
-    rows: Sequence[Row],
+    rows: Sequence[Contender],
     pictures: Mapping[str, bytes],
     sample: bytes | None,
     candidates: Sequence[Candidate],
@@ -103,14 +103,14 @@ def render(
     )
 
 
-def _pictures(pictures: Mapping[str, bytes], rows: Sequence[Row]) -> list[Picture]:
+def _pictures(pictures: Mapping[str, bytes], rows: Sequence[Contender]) -> list[Picture]:
     """The uncached one first."""
     by_name = {row.name: row for row in rows}
     found = [_picture(name, data, by_name.get(name)) for name, data in pictures.items()]
     return sorted(found, key=lambda item: item.row is None or item.row.kind != "plain")
 
 
-def _picture(name: str, data: bytes, row: Row | None) -> Picture:
+def _picture(name: str, data: bytes, row: Contender | None) -> Picture:
     kind, width, height = png.measure(data, name)
     return Picture(name, png.uri(data, kind), width, height, row)
 

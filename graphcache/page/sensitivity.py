@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from graphcache.analysis.full_steps import Table, gap_squares, steadied
+from graphcache.analysis.full_steps import SiteProducts, gap_squares, steadied
 from graphcache.planning.profile import Profile
 
 
@@ -18,6 +18,6 @@ def sensitivity(profile: Profile) -> np.ndarray:
     if profile.window:
         for place, site in enumerate(profile.sites):
             one_step = profile.effects[place][:, :2]
-            table = Table(site.name, profile.gram[place], one_step, reused=True)
+            table = SiteProducts(site.name, profile.gram[place], one_step, reused=True)
             found[place, 1:] = np.sqrt(steadied(gap_squares([table]), [table])[:-1, 0, 0])
     return found

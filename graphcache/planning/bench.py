@@ -59,7 +59,7 @@ class Timing:
         return None if self.ideal is None else self.speedup / self.ideal
 
 
-class Generation:
+class TimedGeneration:
     """One generation's calls: the example inputs with a falling timestep, so that every step is its own."""
 
     def __init__(self, inputs: Mapping[str, Any], timestep: str | None, steps: int) -> None:
@@ -138,7 +138,7 @@ def benchmark(
     steps = {plan.steps for plan in plans.values()} or {20}
     if len(steps) > 1:
         raise PlanError(f"plans of one number of steps can be compared, these have {sorted(steps)}")
-    generation = Generation(inputs, timestep, steps.pop())
+    generation = TimedGeneration(inputs, timestep, steps.pop())
     made = {
         name: transform(model, plan, backend=backend, timestep=timestep, latents=latents, wait="never")
         for name, plan in plans.items()
@@ -157,7 +157,9 @@ def benchmark(
 
 
 def _timings(
-    measured: Mapping[str, Sequence[Sequence[float]]], made: Mapping[str, nn.Module], generation: Generation
+    measured: Mapping[str, Sequence[Sequence[float]]],
+    made: Mapping[str, nn.Module],
+    generation: TimedGeneration,
 ) -> tuple[Timing, ...]:
     base = statistics.median(map(statistics.fmean, measured["torch.compile"]))
     result = []
@@ -171,7 +173,7 @@ def _timings(
 
 
 def _with_plan(
-    timing: Timing, model: Any, rounds: Sequence[Sequence[float]], generation: Generation
+    timing: Timing, model: Any, rounds: Sequence[Sequence[float]], generation: TimedGeneration
 ) -> Timing:
     state = _state(model)
     schedule, program = state.schedule, state.program
@@ -201,7 +203,7 @@ def _state(model: Any) -> BranchState:
     return state
 
 
-def runner_overhead(model: Any, generation: Generation, rounds: int = 5) -> float:
+def runner_overhead(model: Any, generation: TimedGeneration, rounds: int = 5) -> float:
     """Microseconds a step outside the graphs: every graph is replaced by one that returns old results."""
     program = _state(model).program
     kept = dict(program.phases)

@@ -20,7 +20,7 @@ from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
 from graphcache.ir.roles import Names
 from graphcache.ir.selector import Selector
-from graphcache.planning.bench import Generation
+from graphcache.planning.bench import TimedGeneration
 from graphcache.runtime.runner import begun, feed, run_prologue
 from graphcache.runtime.transform import transform
 
@@ -48,7 +48,7 @@ def step_seconds(
         rounds: interleaved generations of each; one before them warms up.
     """
     plans = {name: _plan(sites) for name, sites in families.items()}
-    generation = Generation(inputs, names.timestep, len(ACTIONS))
+    generation = TimedGeneration(inputs, names.timestep, len(ACTIONS))
     calls: dict[str, Any] = {"plain": compile_plainly(model, backend)}
     calls |= {
         name: transform(

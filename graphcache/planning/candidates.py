@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from graphcache.analysis.full_steps import (
-    Choice,
-    Table,
+    ComputedSteps,
+    SiteProducts,
     best_steps,
     gap_errors,
     gap_squares,
@@ -66,7 +66,7 @@ def candidates(profile: Profile) -> list[Candidate]:
     return found
 
 
-def _choices(tables: Sequence[Table]) -> Iterator[Choice]:
+def _choices(tables: Sequence[SiteProducts]) -> Iterator[ComputedSteps]:
     """The best set of every size, with the error as it was measured."""
     squares = gap_squares(tables)
     errors, steady = gap_errors(squares), gap_errors(steadied(squares, tables))
@@ -126,7 +126,9 @@ def _skipped_flops(profile: Profile, family: str) -> int:
     return profile.flops - sum(site.flops for site in families(profile)[family])
 
 
-def _candidates(profile: Profile, family: str, sites: Sequence[Site], choice: Choice) -> Iterator[Candidate]:
+def _candidates(
+    profile: Profile, family: str, sites: Sequence[Site], choice: ComputedSteps
+) -> Iterator[Candidate]:
     speedup = predicted_speedup(profile, family, len(choice.steps))
     kept = sum(site.bytes_kept for site in sites) * profile.calls
     for entries in range(2, MOST_ENTRIES + 1):
@@ -209,9 +211,9 @@ def _guidance_candidates(profile: Profile) -> Iterator[Candidate]:
         yield Candidate(plan, "guidance", choice.steps, speedup, error, kept)
 
 
-def _table(profile: Profile, site: Site) -> Table:
+def _table(profile: Profile, site: Site) -> SiteProducts:
     place = profile.index(site.name)
-    return Table(site.name, profile.gram[place], profile.effects[place])
+    return SiteProducts(site.name, profile.gram[place], profile.effects[place])
 
 
 def _histories(steps: int, computed: Sequence[int], entries: int) -> dict[int, tuple[int, ...]]:

@@ -25,7 +25,7 @@ KINDS: tuple[Kind, ...] = ("preset", "searched", "fewer steps", "plain")
 
 
 @dataclass(frozen=True)
-class Row:
+class Contender:
     """One measured contender.
 
     Attributes:
@@ -57,14 +57,14 @@ class Row:
             raise GraphCacheError(f"row {self.name}: kind={self.kind!r}; kinds are {', '.join(KINDS)}")
 
 
-def load_rows(path: str | os.PathLike[str]) -> tuple[Row, ...]:
+def load_rows(path: str | os.PathLike[str]) -> tuple[Contender, ...]:
     """Read what `graphcache compare --output` wrote.
 
     Raises:
         GraphCacheError: the file holds something else.
     """
     try:
-        return tuple(msgspec.json.decode(read_bytes(path), type=list[Row]))
+        return tuple(msgspec.json.decode(read_bytes(path), type=list[Contender]))
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise GraphCacheError(f"{os.fspath(path)}: no comparison in JSON: {error}") from None
 
@@ -84,7 +84,7 @@ def compare(
     features: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[str], None] = lambda text: None,
     run: Map = map,
-) -> tuple[Row, ...]:
+) -> tuple[Contender, ...]:
     """Time whole generations, interleaved, and measure results against the plain model's.
 
     Args:
@@ -197,9 +197,9 @@ def _row(
     rounds: Sequence[Mapping[str, _Measured]],
     data_range: float,
     features: Callable[[Tensor], Tensor] | None,
-) -> Row:
+) -> Contender:
     spent, plain = (statistics.median(one[who].seconds for one in rounds) for who in (name, "plain"))
-    row = Row(
+    row = Contender(
         name,
         contest.kind(name),
         plain / spent,
@@ -215,12 +215,12 @@ def _row(
 
 
 def _judged(
-    row: Row,
+    row: Contender,
     results: Sequence[Tensor],
     references: Sequence[Tensor],
     data_range: float,
     features: Callable[[Tensor], Tensor] | None,
-) -> Row:
+) -> Contender:
     pairs = list(zip(results, references, strict=True))
     means = [float(psnr(result, target, data_range).mean()) for result, target in pairs]
     made, wanted = _frames(torch.cat(list(results))), _frames(torch.cat(list(references)))

@@ -13,7 +13,7 @@ MEMORY = 4 << 30
 
 
 @dataclass
-class Budget:
+class GradientMemory:
     """Bytes that a generation may still hold."""
 
     left: int

@@ -18,11 +18,11 @@ from graphcache.compiler.program import Program
 from graphcache.ir.graph import CacheWrite, Input
 from graphcache.ir.history import OUTPUT, History
 from graphcache.libraries.exclusive import COMPILING
-from graphcache.planning.gradient_memory import Budget, with_own_inputs
+from graphcache.planning.gradient_memory import GradientMemory, with_own_inputs
 from graphcache.runtime.engine import Engine
 from graphcache.runtime.options import Options
 from graphcache.runtime.runner import BranchState, end, feed, run_prologue
-from graphcache.runtime.session import Branch
+from graphcache.runtime.session import CallSlot
 
 Values = Mapping[str, tuple[Tensor, ...]]
 """What the sites of one evaluation computed, or its gradients: a tuple of a site's tensors."""
@@ -31,9 +31,9 @@ Values = Mapping[str, tuple[Tensor, ...]]
 class Observer(Protocol):
     """Told of every evaluation, and of every one again on the way back, last step first."""
 
-    def saw(self, step: int, branch: Branch, values: Values) -> None: ...
+    def saw(self, step: int, branch: CallSlot, values: Values) -> None: ...
 
-    def pulled(self, step: int, branch: Branch, values: Values, gradients: Values) -> None: ...
+    def pulled(self, step: int, branch: CallSlot, values: Values, gradients: Values) -> None: ...
 
 
 @dataclass
@@ -62,7 +62,7 @@ class _Evaluation:
     """
 
     step: int
-    branch: Branch
+    branch: CallSlot
     observer: Observer
     probed: _Probed
     tensors: Sequence[Tensor]
@@ -155,7 +155,7 @@ class ProbeEngine(Engine):
     ) -> None:
         super().__init__(model, options, pipe)
         self.memory = memory
-        self.budget = Budget(memory)
+        self.budget = GradientMemory(memory)
         self.ranges = ranges
         self.latest: _Evaluation | None = None
         self._held: list[_Evaluation] = []
@@ -189,7 +189,7 @@ class ProbeEngine(Engine):
         results = _Evaluated.apply(self, structure, made, anchor, *leaves)  # type: ignore[no-untyped-call]
         return made[0](results)
 
-    def evaluate(self, branch: Branch, state: BranchState, tensors: Sequence[Tensor]) -> Any:
+    def evaluate(self, branch: CallSlot, state: BranchState, tensors: Sequence[Tensor]) -> Any:
         captured = state.program.captured
         inputs = laid(captured.strides, tensors)
         if state.watched is None:

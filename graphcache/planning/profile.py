@@ -102,7 +102,7 @@ class Profile:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class SampleProfile:
     """What one sample tells; arrays by site, indexed as those of `Profile`."""
 
     gram: dict[str, np.ndarray]

@@ -9,7 +9,7 @@ import numpy as np
 
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plantext import read_bytes, write_bytes
-from graphcache.planning.profile import Part, Profile, Provenance, Site
+from graphcache.planning.profile import Profile, Provenance, SampleProfile, Site
 
 VERSION = 1
 MOST_NUMBERS = 2**28
@@ -47,7 +47,7 @@ class SiteLine(msgspec.Struct, forbid_unknown_fields=True):
     token_bytes: int = 0
 
 
-class Document(msgspec.Struct, forbid_unknown_fields=True):
+class ProfileDocument(msgspec.Struct, forbid_unknown_fields=True):
     """The fields of `Profile`."""
 
     version: int
@@ -87,7 +87,7 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
 
 def encode(profile: Profile) -> bytes:
     """A profile as JSON."""
-    document = Document(
+    document = ProfileDocument(
         version=VERSION,
         provenance=msgspec.convert(msgspec.to_builtins(profile.provenance), ProvenanceLine),
         sites=[msgspec.convert(msgspec.to_builtins(site), SiteLine) for site in profile.sites],
@@ -114,7 +114,7 @@ def decode(data: bytes) -> Profile:
         version = msgspec.json.decode(data, type=_Versioned).version
         if version != VERSION:
             raise GraphCacheError(f"version {version} of the profile format is not known, only {VERSION}")
-        document = msgspec.json.decode(data, type=Document)
+        document = msgspec.json.decode(data, type=ProfileDocument)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise GraphCacheError(f"not a profile in JSON: {error}") from None
     sites = tuple(Site(**msgspec.structs.asdict(line)) for line in document.sites)
@@ -165,7 +165,7 @@ def unpack(numbers: Numbers, where: str) -> np.ndarray:
 
 
 class PartDocument(msgspec.Struct, forbid_unknown_fields=True):
-    """The fields of `Part`, and what tells that it belongs to a profile."""
+    """The fields of `SampleProfile`, and what tells that it belongs to a profile."""
 
     key: str
     gram: dict[str, Numbers]
@@ -180,7 +180,7 @@ class PartDocument(msgspec.Struct, forbid_unknown_fields=True):
 _TABLES = ("gram", "effects", "drift", "ranking")
 
 
-def save_part(part: Part, key: str, path: str | os.PathLike[str]) -> None:
+def save_part(part: SampleProfile, key: str, path: str | os.PathLike[str]) -> None:
     """Write what one sample tells, to be taken up by a later call."""
     tables = {name: {site: pack(values) for site, values in getattr(part, name).items()} for name in _TABLES}
     bands = None if part.bands is None else pack(part.bands)
@@ -188,7 +188,7 @@ def save_part(part: Part, key: str, path: str | os.PathLike[str]) -> None:
     write_bytes(msgspec.json.encode(document), path)
 
 
-def load_part(key: str, path: str | os.PathLike[str]) -> Part | None:
+def load_part(key: str, path: str | os.PathLike[str]) -> SampleProfile | None:
     """What `save_part` wrote under this key; None where there is nothing, or something else."""
     try:
         document = msgspec.json.decode(read_bytes(path), type=PartDocument)
@@ -201,7 +201,7 @@ def load_part(key: str, path: str | os.PathLike[str]) -> Part | None:
         return None
     if document.key != key:
         return None
-    return Part(bands=bands, numbers=document.numbers, calls=document.calls, **tables)
+    return SampleProfile(bands=bands, numbers=document.numbers, calls=document.calls, **tables)
 
 
 def _check(profile: Profile) -> None:

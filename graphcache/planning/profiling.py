@@ -29,7 +29,7 @@ from graphcache.ir.selector import Selector
 from graphcache.planning.calibration import site_seconds, step_seconds
 from graphcache.planning.gradient_memory import MEMORY
 from graphcache.planning.probing import ProbeEngine
-from graphcache.planning.profile import Part, Profile, Provenance, Site, families
+from graphcache.planning.profile import Profile, Provenance, SampleProfile, Site, families
 from graphcache.planning.profile_file import load_part, save_part, save_profile
 from graphcache.planning.recording import Recording
 from graphcache.planning.sampling import (
@@ -45,7 +45,7 @@ from graphcache.runtime.options import Options
 from graphcache.runtime.transform import wrapped
 
 Progress = Callable[[int, int], None]
-Run = Callable[[Callable[[int], Part], Sequence[int]], Iterable[Part]]
+Run = Callable[[Callable[[int], SampleProfile], Sequence[int]], Iterable[SampleProfile]]
 RANGES = ((0.0, 1.0), (0.0, 0.5))
 
 
@@ -107,7 +107,7 @@ def profile(
     engine.ranges = subject.ranges
     kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in engine.flat(subject.inputs)]
     key = hashlib.sha256(repr((task, subject.graph, kinds, versions())).encode()).hexdigest()
-    parts: dict[int, Part] = {}
+    parts: dict[int, SampleProfile] = {}
     places = {number: _part_path(path, number) for number in range(len(samples))}
     for number, place in places.items():
         known = None if place is None else load_part(f"{key} {number}", place)
@@ -176,7 +176,7 @@ class _Measuring:
     task: Task
     uncached: Mapping[int, Tensor]
 
-    def __call__(self, number: int) -> Part:
+    def __call__(self, number: int) -> SampleProfile:
         sample, uncached = self.samples[number], self.uncached.get(number)
         return measure(self.engine, self.sampling, sample, number, self.task, uncached)
 
@@ -255,7 +255,7 @@ def measure(
     number: int,
     task: Task,
     uncached: Tensor | None = None,
-) -> Part:
+) -> SampleProfile:
     """One generation with its probes: what it tells depends on the sample and its number alone.
 
     `uncached` is what the sample gave under another global seed.
@@ -285,7 +285,7 @@ def measure(
     return part
 
 
-def merge(parts: Sequence[Part], subject: Subject, task: Task, sampling: Sampling) -> Profile:
+def merge(parts: Sequence[SampleProfile], subject: Subject, task: Task, sampling: Sampling) -> Profile:
     """The profile of all samples, in their order."""
     sites = [site for site in subject.sites if site.name in parts[0].gram]
     names = [site.name for site in sites]

@@ -10,8 +10,8 @@ from torch import Tensor
 from graphcache.analysis.frequency import basis
 from graphcache.ir.history import GUIDANCE, OUTPUT
 from graphcache.planning.probing import Values
-from graphcache.planning.profile import Part
-from graphcache.runtime.session import Branch
+from graphcache.planning.profile import SampleProfile
+from graphcache.runtime.session import CallSlot
 
 SKETCH = 4096
 """Numbers that a value is reduced to before its products with those of other steps are taken."""
@@ -43,13 +43,13 @@ class Recording:
     drift: dict[str, np.ndarray] = field(default_factory=dict)
     ranking: dict[str, np.ndarray] = field(default_factory=dict)
     bands: np.ndarray | None = None
-    _sketches: dict[tuple[str, Branch], list[Tensor]] = field(default_factory=dict)
-    _last: dict[tuple[str, Branch], Tensor] = field(default_factory=dict)
-    _held: dict[tuple[str, Branch], list[tuple[int, Tensor]]] = field(default_factory=dict)
+    _sketches: dict[tuple[str, CallSlot], list[Tensor]] = field(default_factory=dict)
+    _last: dict[tuple[str, CallSlot], Tensor] = field(default_factory=dict)
+    _held: dict[tuple[str, CallSlot], list[tuple[int, Tensor]]] = field(default_factory=dict)
     _pairs: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     _signs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def saw(self, step: int, branch: Branch, values: Values) -> None:
+    def saw(self, step: int, branch: CallSlot, values: Values) -> None:
         """Forwards: sketches for the Gram matrices, and how far each token moved."""
         for name, tensors in values.items():
             sketch = torch.cat([self._sketch(tensor) for tensor in tensors])
@@ -61,7 +61,7 @@ class Recording:
             self._sketches.setdefault((GUIDANCE, ("", 0)), []).append(self._sketch(difference))
             self._spectrum(step, difference)
 
-    def pulled(self, step: int, branch: Branch, values: Values, gradients: Values) -> None:
+    def pulled(self, step: int, branch: CallSlot, values: Values, gradients: Values) -> None:
         """Backwards: products of the gradients at later steps with this step's value."""
         for name, tensors in values.items():
             value = self._by_sample(tensors)
@@ -92,10 +92,12 @@ class Recording:
         self._last.clear()
         self._pairs.clear()
 
-    def part(self) -> Part:
+    def part(self) -> SampleProfile:
         """What was recorded, once all probes have come back."""
         effects = {name: table.astype(np.float32) for name, table in self.effects.items()}
-        return Part(self.gram, effects, self.drift, self.ranking, self.bands, self.numbers, self.calls)
+        return SampleProfile(
+            self.gram, effects, self.drift, self.ranking, self.bands, self.numbers, self.calls
+        )
 
     def next_probe(self) -> None:
         """A probe has come back to the first step."""
@@ -127,7 +129,7 @@ class Recording:
             parts.append(folded.transpose(0, 1).flatten(1))
         return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).float()
 
-    def _contract(self, name: str, branch: Branch, step: int, value: Tensor, gradient: Tensor) -> None:
+    def _contract(self, name: str, branch: CallSlot, step: int, value: Tensor, gradient: Tensor) -> None:
         held = self._held.setdefault((name, branch), [])
         held.append((step, gradient))
         while held[0][0] - step > self.window:
@@ -138,7 +140,7 @@ class Recording:
         for (later, _), product in zip(held, products.double().cpu().numpy(), strict=True):
             table[later, later - step, self.probe, : len(product)] += product
 
-    def _tokens(self, step: int, name: str, branch: Branch, value: Tensor) -> None:
+    def _tokens(self, step: int, name: str, branch: CallSlot, value: Tensor) -> None:
         value = value.detach().float()
         before = self._last.get((name, branch))
         self._last[name, branch] = value
@@ -151,7 +153,7 @@ class Recording:
         ranks = self.ranking.setdefault(name, np.zeros(self.steps))
         ranks[step] += _spearman(before.norm(dim=-1), moved)
 
-    def _difference(self, step: int, branch: Branch, output: Tensor) -> Tensor | None:
+    def _difference(self, step: int, branch: CallSlot, output: Tensor) -> Tensor | None:
         """What the conditional branch adds, once both branches of a step are known."""
         output = output.detach().float()
         if self.conditional is not None:
@@ -166,7 +168,7 @@ class Recording:
         del self._pairs[step]
         return pair["cond"] - pair["uncond"]
 
-    def _unconditional(self, branch: Branch, gradient: Tensor) -> Tensor | None:
+    def _unconditional(self, branch: CallSlot, gradient: Tensor) -> Tensor | None:
         if self.conditional is not None:
             return gradient.chunk(2)[1 if self.conditional == "first" else 0]
         return gradient if branch[0] == "uncond" else None

@@ -21,13 +21,13 @@ from graphcache.ir.plan import COMPUTE, Plan
 from graphcache.ir.resolve import resolve
 from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Phase
-from graphcache.planning.gradient_memory import MEMORY, Budget, with_own_inputs
+from graphcache.planning.gradient_memory import MEMORY, GradientMemory, with_own_inputs
 from graphcache.planning.metrics import psnr
 from graphcache.planning.sampling import Sampler, Sampling, converged, refuse_random, with_frozen_weights
 from graphcache.runtime.engine import Engine
 from graphcache.runtime.options import Options
 from graphcache.runtime.runner import BranchState, run_step
-from graphcache.runtime.session import Branch
+from graphcache.runtime.session import CallSlot
 from graphcache.runtime.transform import wrapped
 
 MOST_RATE = 0.05
@@ -122,7 +122,7 @@ def tune(
     best, stale, curve = before, 0, list[Iteration]()
     for number in range(iterations):
         turn = number % len(samples)
-        engine.budget = Budget(memory)
+        engine.budget = GradientMemory(memory)
         result = sampling.generate(model, samples[turn], plan.steps, gradients=True)
         error = psnr(result, targets[turn], data_range, _LEAST_ERROR).mean()
         reached = float(error.detach())
@@ -242,7 +242,7 @@ class TuningEngine(Engine):
     def __init__(self, model: nn.Module, weights: Weights, names: Names, pipe: Any = None) -> None:
         super().__init__(model, Options(weights.given, names=names), pipe)
         self.weights = weights
-        self.budget = Budget(0)
+        self.budget = GradientMemory(0)
         self._keys: dict[tuple[Phase, int], dict[int, Key]] = {}
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -261,7 +261,7 @@ class TuningEngine(Engine):
         """None: code that is compiled without gradients has none later."""
         return None
 
-    def evaluate(self, branch: Branch, state: BranchState, tensors: Sequence[Tensor]) -> Any:
+    def evaluate(self, branch: CallSlot, state: BranchState, tensors: Sequence[Tensor]) -> Any:
         keys, count = self._groups(state), state.program.captured.output.count
 
         def evaluated(runnable: Runnable, fed: list[Tensor]) -> Sequence[Tensor]:

@@ -25,7 +25,7 @@ class Turns:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class GuidanceSchedule:
     """When attention is reused and when the unconditional branch is, for a number of steps.
 
     Steps are counted from `base`. `weight` are the options of the extrapolation of attention; None reuses the
@@ -84,7 +84,7 @@ class Schedule:
         )
 
 
-def generic_schedule(steps: int, start: Fraction, interval: int) -> Schedule:
+def generic_schedule(steps: int, start: Fraction, interval: int) -> GuidanceSchedule:
     """The paper's rule: every second attention and all but every `interval`-th unconditional branch.
 
     Reuse begins after the fraction `start` of the steps. The paper does not say at which step the
@@ -94,7 +94,7 @@ def generic_schedule(steps: int, start: Fraction, interval: int) -> Schedule:
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 2:
         raise PlanError(f"interval={interval}: must be a whole number of at least 2")
     first = _half_up(steps * start) + 1
-    return Schedule(
+    return GuidanceSchedule(
         steps,
         Turns(first, 2, on_multiples=True),
         Turns(first, interval),
@@ -105,7 +105,7 @@ def generic_schedule(steps: int, start: Fraction, interval: int) -> Schedule:
     )
 
 
-def published_schedule(model: str, steps: int | None) -> Schedule:
+def published_schedule(model: str, steps: int | None) -> GuidanceSchedule:
     """The released code's constants for a model, scaled to a number of steps.
 
     Raises:
@@ -126,14 +126,14 @@ def published_schedule(model: str, steps: int | None) -> Schedule:
 class _Scale:
     """Step constants for other steps: in proportion, rounded half up; the last step stays the last."""
 
-    published: Schedule
+    published: GuidanceSchedule
     steps: int
     ratio: Fraction = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratio", Fraction(self.steps, self.published.steps))
 
-    def schedule(self) -> Schedule:
+    def schedule(self) -> GuidanceSchedule:
         given = self.published
         low, until, high, begin = given.factors
         weight = given.weight
@@ -175,8 +175,8 @@ def _ramp(begin: int, over: int, gain: float, floor: float = 0.0) -> dict[str, O
     return {"weight": "ramp", "begin": begin, "over": over, "gain": gain, "floor": floor}
 
 
-_RELEASED: dict[str, Schedule] = {
-    "open-sora-1.2": Schedule(
+_RELEASED: dict[str, GuidanceSchedule] = {
+    "open-sora-1.2": GuidanceSchedule(
         30,
         Turns(8, 2, on_multiples=True),
         Turns(12, 5),
@@ -184,7 +184,7 @@ _RELEASED: dict[str, Schedule] = {
         _ramp(7, 20, 0.9),
         conditional="first",
     ),
-    "latte": Schedule(
+    "latte": GuidanceSchedule(
         50,
         Turns(16, 2, on_multiples=True),
         Turns(18, 5),
@@ -192,8 +192,10 @@ _RELEASED: dict[str, Schedule] = {
         _constant(0.5),
         computes_at_refresh=True,
     ),
-    "open-sora-plan-1.1": Schedule(150, Turns(45, 3), Turns(40, 6), (1.1, 130, 1.2, 131), _constant(0.3)),
-    "cogvideox": Schedule(
+    "open-sora-plan-1.1": GuidanceSchedule(
+        150, Turns(45, 3), Turns(40, 6), (1.1, 130, 1.2, 131), _constant(0.3)
+    ),
+    "cogvideox": GuidanceSchedule(
         50,
         Turns(18, 3),
         Turns(18, 5),
@@ -201,10 +203,10 @@ _RELEASED: dict[str, Schedule] = {
         _constant(0.3),
         computes_at_refresh=True,
     ),
-    "vchitect-2.0": Schedule(
+    "vchitect-2.0": GuidanceSchedule(
         100, Turns(31, 2, on_multiples=True), Turns(31, 5), (1.05, 79, 1.1, 61), None, divisor=200
     ),
-    "mochi": Schedule(
+    "mochi": GuidanceSchedule(
         64,
         Turns(20, 2, on_multiples=True),
         Turns(22, 5),

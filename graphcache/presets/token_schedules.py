@@ -13,11 +13,11 @@ from graphcache.ir.letter import Letter, Option
 from graphcache.ir.plan import Plan, Row
 from graphcache.ir.selector import Selector
 
-Factor = Callable[[float], float]
+TimeFactor = Callable[[float], float]
 
 
 @dataclass(frozen=True)
-class Part:
+class BranchKind:
     """A kind of branch that computes tokens: its rows, its factor, and which of all blocks are its layers.
 
     `first` and `count` are the layers' places among the `of` blocks that give depths.
@@ -41,9 +41,9 @@ class Published:
 
     steps: int
     fresh: float
-    layer: Factor
-    step: Factor
-    parts: tuple[Part, ...]
+    layer: TimeFactor
+    step: TimeFactor
+    parts: tuple[BranchKind, ...]
     period: Callable[[int, int, int], int]
     interval: int
     reused: tuple[str, ...]
@@ -75,7 +75,7 @@ def _rounded(interval: int, at: float, slope: float, step: int, steps: int) -> i
     return round(float(interval / (at_ + slope_ * share)))
 
 
-def _sloped(weight: float, layers: int = 28) -> Factor:
+def _sloped(weight: float, layers: int = 28) -> TimeFactor:
     return lambda layer: 1 + weight - 2 * weight * layer / (layers - 1)
 
 
@@ -83,8 +83,8 @@ _INFLUENCE: dict[str, Option] = {"by": "influence", "staleness": 0.25, "spread":
 _ENTROPY: Mapping[str, Option] = {"by": "entropy", "staleness": 0.25, "spread": 4, "bonus": 0.4}
 
 
-def _dit(steps: int, interval: int, layer: Factor, step: Factor) -> Published:
-    parts = (Part("mlp", 2.5, 28),)
+def _dit(steps: int, interval: int, layer: TimeFactor, step: TimeFactor) -> Published:
+    parts = (BranchKind("mlp", 2.5, 28),)
     score = _INFLUENCE
     return Published(steps, 0.07, layer, step, parts, _dit_period, interval, ("self",), score, falling=True)
 
@@ -97,7 +97,7 @@ PUBLISHED: Mapping[str, Published] = {
         0.3,
         _sloped(0.6),
         lambda s: 1.9 - 1.8 * s,
-        (Part("mlp", 1.6, 28), Part("cross", 0.6, 28)),
+        (BranchKind("mlp", 1.6, 28), BranchKind("cross", 0.6, 28)),
         _pixart_period,
         3,
         ("self",),
@@ -109,7 +109,7 @@ PUBLISHED: Mapping[str, Published] = {
         0.1,
         lambda layer: 1.0,
         lambda s: 1.0,
-        (Part("mlp", 1.495, 28, tokens=23_850),),
+        (BranchKind("mlp", 1.495, 28, tokens=23_850),),
         _constant_period,
         3,
         ("self", "cross"),
@@ -125,8 +125,8 @@ PUBLISHED: Mapping[str, Published] = {
         lambda layer: 1.5 - layer / 27,
         lambda s: 1.0,
         (
-            Part("mlp", 0.4, 19, 0, 57, 4096),
-            Part("parallel.mlp", 1.6, 38, 19, 57, 4608),
+            BranchKind("mlp", 0.4, 19, 0, 57, 4096),
+            BranchKind("parallel.mlp", 1.6, 38, 19, 57, 4608),
         ),
         _constant_period,
         4,
@@ -169,7 +169,7 @@ def _is_due(model: Published, step: int, period: int) -> bool:
     return (step if model.sticky else step - model.warmup + 1) % period == 0
 
 
-def raw_budget(model: Published, part: Part, layer: int, index: int, steps: int, fresh: float) -> int:
+def raw_budget(model: Published, part: BranchKind, layer: int, index: int, steps: int, fresh: float) -> int:
     """The tokens that the published rule computes."""
     step = steps - 1 - index if model.falling else index
     share = fresh * model.layer(layer) * model.step(step / steps) * part.factor
@@ -177,7 +177,7 @@ def raw_budget(model: Published, part: Part, layer: int, index: int, steps: int,
 
 
 @cache
-def budgets(name: str, part: Part, steps: int, interval: int, fresh: float, multiple: int) -> Budgets:
+def budgets(name: str, part: BranchKind, steps: int, interval: int, fresh: float, multiple: int) -> Budgets:
     """The sizes of a part at the partial steps, in their order."""
     model = PUBLISHED[name]
     partial = [i for i, full in enumerate(timetable(model, steps, interval).full) if not full]
@@ -239,7 +239,7 @@ def _reused_rows(site: str, times: Timetable, model: Published, slower: int) -> 
 
 def _part_rows(
     name: str,
-    part: Part,
+    part: BranchKind,
     times: Timetable,
     steps: int,
     interval: int,
@@ -265,7 +265,7 @@ def _part_rows(
 
 def _symbol(
     size: int,
-    part: Part,
+    part: BranchKind,
     multiple: int,
     score: Mapping[str, Option],
     letters: dict[tuple[str, float], Letter],
@@ -279,7 +279,7 @@ def _symbol(
     return letters[key].symbol
 
 
-def _grouped(actions: Sequence[str], part: Part) -> list[Row]:
+def _grouped(actions: Sequence[str], part: BranchKind) -> list[Row]:
     """One row for each stretch of layers that do the same, by depth, so that any number of blocks fits."""
     of = part.of or part.count
     rows, first = [], 0

@@ -29,9 +29,9 @@ from graphcache.runtime.options import Options
 from graphcache.runtime.plans import Plans
 from graphcache.runtime.runner import BranchState, begun, carried, changed_inputs, halved, hand_over, run_step
 from graphcache.runtime.schedulers import Driver
-from graphcache.runtime.session import Branch, Generation, Session
+from graphcache.runtime.session import CallSlot, Generation, Session
 from graphcache.runtime.spoken import Spoken
-from graphcache.runtime.step_tracking import Place, place
+from graphcache.runtime.step_tracking import Turn, place
 from graphcache.runtime.surroundings import Around, OpenSession, Scopes, Surroundings
 from graphcache.tracing.capture import forward_parameters
 from graphcache.tracing.untraceable import told
@@ -107,7 +107,7 @@ class Engine:
         finally:
             session.release()
 
-    def _placed(self, session: Session, call: Call) -> Place:
+    def _placed(self, session: Session, call: Call) -> Turn:
         try:
             found = place(session, call)
         except StateError:
@@ -128,7 +128,7 @@ class Engine:
         key = number, *signature, *ambient()
         return self.decisions.completed(key, tensors, begins) if self.decisions else key
 
-    def evaluate(self, branch: Branch, state: BranchState, tensors: Sequence[torch.Tensor]) -> Any:
+    def evaluate(self, branch: CallSlot, state: BranchState, tensors: Sequence[torch.Tensor]) -> Any:
         """Run the step that a branch's state is at."""
         return run_step(state, tensors)
 
@@ -199,7 +199,7 @@ class Engine:
             spec = self._specs[signature] = CallSpec.of(self.binder, bound)
         return spec
 
-    def _state(self, session: Session, generation: Generation, branch: Branch, call: Call) -> BranchState:
+    def _state(self, session: Session, generation: Generation, branch: CallSlot, call: Call) -> BranchState:
         """The branch's state at this step; one that did not run the step before begins empty."""
         begins = generation.untouched
         plan = self.plans[generation.steps]

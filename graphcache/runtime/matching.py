@@ -11,7 +11,7 @@ from graphcache.ir.call import Key
 from graphcache.ir.errors import StateError
 from graphcache.ir.versions import version
 from graphcache.runtime.runner import BranchState
-from graphcache.runtime.session import Branch, Generation, Session
+from graphcache.runtime.session import CallSlot, Generation, Session
 
 UNDECLARED = 4
 """Calls at one step that are taken for branches where the scheduler tells the step."""
@@ -44,7 +44,7 @@ class Matching:
     session: Session
     call: Call
 
-    def sibling(self, now: Generation) -> Branch | None:
+    def sibling(self, now: Generation) -> CallSlot | None:
         """The branch of a further call at the evaluation at hand; None if it repeats one of the calls, or if
         nobody said that a step makes so many.
 
@@ -67,12 +67,12 @@ class Matching:
             )
         return self.another()
 
-    def another(self) -> Branch:
+    def another(self) -> CallSlot:
         """A branch that nobody has called yet."""
         known = self._known()
         return self.call.name, next(i for i in itertools.count() if (self.call.name, i) not in known)
 
-    def following(self, now: Generation) -> Branch | None:
+    def following(self, now: Generation) -> CallSlot | None:
         """The branch of the first call at an evaluation, None for one that fits no branch of those before.
 
         Where inputs change from step to step, a call that was alone in the step before goes on.
@@ -90,7 +90,7 @@ class Matching:
             return alone[0]
         return None
 
-    def _remaining(self, now: Generation) -> list[Branch]:
+    def _remaining(self, now: Generation) -> list[CallSlot]:
         """The branches that the evaluation has not seen and that the call may be of.
 
         Where the model takes other forms between the calls of a step, a branch has the form that it had.
@@ -100,7 +100,7 @@ class Matching:
         free = [branch for branch in self.free(now) if self.fits(branch)]
         return [branch for branch in free if not changed or states[branch].key[0] == form]
 
-    def _ran_before(self, branch: Branch, now: Generation) -> bool:
+    def _ran_before(self, branch: CallSlot, now: Generation) -> bool:
         """Whether a branch was called at an earlier step of the generation."""
         return any(ran.step < now.step for ran in self.session.states[branch].ran[:1])
 
@@ -109,21 +109,21 @@ class Matching:
         stands = now.timesteps is not None and now.clock is None
         return self.session.branches or (UNDECLARED if stands else 1)
 
-    def _known(self) -> list[Branch]:
+    def _known(self) -> list[CallSlot]:
         return sorted(branch for branch in self.session.states if branch[0] == self.call.name)
 
-    def _called(self, now: Generation) -> list[Branch]:
+    def _called(self, now: Generation) -> list[CallSlot]:
         """The branches of this name that the evaluation has seen."""
         return [branch for branch in now.called if branch[0] == self.call.name]
 
     def is_called(self, now: Generation) -> bool:
         return bool(self._called(now))
 
-    def free(self, now: Generation) -> list[Branch]:
+    def free(self, now: Generation) -> list[CallSlot]:
         """The branches that the evaluation has not seen yet, in their order."""
         return [branch for branch in self._known() if branch not in now.called]
 
-    def likest(self, now: Generation, among: list[Branch]) -> Branch:
+    def likest(self, now: Generation, among: list[CallSlot]) -> CallSlot:
         """The branch whose inputs were most like the call's: the same objects, else equal ones, else the
         first in the order of the calls, if that was declared.
         """
@@ -139,7 +139,7 @@ class Matching:
             raise self.several(now)
         return tied[0]
 
-    def fits(self, branch: Branch) -> bool:
+    def fits(self, branch: CallSlot) -> bool:
         """Whether a branch may be the call's: what stayed the same over its calls is the same, or at least
         something is. An input written in place in between tells nothing, unless it tells branches apart.
         """
@@ -174,7 +174,7 @@ class Matching:
         rewritten = [set(map(id, state.rewritten)) for state in states]
         return any(all(id(new) in olds for olds in rewritten) for new in self.call.constants)
 
-    def likeness(self, branch: Branch) -> tuple[bool, int, bool]:
+    def likeness(self, branch: CallSlot) -> tuple[bool, int, bool]:
         """Whether a branch was called with the same signature, how many inputs are the same objects, and
         whether the model had the same form.
         """
@@ -183,11 +183,11 @@ class Matching:
             return False, 0, False
         return True, len(self._same(state)), state.key[0] == self.call.key[0]
 
-    def _has_these_inputs(self, branch: Branch) -> bool:
+    def _has_these_inputs(self, branch: CallSlot) -> bool:
         """Whether all inputs but latents and timestep are those of the branch's latest call."""
         return self.likeness(branch)[:2] == (True, len(self.call.constants))
 
-    def _is_like(self, branch: Branch) -> bool:
+    def _is_like(self, branch: CallSlot) -> bool:
         """Whether, beside these inputs, the model's form is that of the branch's latest call."""
         return self.likeness(branch) == (True, len(self.call.constants), True)
 
@@ -209,7 +209,7 @@ class Matching:
         whole = len(self.call.constants)
         return any(len(self._equal(self.session.states[branch])) == whole for branch in self._called(now))
 
-    def is_stranger(self, branch: Branch) -> bool:
+    def is_stranger(self, branch: CallSlot) -> bool:
         """Whether none of the inputs is what the branch was called with."""
         return bool(self.call.constants) and not self.likeness(branch)[1]
 

@@ -18,7 +18,7 @@ _SIDE = re.compile(r"control")
 
 
 @dataclass(frozen=True)
-class Part:
+class PipelinePart:
     """A module of a pipeline, by its path, and every attribute that holds it."""
 
     path: str
@@ -38,20 +38,20 @@ class Part:
         return any(_TIME.fullmatch(item.name) for item in parameters) and not any(map(_SIDE.search, needed))
 
 
-def modules(pipe: Any) -> dict[str, Part]:
+def modules(pipe: Any) -> dict[str, PipelinePart]:
     """Every module of a pipeline and of the pipelines in it, by its path, such as `prior_pipe.prior`."""
-    found: dict[int, Part] = {}
+    found: dict[int, PipelinePart] = {}
     for prefix, holder in _pipelines(pipe, "", set()):
         for name, value in _attributes(holder).items():
             if isinstance(value, nn.Module):
-                before = found.get(id(value), Part(f"{prefix}{name}", value, ()))
-                found[id(value)] = Part(before.path, value, (*before.places, (holder, name)))
+                before = found.get(id(value), PipelinePart(f"{prefix}{name}", value, ()))
+                found[id(value)] = PipelinePart(before.path, value, (*before.places, (holder, name)))
     if not found:
         raise GraphCacheError(f"{type(pipe).__name__} is neither a module nor a pipeline with a transformer")
     return {part.path: part for part in found.values()}
 
 
-def denoisers(pipe: Any, named: Sequence[str] = ()) -> dict[str, Part]:
+def denoisers(pipe: Any, named: Sequence[str] = ()) -> dict[str, PipelinePart]:
     """The modules that are called at every step, or those that were named.
 
     Raises:
@@ -72,7 +72,7 @@ def denoisers(pipe: Any, named: Sequence[str] = ()) -> dict[str, Part]:
     return found
 
 
-def _path(place: tuple[Any, str], part: Part, pipe: Any) -> str:
+def _path(place: tuple[Any, str], part: PipelinePart, pipe: Any) -> str:
     """How a place of the pipeline itself may be called; those in inner pipelines go by the part's path."""
     holder, attribute = place
     return attribute if holder is pipe else part.path

@@ -17,7 +17,7 @@ from graphcache.ir.history import GUIDANCE, PREDICTION, History
 from graphcache.ir.plan import Plan
 from graphcache.ir.schedule import Role, Schedule, Selection, Step
 from graphcache.ir.state import CacheState, Choice, Entry
-from graphcache.runtime.selection import Tokens, choose
+from graphcache.runtime.selection import SiteTokens, choose
 
 _PREDICTED = History(PREDICTION)
 _ANY = History("")
@@ -248,12 +248,14 @@ def _choose(state: BranchState) -> None:
     """Choose the tokens of the steps up to the next one that computes their sites whole."""
     program, entries = state.program, state.cache.entries
     numbers = {branch.name: number for number, branch in enumerate(program.captured.step.branches)}
-    alike: dict[tuple[Selection, Tokens, torch.Size], dict[History, torch.Tensor]] = {}
+    alike: dict[tuple[Selection, SiteTokens, torch.Size], dict[History, torch.Tensor]] = {}
     for selection in state.now.selections:
         history = selection.history
         given = (entries.pop(history.scores, None) or entries[history])[0][0]
         rows, count = program.tokens[history.site]
-        tokens = Tokens(rows // 2 if state.role == "doubled" else rows, count, given.device, selection.grid)
+        tokens = SiteTokens(
+            rows // 2 if state.role == "doubled" else rows, count, given.device, selection.grid
+        )
         alike.setdefault((replace(selection, history=_ANY), tokens, given.shape), {})[history] = given
     for (selection, tokens, _), scores in alike.items():
         sites = [numbers[history.site] for history in scores]

@@ -28,7 +28,7 @@ _TIED = 2.0**-17
 
 
 @dataclass(frozen=True)
-class Tokens:
+class SiteTokens:
     """The tokens of a site: how many rows of how many there are, where, and how they lie in the picture."""
 
     rows: int
@@ -38,7 +38,7 @@ class Tokens:
 
 
 def choose(
-    selection: Selection, tokens: Tokens, step: int, sites: Sequence[int], scores: Sequence[Tensor]
+    selection: Selection, tokens: SiteTokens, step: int, sites: Sequence[int], scores: Sequence[Tensor]
 ) -> list[dict[int, Choice]]:
     """The choice of every step of a cycle, for each of several sites that differ in nothing else.
 
@@ -74,7 +74,7 @@ def choose(
     ]
 
 
-def _noise(letter: Letter, tokens: Tokens, step: int, sites: Sequence[int]) -> Tensor:
+def _noise(letter: Letter, tokens: SiteTokens, step: int, sites: Sequence[int]) -> Tensor:
     """Uniform numbers (sites, rows, tokens), each row from a generator of its own."""
     # from memory that is not pinned, the copy would wait for the device
     pinned = tokens.device.type == "cuda"
@@ -113,7 +113,7 @@ def _stratified(selection: Selection, noise: Tensor) -> dict[int, Tensor]:
     return places
 
 
-def _ranked(selection: Selection, score: Tensor, tokens: Tokens) -> dict[int, Tensor]:
+def _ranked(selection: Selection, score: Tensor, tokens: SiteTokens) -> dict[int, Tensor]:
     """The best ones, by their score and by the steps since they were computed."""
     score = score.float()
     _, rows, count = score.shape
@@ -143,7 +143,7 @@ def _first_least(cost: Tensor, reach: Tensor, dim: int) -> Tensor:
     return tied.int().argmax(dim)
 
 
-def _spread(score: Tensor, letter: Letter, tokens: Tokens) -> Tensor:
+def _spread(score: Tensor, letter: Letter, tokens: SiteTokens) -> Tensor:
     """The best token of each block of the grid counts for more (ToCa's fourth score, arXiv 2410.05317)."""
     side = int(letter.option("spread"))
     if side < 2:
@@ -161,7 +161,7 @@ def _spread(score: Tensor, letter: Letter, tokens: Tokens) -> Tensor:
     return whole[:, :, :height, :width].reshape(score.shape)
 
 
-def _grid(tokens: Tokens) -> tuple[int, int, int]:
+def _grid(tokens: SiteTokens) -> tuple[int, int, int]:
     side = round(tokens.count**0.5)
     if tokens.grid is not None and tokens.count % (tokens.grid[1] * tokens.grid[2]) == 0:
         frames = tokens.count // (tokens.grid[1] * tokens.grid[2])
@@ -174,13 +174,15 @@ def _grid(tokens: Tokens) -> tuple[int, int, int]:
     )
 
 
-def _clusters(selection: Selection, value: Tensor, tokens: Tokens, step: int, site: int) -> dict[int, Choice]:
+def _clusters(
+    selection: Selection, value: Tensor, tokens: SiteTokens, step: int, site: int
+) -> dict[int, Choice]:
     letters = dict.fromkeys(letter for _, letter in selection.steps)
     made = {letter: _clustered(letter, value, tokens, step, site) for letter in letters}
     return {number: made[letter] for number, letter in selection.steps}
 
 
-def _clustered(letter: Letter, value: Tensor, tokens: Tokens, step: int, site: int) -> Choice:
+def _clustered(letter: Letter, value: Tensor, tokens: SiteTokens, step: int, site: int) -> Choice:
     """k-means of the cached value; the token next to each mean stands for its cluster (ClusCa)."""
     budget = Budget.of(letter).among(tokens.count)
     # neither autocast nor TF32 narrows what is computed in float64

@@ -19,7 +19,7 @@ from graphcache.runtime.clock import Clock
 from graphcache.runtime.runner import BranchState
 from graphcache.runtime.schedulers import Driver
 
-Branch = tuple[str, int]
+CallSlot = tuple[str, int]
 """The name of the cache context, and which of the calls it is that a step makes under that name."""
 MOST_LINES = 64
 """Contexts with step fields that may have a generation in progress; the oldest is given up."""
@@ -61,7 +61,7 @@ class Generation(NamedTuple):
     timesteps: Timesteps | None = None
     clock: Clock | None = None
     line: str | None = None
-    called: tuple[Branch, ...] = ()
+    called: tuple[CallSlot, ...] = ()
     before: int = 0
     begins: bool = True
 
@@ -80,7 +80,7 @@ class Generation(NamedTuple):
             before, begins=False,
         )  # fmt: skip
 
-    def by(self, branch: Branch) -> "Generation":
+    def by(self, branch: CallSlot) -> "Generation":
         return Generation(
             self.steps, self.step, self.start, self.latest, self.stamp, self.latents, self.timesteps,
             self.clock, self.line, (*self.called, branch), self.before, self.begins,
@@ -132,7 +132,7 @@ class Session:
         self.opened = opened
         self.closed = False
         self.start_step = 0
-        self.states: dict[Branch, BranchState] = {}
+        self.states: dict[CallSlot, BranchState] = {}
         self._lines: dict[str | None, Generation] = {}
         self._given_up: deque[tuple[weakref.ref[torch.Tensor], int]] = deque(maxlen=8)
         self._cut_short = 0
@@ -220,7 +220,7 @@ class Session:
         self.forget()
         self.closed = True
 
-    def enter(self, generation: Generation, branch: Branch, state: BranchState) -> None:
+    def enter(self, generation: Generation, branch: CallSlot, state: BranchState) -> None:
         """Take up what `place` found, once the call has everything that it needs.
 
         Raises:

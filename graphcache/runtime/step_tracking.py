@@ -12,14 +12,14 @@ from graphcache.ir.versions import Stamp, stamp, version
 from graphcache.runtime.clock import Clock, read_progress
 from graphcache.runtime.matching import Call, Matching
 from graphcache.runtime.schedulers import Position, belongs, read_timestep, weakly
-from graphcache.runtime.session import Branch, Generation, Session, Timesteps
+from graphcache.runtime.session import CallSlot, Generation, Session, Timesteps
 
-Place = tuple[Generation, Branch]
+Turn = tuple[Generation, CallSlot]
 
 log = logging.getLogger("graphcache")
 
 
-def place(session: Session, call: Call) -> Place:
+def place(session: Session, call: Call) -> Turn:
     """The generation at this call's evaluation, and the call's branch. Changes nothing.
 
     Raises:
@@ -32,7 +32,7 @@ def place(session: Session, call: Call) -> Place:
 class _Placement(Matching):
     """One call, held against where its session stands."""
 
-    def found(self) -> Place:
+    def found(self) -> Turn:
         position = self.session.driver.position()
         if position is not None:
             return self._scheduled(position)
@@ -43,7 +43,7 @@ class _Placement(Matching):
         now = self.session.generation()
         return self._timed(now) if self.session.waits else self._counted(now)
 
-    def _scheduled(self, position: Position) -> Place:
+    def _scheduled(self, position: Position) -> Turn:
         """Placed by a scheduler's own state."""
         now, step = self.session.generation(), position.step
         if now is None or now.timesteps is None or now.timesteps.tensor is not position.timesteps:
@@ -59,7 +59,7 @@ class _Placement(Matching):
             return self._begin_scheduled(position)
         return self._next(now, step)
 
-    def _begin_scheduled(self, position: Position) -> Place:
+    def _begin_scheduled(self, position: Position) -> Turn:
         driver, step = self.session.driver, position.step
         if step is None:
             step = driver.first_step(position.timesteps, self.call.timestep)
@@ -67,7 +67,7 @@ class _Placement(Matching):
         steps = driver.last_step(position.timesteps, step)
         return self._begin(steps, step, Timesteps(position.timesteps, weakly(self.session.driver.scheduler)))
 
-    def _beside(self, now: Generation) -> Place:
+    def _beside(self, now: Generation) -> Turn:
         """A further call while the scheduler stands where it stood."""
         branch = self.sibling(now)
         if self.is_called(now) and branch not in self.session.states:
@@ -96,7 +96,7 @@ class _Placement(Matching):
             )
         return before if progress != before else None
 
-    def _announced(self, steps: int, step: int) -> Place:
+    def _announced(self, steps: int, step: int) -> Turn:
         """Placed by what the pipeline says at each call; every context has a generation of its own."""
         name = self.call.name
         now = self.session.generation(name)
@@ -112,7 +112,7 @@ class _Placement(Matching):
             raise self.several(now)
         return now, branch
 
-    def _timed(self, now: Generation | None) -> Place:
+    def _timed(self, now: Generation | None) -> Turn:
         """Placed by the timestep alone."""
         if self.call.timestep is None:
             raise _untold(self.call)
@@ -141,7 +141,7 @@ class _Placement(Matching):
         if not (is_again or (clock.takes_another and self.repeats(now))):
             raise self.several(now)
 
-    def _counted(self, now: Generation | None) -> Place:
+    def _counted(self, now: Generation | None) -> Turn:
         """Placed by counting; where a scheduler drives, a timestep is read when the branch is in doubt."""
         if now is None:
             return self._begin_untold(now)
@@ -182,12 +182,12 @@ class _Placement(Matching):
         timesteps: Timesteps | None = None,
         clock: Clock | None = None,
         line: str | None = None,
-    ) -> Place:
+    ) -> Turn:
         call = self.call
         made = Generation(steps, step, step, *_marks(call, timesteps, None), timesteps, clock, line)
         return made, (call.name, 0)
 
-    def _begin_untold(self, now: Generation | None, timestep: float | None = None) -> Place:
+    def _begin_untold(self, now: Generation | None, timestep: float | None = None) -> Turn:
         """A generation of which nobody says where it begins, unless it is the rest of a scheduler's."""
         if now is not None and not now.finished and now.step > now.start:
             log.warning("a generation begins, and the one before was given up at %s", now.place)
@@ -198,7 +198,7 @@ class _Placement(Matching):
         clock = None if timestep is None else Clock.begin(steps, timestep, start)
         return self._begin(steps, start, timesteps, clock)
 
-    def _next(self, now: Generation, step: int, clock: Clock | None = None) -> Place:
+    def _next(self, now: Generation, step: int, clock: Clock | None = None) -> Turn:
         """A later evaluation of the generation."""
         later = now.at(step, *_marks(self.call, now.timesteps, now.stamp), clock)
         branch = self.following(now)

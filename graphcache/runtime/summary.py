@@ -7,7 +7,7 @@ from graphcache.ir.history import GUIDANCE, PREDICTION
 from graphcache.ir.schedule import UNCORRECTED, Action, Step
 from graphcache.ir.units import size
 from graphcache.runtime.runner import Ran
-from graphcache.runtime.session import Branch, Session
+from graphcache.runtime.session import CallSlot, Session
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _ratio(plain: int, done: int) -> float:
     return plain / done if done else 1.0 if not plain else float("inf")
 
 
-def _label(branch: Branch) -> str:
+def _label(branch: CallSlot) -> str:
     name, ordinal = branch
     return name if ordinal == 0 else f"{name} call {ordinal + 1}".lstrip()
 

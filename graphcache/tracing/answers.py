@@ -25,7 +25,7 @@ class Diverged(CaptureError):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class CodeLine:
     """A line of the user's code."""
 
     file: str
@@ -38,7 +38,7 @@ class Answer:
     """What a real call found out at one place; `shapes` and `values` are those of the tensors asked."""
 
     function: Any
-    place: Place
+    place: CodeLine
     shapes: tuple[torch.Size, ...]
     values: tuple[bytes, ...]
     note: Any
@@ -184,9 +184,9 @@ def _mapped(note: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     return note
 
 
-def _place() -> Place:
+def _place() -> CodeLine:
     """The innermost line of the call at hand that belongs to the user."""
     frame = sys._getframe(1)
     while frame.f_back is not None and not is_user_code(frame.f_code.co_filename):
         frame = frame.f_back
-    return Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+    return CodeLine(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)

@@ -14,12 +14,12 @@ from torch._subclasses import FakeTensor
 
 from graphcache.tracing.keepers import (
     MEMO,
-    Cell,
     ClassAttributes,
+    EnclosedVariable,
     Entries,
+    Globals,
     Keeper,
     Memo,
-    Names,
     Slots,
     keeper_of,
 )
@@ -156,7 +156,7 @@ class Belongings:
         if not _is_followed(function):
             return
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            kept = Cell.of(cell)
+            kept = EnclosedVariable.of(cell)
             self.keepers.append(kept)
             self._push([(name, kept.before)], path)
         defaults = (function.__defaults__, function.__kwdefaults__, vars(function))
@@ -169,7 +169,7 @@ class Belongings:
 
     def _globals(self, table: dict[str, Any], names: set[str], path: Path, depth: int = 0) -> None:
         """What code finds in its Python module, and in those that it names: `tables.rotary[size]`."""
-        kept = Names.of(table, names)
+        kept = Globals.of(table, names)
         self.keepers.append(kept)
         for name, item in kept.before.items():
             if not isinstance(item, types.ModuleType):

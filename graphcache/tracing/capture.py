@@ -30,7 +30,7 @@ from graphcache.tracing.rehearsal import random_states_kept, rehearse
 from graphcache.tracing.standing_in import StandIns
 from graphcache.tracing.undisturbed import undisturbed
 from graphcache.tracing.unseen_writes import SeenWrites
-from graphcache.tracing.untraceable import Chosen, Untraceable
+from graphcache.tracing.untraceable import CalledAsTheyAre, Untraceable
 
 _PURE_RANDOM = {
     torch.ops.aten.scaled_dot_product_attention.default,
@@ -69,7 +69,7 @@ def capture(
     tensors = tuple([originals.plain(tensor) for tensor in tensors])
     devices = {tensor.device for tensor in (*tensors, *model.parameters())}
 
-    stand_ins = StandIns(model, Chosen(model, before))
+    stand_ins = StandIns(model, CalledAsTheyAre(model, before))
 
     def called(answers: Answers | None) -> None:
         if answers is not None:

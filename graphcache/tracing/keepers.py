@@ -76,15 +76,15 @@ class Items:
 
 
 @dataclass(slots=True)
-class Cell:
+class EnclosedVariable:
     """A variable of an enclosing function."""
 
     live: types.CellType
     before: Any
 
     @staticmethod
-    def of(live: types.CellType) -> "Cell":
-        return Cell(live, _content(live))
+    def of(live: types.CellType) -> "EnclosedVariable":
+        return EnclosedVariable(live, _content(live))
 
     def put_back(self) -> bool:
         if _content(self.live) is self.before:
@@ -97,15 +97,15 @@ class Cell:
 
 
 @dataclass(slots=True)
-class Names:
+class Globals:
     """Some of a Python module's globals."""
 
     live: dict[str, Any]
     before: dict[str, Any]
 
     @staticmethod
-    def of(live: dict[str, Any], names: Iterable[str]) -> "Names":
-        return Names(live, {name: live.get(name, ABSENT) for name in names})
+    def of(live: dict[str, Any], names: Iterable[str]) -> "Globals":
+        return Globals(live, {name: live.get(name, ABSENT) for name in names})
 
     def put_back(self) -> bool:
         other = [(n, value) for n, value in self.before.items() if self.live.get(n, ABSENT) is not value]

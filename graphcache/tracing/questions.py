@@ -62,7 +62,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Sized:
+class AmongArguments:
     """Tensors stand among the arguments, from `first` on, for sizes or numbers.
 
     `nested`: only those within lists; a tensor by itself is no number there.
@@ -239,10 +239,10 @@ _FOUND: tuple[tuple[Kind, tuple[Any, ...], str], ...] = (
     (Indexed(), (Tensor, torch), "__getitem__ __setitem__ index_put index_put_"),
     (Selected(), (Tensor, torch), "masked_select"),
     (Repeated(), (Tensor, torch), "repeat_interleave"),
-    (Sized(0), (torch,), "arange zeros ones empty full linspace eye"),
-    (Sized(0, nested=True), (torch,), "tensor as_tensor"),
+    (AmongArguments(0), (torch,), "arange zeros ones empty full linspace eye"),
+    (AmongArguments(0, nested=True), (torch,), "tensor as_tensor"),
     (
-        Sized(),
+        AmongArguments(),
         (Tensor, torch, F),
         "view reshape narrow expand repeat tile roll split split_with_sizes tensor_split chunk unflatten "
         "select new_zeros new_ones new_empty new_full broadcast_to pad",

@@ -16,7 +16,7 @@ from graphcache.ir.opaque import Opaque, opaque_call
 from graphcache.ir.tree import fill
 from graphcache.tracing.opaque import Invocation, Unfit, named
 from graphcache.tracing.purity import Impure, held_memory, observed
-from graphcache.tracing.untraceable import Chosen, Untraceable
+from graphcache.tracing.untraceable import CalledAsTheyAre, Untraceable
 
 Forward = Callable[..., Any]
 Act = Callable[[str, Forward, Any, Any], Any]
@@ -26,7 +26,7 @@ Act = Callable[[str, Forward, Any, Any], Any]
 class StandIns:
     """Observes the chosen modules in a real call, and stands in for them while the model is traced."""
 
-    def __init__(self, model: nn.Module, chosen: Chosen) -> None:
+    def __init__(self, model: nn.Module, chosen: CalledAsTheyAre) -> None:
         self._model = model
         self.chosen = chosen
         self._calls: dict[str, list[Any]] = {}

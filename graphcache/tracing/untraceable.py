@@ -29,7 +29,7 @@ class Untraceable(CaptureError):
         self.cause = cause
 
 
-class Chosen:
+class CalledAsTheyAre:
     """The modules that are called instead of traced: `causes` says why, by their paths.
 
     Args:
