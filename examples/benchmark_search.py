@@ -26,9 +26,7 @@ from torchmetrics.functional import spearman_corrcoef
 import graphcache
 from examples.samplers import EXAMPLES, Example
 from graphcache import Plan, PlanError, presets
-from graphcache.page import promise
-from graphcache.page.course import meet
-from graphcache.page.sensitivity import sensitivity
+from graphcache.planning import prediction
 from graphcache.planning.automatic import checker
 from graphcache.planning.bench import TimedGeneration
 from graphcache.planning.calibration import step_seconds
@@ -37,6 +35,8 @@ from graphcache.planning.metrics import psnr
 from graphcache.planning.profile import families
 from graphcache.planning.sampling import Sampling, converged
 from graphcache.planning.search import search
+from graphcache.planning.site_sensitivity import sensitivity
+from graphcache.planning.timeline import meet
 from graphcache.planning.tuning import tune, with_corrections
 
 SPEEDUPS = (1.5, 2.0, 3.0, 4.0)
@@ -203,7 +203,7 @@ class Bench:
         )
         plans = self.tuned()
         for name, measured in self._speedups(plans).items():
-            promised = promise.speedup(meet(name, plans[name], replace(profile, timings=seconds)))
+            promised = prediction.speedup(meet(name, plans[name], replace(profile, timings=seconds)))
             console.print(f"{name:32} {promised:.2f} {measured:.2f} {promised / measured - 1:+.0%}")
 
     def ablations(self) -> None:

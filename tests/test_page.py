@@ -19,18 +19,18 @@ from graphcache.cli.main import app
 from graphcache.compiler.program import Program
 from graphcache.ir.graph import storage_bytes, value_of
 from graphcache.ir.units import duration, size, work
-from graphcache.page import Row, save_charts, write_page
+from graphcache.page import save_charts, write_page
 from graphcache.page.charts import CHARACTER, labelled
-from graphcache.page.course import HOLD, branches_of, meet
 from graphcache.page.heatmap import heat_map
 from graphcache.page.png import encode, measure
-from graphcache.page.promise import promise
-from graphcache.page.rows import unbeaten_rows
 from graphcache.page.scales import colour, is_light, linear, logarithmic
-from graphcache.page.sensitivity import sensitivity
 from graphcache.page.tokens import token_maps
 from graphcache.planning.candidates import Candidate, candidates
+from graphcache.planning.comparison import Contender, unbeaten_rows
+from graphcache.planning.prediction import predicted
 from graphcache.planning.profile import Provenance, Site
+from graphcache.planning.site_sensitivity import sensitivity
+from graphcache.planning.timeline import HOLD, branches_of, meet
 from reference import capture_call, subject
 from tiny import arguments, tiny
 
@@ -75,10 +75,10 @@ def a_picture(seed: int = 0) -> bytes:
 
 
 ROWS = (
-    Row("uncached", "plain", 1.0, None, None, 2.0, 400.0),
-    Row("fora", "preset", 2.5, 24.0, 0.91, 3.3, 160.0),
-    Row("ours", "searched", 2.6, 29.0, 0.96, 2.5, 154.0),
-    Row("4 steps", "fewer steps", 2.0, 22.0, 0.88, None, 200.0),
+    Contender("uncached", "plain", 1.0, None, None, 2.0, 400.0),
+    Contender("fora", "preset", 2.5, 24.0, 0.91, 3.3, 160.0),
+    Contender("ours", "searched", 2.6, 29.0, 0.96, 2.5, 154.0),
+    Contender("4 steps", "fewer steps", 2.0, 22.0, 0.88, None, 200.0),
 )
 
 
@@ -270,11 +270,11 @@ def test_light_cells_are_the_sensitive_ones() -> None:
 
 
 def test_marks_are_drawn_for_every_action() -> None:
-    course = meet("range", RANGE, a_profile())
-    assert course.symbols["range(0..1)"] == "##n.#n.#"
-    assert course.symbols["blocks.0.mlp"] == f"##{HOLD * 2}#{HOLD * 2}#"
-    assert "output" not in course.symbols
-    (black, white) = heat_map(a_profile(), [course]).plans[0]
+    timeline = meet("range", RANGE, a_profile())
+    assert timeline.symbols["range(0..1)"] == "##n.#n.#"
+    assert timeline.symbols["blocks.0.mlp"] == f"##{HOLD * 2}#{HOLD * 2}#"
+    assert "output" not in timeline.symbols
+    (black, white) = heat_map(a_profile(), [timeline]).plans[0]
     assert len(black.letters) + len(white.letters) == 2
     assert (black.squares + white.squares).count("z") == 4 * 5
     assert (black.dots + white.dots).count("M") == 2
@@ -292,9 +292,9 @@ def test_branches_are_read_off_the_names_of_sites(name: str) -> None:
 def test_fused_branches_are_taken_apart_for_plans_that_do_so() -> None:
     sites = (Site("single.0.parallel", "branch", 10, 100), Site("single.1.parallel", "branch", 10, 100))
     plan = Plan.parse(f"plan steps={STEPS} preset=none\n@parallel.mlp  #...#...")
-    course = meet("split", plan, a_profile(sites))
-    assert course.held == (200, 200, 200, 0) * 2
-    assert "single.1.parallel.mlp" in course.unknown
+    timeline = meet("split", plan, a_profile(sites))
+    assert timeline.held == (200, 200, 200, 0) * 2
+    assert "single.1.parallel.mlp" in timeline.unknown
 
 
 @pytest.mark.parametrize("plan", [FORA, presets.taylorseer(STEPS), RANGE, presets.hicache(STEPS, interval=4)])
@@ -304,27 +304,27 @@ def test_held_bytes_are_those_of_the_captured_model(plan: Plan) -> None:
     sites = tuple(
         Site(b.name, "branch", 10, storage_bytes(value_of(nodes[b.value]))) for b in captured.step.branches
     )
-    course, schedule = meet("plan", plan, a_profile(sites)), program.schedule(plan)
+    timeline, schedule = meet("plan", plan, a_profile(sites)), program.schedule(plan)
     sizes = program.entry_bytes(schedule)
-    assert course.held == tuple(schedule.held(step, sizes) for step in range(STEPS))
-    assert course.peak == schedule.peak(sizes)
+    assert timeline.held == tuple(schedule.held(step, sizes) for step in range(STEPS))
+    assert timeline.peak == schedule.peak(sizes)
 
 
 def test_held_bytes_of_a_reused_site_are_one_value_until_its_last_use(tmp_path: Path) -> None:
-    course = meet("fora", FORA, a_profile())
-    assert course.held == (16384, 16384, 0, 16384, 16384, 0, 16384, 0)
-    assert course.peak == 16384
+    timeline = meet("fora", FORA, a_profile())
+    assert timeline.held == (16384, 16384, 0, 16384, 16384, 0, 16384, 0)
+    assert timeline.peak == 16384
     assert "fora:8 holds between 0 B and 16 KiB after a step" in page(tmp_path)
 
 
 def test_guidance_halves_what_a_doubled_batch_keeps() -> None:
     rows = "blocks.0.self  #.#.#.#.\nguidance       ##..##.."
     plan = Plan.parse(f"plan steps={STEPS} conditional=last preset=none\n{rows}")
-    course = meet("guided", plan, a_profile())
+    timeline = meet("guided", plan, a_profile())
     # at step 0 both halves are read at the next; at steps 1 and 5 the difference alone is
-    assert course.held[0] == 2 * 2048
-    assert course.held[1] == 512
-    assert course.symbols["guidance"] == "##..##.."
+    assert timeline.held[0] == 2 * 2048
+    assert timeline.held[1] == 512
+    assert timeline.symbols["guidance"] == "##..##.."
 
 
 def test_two_calls_hold_twice_as_much() -> None:
@@ -347,7 +347,7 @@ def test_plans_are_promised_what_a_search_promises() -> None:
     known = [item for item in candidates(profile) if item.plan.letters[:1] == () or _entries(item) == 2]
     assert {item.family for item in known} == FAMILIES
     for item in known:
-        found = promise(meet("plan", item.plan, profile))
+        found = predicted(meet("plan", item.plan, profile))
         assert found is not None
         assert found.computed == item.computed
         assert found.speedup == pytest.approx(item.speedup)
@@ -362,12 +362,12 @@ def test_what_a_profile_cannot_tell_is_not_promised(tmp_path: Path) -> None:
     beyond = Plan.parse(f"plan steps={STEPS} preset=none\noutput  #......#")
     tokens = Plan.parse(f"plan steps={STEPS} preset=none\na = tokens 4 by random\n@mlp  #aaa#aaa")
     for plan in (beyond, tokens):
-        assert promise(meet("plan", plan, a_profile())) is None
+        assert predicted(meet("plan", plan, a_profile())) is None
     assert "<td>—</td>" in page(tmp_path, plans={"beyond": beyond})
 
 
 def test_a_plan_that_computes_all_is_as_fast_and_without_error() -> None:
-    found = promise(meet("all", Plan(STEPS), a_profile()))
+    found = predicted(meet("all", Plan(STEPS), a_profile()))
     assert found is not None
     assert (found.speedup, found.error, len(found.computed)) == (1.0, 0.0, STEPS)
 
@@ -393,7 +393,7 @@ def test_other_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(GraphCacheError, match="picture fora: neither PNG nor GIF"):
         page(tmp_path, pictures={"fora": b"<svg onload=alert(1)>"})
     with pytest.raises(GraphCacheError, match="row x: kind='mine'; kinds are preset, searched"):
-        Row("x", "mine", 1.0, 1.0)  # type: ignore[arg-type]
+        Contender("x", "mine", 1.0, 1.0)  # type: ignore[arg-type]
     with pytest.raises(GraphCacheError, match=r"missing.page\.html: cannot be written"):
         page(tmp_path / "missing")
     (tmp_path / "file").touch()
@@ -431,7 +431,7 @@ def test_pictures_know_their_size() -> None:
 
 def test_the_front_is_what_none_beats() -> None:
     assert [row.name for row in unbeaten_rows(ROWS)] == ["ours"]
-    slow = Row("slow", "preset", 1.2, 40.0)
+    slow = Contender("slow", "preset", 1.2, 40.0)
     assert [row.name for row in unbeaten_rows([*ROWS, slow])] == ["ours", "slow"]
 
 

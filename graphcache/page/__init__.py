@@ -2,6 +2,5 @@
 
 from graphcache.page.exports import save_charts
 from graphcache.page.page import write_page
-from graphcache.planning.comparison import Contender
 
-__all__ = ["Contender", "save_charts", "write_page"]
+__all__ = ["save_charts", "write_page"]

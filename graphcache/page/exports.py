@@ -10,16 +10,15 @@ from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import COMPUTE, REUSE, Plan
 from graphcache.ir.plantext import write_bytes
 from graphcache.libraries.extras import require
-from graphcache.page.course import HOLD, Course, meet
 from graphcache.page.heatmap import colour_scale
 from graphcache.page.names import common_prefix, shortened
-from graphcache.page.promise import promise
-from graphcache.page.rows import unbeaten_rows
 from graphcache.page.scales import colour, is_light
-from graphcache.page.sensitivity import sensitivity
 from graphcache.planning.candidates import Candidate, pareto
-from graphcache.planning.comparison import KINDS, Contender
+from graphcache.planning.comparison import KINDS, Contender, unbeaten_rows
+from graphcache.planning.prediction import predicted
 from graphcache.planning.profile import Profile
+from graphcache.planning.site_sensitivity import sensitivity
+from graphcache.planning.timeline import HOLD, Timeline, meet
 
 DPI = 150
 MARKERS = ("o", "D", "^", "s", "P", "v")
@@ -48,9 +47,9 @@ def save_charts(
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GraphCacheError(f"{target}: cannot be made a folder: {error.strerror}") from error
-    courses = [meet(name, plan, profile) for name, plan in plans.items()]
-    given = {course.name: item for course in courses if (item := promise(course)) is not None}
-    figures = {"sensitivity": _sensitivity(profile, courses[0] if courses else None)}
+    timelines = [meet(name, plan, profile) for name, plan in plans.items()]
+    given = {timeline.name: item for timeline in timelines if (item := predicted(timeline)) is not None}
+    figures = {"sensitivity": _sensitivity(profile, timelines[0] if timelines else None)}
     if any(row.psnr is not None for row in rows):
         figures["measured"] = _measured([row for row in rows if row.psnr is not None])
     if candidates or given:
@@ -74,7 +73,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _sensitivity(profile: Profile, course: Course | None) -> Any:
+def _sensitivity(profile: Profile, timeline: Timeline | None) -> Any:
     colors = require("matplotlib.colors", "report", "a chart as PNG")
     values, scale = sensitivity(profile), colour_scale(sensitivity(profile))
     names = [site.name for site in profile.sites]
@@ -89,10 +88,10 @@ def _sensitivity(profile: Profile, course: Course | None) -> Any:
     axes.set_xlabel("step")
     axes.set_xlim(-0.5, profile.steps - 0.5)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    if course is not None:
-        axes.set_title(course.name, loc="left", fontsize=10, parse_math=False)
+    if timeline is not None:
+        axes.set_title(timeline.name, loc="left", fontsize=10, parse_math=False)
         for i, name in enumerate(names):
-            for step, symbol in enumerate(course.symbols.get(name, "")):
+            for step, symbol in enumerate(timeline.symbols.get(name, "")):
                 share = None if scale is None or not step else scale.share(max(values[i, step], scale.low))
                 ink = "black" if share is None or is_light(colour(share)) else "white"
                 text = _SIGNS.get(symbol, symbol)

@@ -17,13 +17,12 @@ from graphcache.page.charts import (
     ticks,
     upwards,
 )
-from graphcache.page.course import Course
 from graphcache.page.names import shortened
-from graphcache.page.rows import unbeaten_rows
 from graphcache.page.scales import Axis, linear, logarithmic
 from graphcache.planning.candidates import Candidate, pareto
-from graphcache.planning.comparison import KINDS, Contender
+from graphcache.planning.comparison import KINDS, Contender, unbeaten_rows
 from graphcache.planning.profile import Profile
+from graphcache.planning.timeline import Timeline
 
 BANDS = ("low frequencies", "high frequencies")
 
@@ -106,13 +105,13 @@ def bands_chart(profile: Profile) -> Chart | None:
     )
 
 
-def byte_strips(courses: Sequence[Course]) -> tuple[Strip, ...]:
+def byte_strips(timelines: Sequence[Timeline]) -> tuple[Strip, ...]:
     """Bytes that each plan's caches hold after each step."""
     found = []
-    for course in courses:
-        top = size(max(course.held))
-        summary = f"{course.name} holds between {size(min(course.held))} and {top} after a step"
-        found.append(strip(course.name, course.held, top, summary))
+    for timeline in timelines:
+        top = size(max(timeline.held))
+        summary = f"{timeline.name} holds between {size(min(timeline.held))} and {top} after a step"
+        found.append(strip(timeline.name, timeline.held, top, summary))
     return tuple(found)
 
 

@@ -8,11 +8,11 @@ import numpy as np
 from graphcache.ir.plan import COMPUTE, REUSE
 from graphcache.ir.units import number
 from graphcache.page.charts import Tick
-from graphcache.page.course import HOLD, Course
 from graphcache.page.names import common_prefix, shortened
 from graphcache.page.scales import Axis, colour, hexadecimal, is_light, logarithmic
-from graphcache.page.sensitivity import sensitivity
 from graphcache.planning.profile import Profile
+from graphcache.planning.site_sensitivity import sensitivity
+from graphcache.planning.timeline import HOLD, Timeline
 
 WIDTH, HEIGHT, TOP = 15, 17, 20
 LEGEND = 240.0
@@ -71,7 +71,7 @@ class HeatMap:
         return round(min(1.0, PAPER / (self.width + self.names_width)), 3)
 
 
-def heat_map(profile: Profile, courses: Sequence[Course]) -> HeatMap:
+def heat_map(profile: Profile, timelines: Sequence[Timeline]) -> HeatMap:
     """The map of a profile with a layer of marks for every plan."""
     values = sensitivity(profile)
     scale = colour_scale(values)
@@ -88,7 +88,7 @@ def heat_map(profile: Profile, courses: Sequence[Course]) -> HeatMap:
         sites=sites,
         steps=steps,
         cells=_cells(values, names, scale),
-        plans=tuple(_marks(course, values, names, scale) for course in courses),
+        plans=tuple(_marks(timeline, values, names, scale) for timeline in timelines),
         scale=scale,
         ticks=_ticks(scale),
         means=_means(values),
@@ -132,12 +132,12 @@ def _cells(values: np.ndarray, names: Sequence[str], scale: Axis | None) -> tupl
 
 
 def _marks(
-    course: Course, values: np.ndarray, names: Sequence[str], scale: Axis | None
+    timeline: Timeline, values: np.ndarray, names: Sequence[str], scale: Axis | None
 ) -> tuple[Marks, Marks]:
     """Over light cells in black, over dark ones in white."""
     inks: dict[bool, dict[str, list[tuple[int, int, str]]]] = {True: {}, False: {}}
     for i, name in enumerate(names):
-        for t, symbol in enumerate(course.symbols.get(name, "")):
+        for t, symbol in enumerate(timeline.symbols.get(name, "")):
             light = scale is None or not np.isfinite(values[i, t])
             if scale is not None and not light:
                 light = is_light(colour(scale.share(max(float(values[i, t]), scale.low))))

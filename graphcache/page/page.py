@@ -13,15 +13,15 @@ from graphcache.ir.plantext import write_bytes
 from graphcache.ir.units import duration, fixed, number, size, work
 from graphcache.libraries.extras import require
 from graphcache.page import png
-from graphcache.page.course import meet
 from graphcache.page.figures import bands_chart, byte_strips, measured_front, promised_front
 from graphcache.page.heatmap import heat_map
-from graphcache.page.promise import promise
 from graphcache.page.scales import VIRIDIS
 from graphcache.page.tokens import token_maps
 from graphcache.planning.candidates import Candidate
 from graphcache.planning.comparison import Contender
+from graphcache.planning.prediction import predicted
 from graphcache.planning.profile import Profile
+from graphcache.planning.timeline import meet
 
 TEMPLATES = "graphcache.page"
 
@@ -79,23 +79,23 @@ def render(
     title: str,
 ) -> str:
     """The page's text."""
-    courses = [meet(name, plan, profile) for name, plan in plans.items()]
-    given = {course.name: promise(course) for course in courses}
+    timelines = [meet(name, plan, profile) for name, plan in plans.items()]
+    given = {timeline.name: predicted(timeline) for timeline in timelines}
     return str(
         _environment()
         .get_template("page.html")
         .render(
             title=title,
             profile=profile,
-            courses=courses,
+            timelines=timelines,
             given=given,
             rows=rows,
-            heat=heat_map(profile, courses),
+            heat=heat_map(profile, timelines),
             tokens=token_maps(profile),
             bands=bands_chart(profile),
             measured=measured_front(rows),
             promised=promised_front(candidates, {name: item for name, item in given.items() if item}),
-            held=byte_strips(courses),
+            held=byte_strips(timelines),
             pictures=_pictures(pictures, rows),
             sample=None if sample is None else _picture("sample", sample, None),
             palette=VIRIDIS,

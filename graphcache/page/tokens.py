@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphcache.page.course import branches_of
 from graphcache.page.names import common_prefix, shortened
 from graphcache.page.png import encode, uri
 from graphcache.page.scales import colour
 from graphcache.planning.profile import Profile
+from graphcache.planning.timeline import branches_of
 
 SMALLEST_SIDE = 2
 

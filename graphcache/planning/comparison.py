@@ -17,6 +17,7 @@ from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import read_bytes
 from graphcache.planning.metrics import frechet_distance, psnr, ssim
+from graphcache.planning.pareto import unbeaten
 from graphcache.planning.sampling import Sampler, Sampling, refuse_random
 
 Kind = Literal["preset", "searched", "fewer steps", "plain"]
@@ -67,6 +68,12 @@ def load_rows(path: str | os.PathLike[str]) -> tuple[Contender, ...]:
         return tuple(msgspec.json.decode(read_bytes(path), type=list[Contender]))
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise GraphCacheError(f"{os.fspath(path)}: no comparison in JSON: {error}") from None
+
+
+def unbeaten_rows(rows: Sequence[Contender]) -> tuple[Contender, ...]:
+    """Those that no other one beats in both speed-up and PSNR, fastest first."""
+    known = [(row, row.psnr) for row in rows if row.psnr is not None]
+    return tuple(row for row, _ in unbeaten(known, lambda item: (-item[0].speedup, -item[1])))
 
 
 def compare(

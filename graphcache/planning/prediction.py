@@ -7,15 +7,15 @@ import numpy as np
 from graphcache.analysis.sensitivity import effect
 from graphcache.ir.history import GUIDANCE, History
 from graphcache.ir.plan import COMPUTE
-from graphcache.page.course import HOLD, Course
 from graphcache.planning.candidates import Candidate, partly_skipped, skipped, whole
 from graphcache.planning.profile import Profile, families
+from graphcache.planning.timeline import HOLD, Timeline
 
 Source = tuple[tuple[int, ...], tuple[float, ...]]
 """Steps of the values that stand in for a site's, and their weights."""
 
 
-def promise(course: Course) -> Candidate | None:
+def predicted(timeline: Timeline) -> Candidate | None:
     """Speed-up and error of a plan, predicted as those of searched ones are; None where they cannot be.
 
     The effects of neighbouring steps that take something from the cache add up with their signs, since they
@@ -24,30 +24,30 @@ def promise(course: Course) -> Candidate | None:
     Not to be predicted: token budgets, guidance beside other sites or split in bands, sites that the profile
     did not measure, and values older than its window.
     """
-    if course.unknown or not _is_linear(course):
+    if timeline.unknown or not _is_linear(timeline):
         return None
-    sources = {name: _sources(course, name) for name in course.symbols}
-    squared, total = 0.0, np.zeros(course.profile.effects.shape[-2:])
-    for step in range(course.plan.steps):
+    sources = {name: _sources(timeline, name) for name in timeline.symbols}
+    squared, total = 0.0, np.zeros(timeline.profile.effects.shape[-2:])
+    for step in range(timeline.plan.steps):
         taken = {name: line[step] for name, line in sources.items() if line[step] is not None}
         if not taken:
             squared, total = squared + _square(total), np.zeros_like(total)
         for name, source in taken.items():
             assert source is not None
-            found = _effect(course.profile, name, step, source)
+            found = _effect(timeline.profile, name, step, source)
             if found is None:
                 return None
             total = total + found
-    numbers = course.profile.numbers * course.profile.effects.shape[-1]
+    numbers = timeline.profile.numbers * timeline.profile.effects.shape[-1]
     error = math.sqrt((squared + _square(total)) / numbers)
-    return Candidate(course.plan, course.name, course.whole, speedup(course), error, course.peak)
+    return Candidate(timeline.plan, timeline.name, timeline.whole, speedup(timeline), error, timeline.peak)
 
 
-def speedup(course: Course) -> float:
+def speedup(timeline: Timeline) -> float:
     """Over the plain model: measured steps where a whole family is taken from the cache, else by FLOPs."""
-    profile = course.profile
+    profile = timeline.profile
     plain = profile.timings.get("plain", whole(profile))
-    spent = sum(_cost(profile, {*course.taken(step)}) for step in range(profile.steps))
+    spent = sum(_cost(profile, {*timeline.taken(step)}) for step in range(profile.steps))
     return profile.steps * plain / spent if spent else float("inf")
 
 
@@ -65,34 +65,34 @@ def _cost(profile: Profile, taken: set[str]) -> float:
     return whole(profile) * (1 - sum(flops[name] for name in taken) / profile.flops)
 
 
-def _is_linear(course: Course) -> bool:
-    if any(letter.is_tokens or letter.is_frequency for letter in course.plan.letters):
+def _is_linear(timeline: Timeline) -> bool:
+    if any(letter.is_tokens or letter.is_frequency for letter in timeline.plan.letters):
         return False
-    others = {symbol for name, line in course.symbols.items() if name != GUIDANCE for symbol in line}
-    return GUIDANCE not in course.symbols or not course.plan.is_guided or others <= {COMPUTE}
+    others = {symbol for name, line in timeline.symbols.items() if name != GUIDANCE for symbol in line}
+    return GUIDANCE not in timeline.symbols or not timeline.plan.is_guided or others <= {COMPUTE}
 
 
-def _sources(course: Course, name: str) -> list[Source | None]:
+def _sources(timeline: Timeline, name: str) -> list[Source | None]:
     """What each step makes a site's value of; None where it computes it, or does without."""
     history: list[int] = []
     found: list[Source | None] = []
-    for step, symbol in enumerate(course.symbols[name]):
-        letter = course.plan.letter(symbol)
+    for step, symbol in enumerate(timeline.symbols[name]):
+        letter = timeline.plan.letter(symbol)
         if symbol in (COMPUTE, HOLD):
             found.append(None)
         else:
             entries = (step, *history) if letter and letter.is_compute else tuple(history)
-            read = [pair for pair in zip(entries, _weights(course, name, step), strict=False) if pair[1]]
+            read = [pair for pair in zip(entries, _weights(timeline, name, step), strict=False) if pair[1]]
             found.append((tuple(entry for entry, _ in read), tuple(weight for _, weight in read)))
         if symbol == COMPUTE or (letter and letter.is_compute):
             history.insert(0, step)
     return found
 
 
-def _weights(course: Course, name: str, step: int) -> tuple[float, ...]:
+def _weights(timeline: Timeline, name: str, step: int) -> tuple[float, ...]:
     """Those of the history, newest first; of `linear8` the schedule has only the difference's."""
-    made = course.schedule.steps[step]
-    action = dict(course.schedule.phases[made.phase].actions).get(History(name))
+    made = timeline.schedule.steps[step]
+    action = dict(timeline.schedule.phases[made.phase].actions).get(History(name))
     if name == GUIDANCE or action is None or action.group < 0:
         return (1.0,)
     listed = made.coefficients[action.group]

@@ -6,10 +6,10 @@ from functools import cached_property
 
 from graphcache.analysis.liveness import lower
 from graphcache.ir.errors import GraphCacheError, PlanError
-from graphcache.ir.graph import Branch
+from graphcache.ir.graph import Branch, block_count
 from graphcache.ir.history import GUIDANCE, OUTPUT, PREDICTION, History, range_site
 from graphcache.ir.plan import COMPUTE, Plan
-from graphcache.ir.resolve import resolve
+from graphcache.ir.resolve import Resolution, resolve
 from graphcache.ir.schedule import Role, Schedule
 from graphcache.planning.profile import Profile, parsed
 
@@ -44,16 +44,18 @@ def _halves(branch: Branch) -> list[Branch]:
 
 
 @dataclass(frozen=True, eq=False)
-class Course:
+class Timeline:
     """A plan of a name on a profile's model.
 
-    `schedules` are those of one call, or of guidance's two branches where they are called one by one.
+    `rows` are the plan's, met with the branches; `schedules` are those of one call, or of guidance's two
+    branches where they are called one by one.
     """
 
     name: str
     plan: Plan
     profile: Profile
     branches: tuple[Branch, ...]
+    rows: Resolution
     schedules: tuple[Schedule, ...]
 
     @property
@@ -86,7 +88,7 @@ class Course:
     def symbols(self) -> Mapping[str, str]:
         """By site one character a step: the plan's, or `HOLD`. Sites that nothing is done to are absent."""
         blocks = {branch.name: branch.block for branch in self.branches}
-        rows = resolve(self.plan, self.branches, len({*blocks.values()}))
+        rows = self.rows
         actions = {name: row.actions for name, row in rows.branches.items()}
         actions |= {range_site(first, last): row.actions for row, first, last in rows.ranges}
         actions |= {OUTPUT: rows.output.actions} if rows.output else {}
@@ -157,7 +159,7 @@ class Course:
         }
 
 
-def meet(name: str, plan: Plan, profile: Profile) -> Course:
+def meet(name: str, plan: Plan, profile: Profile) -> Timeline:
     """Lower a plan for a profile's model.
 
     Raises:
@@ -176,10 +178,11 @@ def meet(name: str, plan: Plan, profile: Profile) -> Course:
         )
     branches = branches_of(profile, plan.splits_parallel)
     try:
-        schedules = tuple(lower(plan, branches, role=role) for role in _roles(plan, profile))
+        rows = resolve(plan, branches, block_count(branches))
+        schedules = tuple(lower(plan, branches, rows, role=role) for role in _roles(plan, profile))
     except PlanError as error:
         raise GraphCacheError(f"plan {name} does not fit the profile: {error}") from None
-    return Course(name, plan, profile, branches, schedules)
+    return Timeline(name, plan, profile, branches, rows, schedules)
 
 
 def _roles(plan: Plan, profile: Profile) -> tuple[Role, ...]:
