@@ -41,6 +41,23 @@ class Engine:
     """Runs a model's evaluations under a plan; neither the model nor a graph holds any of its state.
 
     The programs are shared by all sessions; each session has the caches of its own generation.
+
+    Attributes:
+        model: the original.
+        options: what `transform` was told; `backend` is its backend.
+        binder: reads calls of the model's forward.
+        caller: finds the pipeline that calls.
+        driver: tells the step, where nothing else does.
+        scopes: the session, context and other surroundings of each thread and task.
+        variants: numbers the forms that adapters and hooks give the model.
+        programs: what was captured, by signature.
+        decisions: which answers of forward a call needs.
+        plans: the plan, for each number of steps.
+        given: what `restore` gives back.
+        timesteps_before: those of the scheduler when the pipeline was transformed.
+        outer: a forward that someone set around the plan's own.
+        calls: how many there were.
+        spoken: what was said once and is not said again.
     """
 
     def __init__(self, model: nn.Module, options: Options, pipe: Any = None) -> None:
