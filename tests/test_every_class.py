@@ -32,7 +32,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if argument in metafunc.fixturenames:
             names = sorted(table)
             if not metafunc.config.getoption("--every-model"):
-                names = [name for name in names if not getattr(table[name], "slow", False)]
                 names = sorted(random.Random(Run.seed).sample(names, min(EACH_RUN[argument], len(names))))
             # the scope puts the tests of one class next to each other, where they share a capture
             metafunc.parametrize(argument, names, scope="module")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import graphcache
-from graphcache.tracing.functional import Unknown, functional, inlined, is_functional
+from graphcache.tracing.functional import Unknown, detached, functional, inlined, is_functional
 from strategies import QUICK
 
 aten = torch.ops.aten
@@ -182,3 +182,30 @@ def test_a_region_that_switches_autocast_off_stays() -> None:
     graph = exported(Regions(enabled=False), torch.randn(4, 4))
     with torch.autocast("cpu", torch.bfloat16):
         assert inlined(graph) is graph
+
+
+class Detaching(nn.Module):
+    """What it detaches, a constant of its own and something that has a gradient, is read before and after."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        constant = torch.arange(3.0).detach_()
+        y = x * constant
+        before = y + 1
+        y.detach_()
+        return before * 2 + y.cos() * constant
+
+
+def test_what_is_detached_in_place_is_read_detached_from_there_on() -> None:
+    x = torch.randn(2, 3)
+    graph = exported(Detaching(), x)
+    assert not is_functional(graph)
+    detached(graph)
+    assert is_functional(graph)
+    made = fx.GraphModule(nn.Module(), graph)
+    results = []
+    for run in (Detaching(), lambda x: made(x)[0]):
+        leaf = x.clone().requires_grad_()
+        result = run(leaf)
+        result.sum().backward()
+        results.append((result.detach(), leaf.grad))
+    assert all(map(torch.equal, *results))

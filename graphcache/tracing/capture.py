@@ -21,7 +21,14 @@ from graphcache.libraries.quiet import quiet_tracing
 from graphcache.tracing.answers import Answers, Diverged
 from graphcache.tracing.asking import Traced, decided, traced
 from graphcache.tracing.explanation import Stopped, because, explain
-from graphcache.tracing.functional import Unknown, erase_unread, functional, inlined, is_functional
+from graphcache.tracing.functional import (
+    Unknown,
+    detached,
+    erase_unread,
+    functional,
+    inlined,
+    is_functional,
+)
 from graphcache.tracing.hooks import is_own
 from graphcache.tracing.numeric_time import about_numbers, refuse_unlike_numbers, run_as_tensors
 from graphcache.tracing.opaque import is_foreign, named
@@ -221,6 +228,7 @@ def _functional(program: Any) -> tuple[Any, fx.Graph]:
     PyTorch's own way traces once more, which takes as long as the export itself.
     """
     graph = inlined(program.graph)
+    detached(graph)
     if is_functional(graph):
         return program, graph
     try:

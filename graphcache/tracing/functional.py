@@ -24,6 +24,14 @@ def is_functional(graph: fx.Graph) -> bool:
     return not any(_mutates(node) or isinstance(node.target, HigherOrderOperator) for node in graph.nodes)
 
 
+def detached(graph: fx.Graph) -> None:
+    """Turn `detach_`, which changes no value, into a `detach` that is read from there on."""
+    for node in graph.find_nodes(op="call_function", target=aten.detach_.default):
+        operand: Any = node.args[0]
+        node.target = aten.detach.default
+        operand.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: user > node)
+
+
 def inlined(graph: fx.Graph) -> fx.Graph:
     """The graph with regions that switch autocast off made part of it, where it is off around them too."""
     if not any(_is_uncast(node) for node in graph.nodes):

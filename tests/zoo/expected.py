@@ -14,12 +14,10 @@ class Expected:
 
     `branches` counts them by role, as a source has them: one for each residual add of a block on a stream.
     `modules` is a pattern of the modules of which each ends a branch, so that a hook on them can hold it.
-    `slow` ones take too long for a run that tests a few.
     """
 
     branches: str
     modules: str
-    slow: bool = False
 
     @property
     def roles(self) -> Mapping[str, int]:
@@ -87,7 +85,6 @@ EXPECTED: dict[str, Expected] = {
     "HiDreamImageTransformer2DModel": Expected(
         "2 self, 2 joint, 2 joint.context, 4 mlp, 2 mlp.context",
         r"(double|single)_stream_blocks\.\d+\.block\.(attn1|ff_i|ff_t)",
-        slow=True,
     ),
     "HunyuanDiT2DModel": Expected("4 self, 4 cross, 4 mlp", r"blocks\.\d+\.(attn1|attn2|ff)"),
     "HunyuanImageTransformer2DModel": Expected(
