@@ -26,11 +26,11 @@ test: .venv/.with-test
 # Every class and every pipeline of diffusers; `make test` takes a few of each, which SEED chooses.
 test-models: .venv/.with-test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist load --every-model \
-	  tests/test_every_class.py tests/test_every_pipeline.py
+	  tests/diffusers/test_every_class.py tests/diffusers/test_every_pipeline.py
 
 # Writes docs/models.md: what works with every class and every pipeline.
 models: .venv/.with-test
-	@OMP_NUM_THREADS=1 $(BIN)/python tests/models_page.py
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/kit/models_page.py
 
 lint: .venv/.with-lint
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 import gc
 from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
+from contextlib import nullcontext
 from unittest.mock import patch
 
 import numpy as np
@@ -11,8 +11,6 @@ from hypothesis import HealthCheck, settings
 from graphcache.compiler.captured import Captured
 from seeding import Run, numbers_of
 from sharing import Sharing
-
-GOLDEN = Path(__file__).parent / "golden"
 
 # what earlier runs found, and how fast the machine is, decides nothing
 settings.register_profile(
@@ -29,6 +27,7 @@ settings.load_profile("reproducible")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden texts anew, to be read")
     parser.addoption("--every-model", action="store_true", help="test all classes and pipelines of diffusers")
+    parser.addoption("--own-captures", action="store_true", help="capture alike models each for itself")
     parser.addoption(
         "--seed", type=int, default=Run.seed, help="of all random numbers; else the variable SEED, else 0"
     )
@@ -82,15 +81,15 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
+def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
     """Compares a text with the file named after the test; --update-golden writes the file instead."""
     name = request.node.name.removeprefix("test_").replace("[", "_").replace("]", "")
-    path = GOLDEN / f"{name}.txt"
+    path = request.path.parent / "golden" / request.path.stem / f"{name}.txt"
 
-    def check(text: str) -> None:
-        assert len(text.splitlines()) <= 45
+    def check(text: str, most: int = 45) -> None:
+        assert len(text.splitlines()) <= most
         if request.config.getoption("--update-golden"):
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{text}\n")
         assert path.read_text() == f"{text}\n"
 
@@ -104,8 +103,8 @@ def captured_anew(shared_captures: Sharing, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(autouse=True, scope="session")
-def shared_captures() -> Iterator[Sharing]:
+def shared_captures(request: pytest.FixtureRequest) -> Iterator[Sharing]:
     """A capture is made once for all models that are alike."""
     sharing = Sharing(Captured.of)
-    with patch.object(Captured, "of", sharing):
+    with nullcontext() if request.config.option.own_captures else patch.object(Captured, "of", sharing):
         yield sharing

@@ -12,7 +12,7 @@ import pytest
 
 import graphcache
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FOLDERS = {"graphcache": "graphcache", "graphcache.analysis": "analysis", "graphcache.passes": "passes"}
 LAYERS = ("graphcache.ir", "graphcache.analysis", "graphcache.passes")

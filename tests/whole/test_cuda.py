@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_tokens import inputs, measured, naive_map
 
 import graphcache
 from examples.digits.model import ddim_scheduler, load_model
@@ -14,7 +15,6 @@ from graphcache import Plan, presets
 from graphcache.analysis.cost import graph_flops
 from graphcache.compiler.program import Program
 from reference import assert_same, subject
-from test_tokens import inputs, measured, naive_map
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

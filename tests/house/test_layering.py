@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROOMS = (
     "graphcache.ir",
     "graphcache.analysis",
@@ -68,3 +68,19 @@ def test_the_order_is_the_one_in_contributing() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text()
     places = [text.index(f"`{folder(room).relative_to(ROOT)}/`") for room in ROOMS]
     assert places == sorted(places)
+
+
+def test_every_module_has_its_line_in_the_table_of_tests() -> None:
+    tests = Path(__file__).parents[1]
+    lines = (tests / "README.md").read_text().partition("|---|---|\n")[2].splitlines()
+    table = dict(line.strip("| ").split(" | ") for line in lines)
+    modules = {
+        f"{room.removeprefix('graphcache.').replace('.', '/')}/{path.stem}"
+        for room in ROOMS[:-1]
+        for path in folder(room).glob("*.py")
+        if path.stem != "__init__"
+    }
+    assert table.keys() == modules | {"importers"}
+    for files in table.values():
+        for name in files.split(", "):
+            assert (tests / f"{name}.py").exists(), name

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from test_semantics import check_against_reference
+from test_tokens import assert_close
 
 import graphcache
 from graphcache import Plan, PlanError, presets
@@ -19,8 +21,6 @@ from graphcache.passes.split import Split
 from graphcache.presets import clusca, duca, evaluate, toca
 from graphcache.presets.token_schedules import PUBLISHED, BranchKind, budgets, raw_budget, timetable
 from reference import Subject, capture_call, subject
-from test_semantics import check_against_reference
-from test_tokens import assert_close
 
 B, C, LAYERS, HEADS, TOKENS, TEXT = 2, 1152, 28, 16, 256, 25
 

@@ -105,7 +105,7 @@ def test_every_class_has_a_configuration() -> None:
     missing = sorted(installed().keys() - KINDS.keys())
     assert not missing, (
         f"diffusers has {', '.join(missing)}: add a tiny configuration and the arguments of a call to "
-        "tests/zoo/classes, and what is expected to tests/zoo/expected.py; then `make models`"
+        "tests/kit/zoo/classes, and what is expected to tests/kit/zoo/expected.py; then `make models`"
     )
     assert KINDS.keys() == installed().keys()
     assert KINDS.keys() == EXPECTED.keys() | REFUSED.keys()

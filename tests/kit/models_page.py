@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 STEPS = 12
 sys.path[:0] = [str(PAGE.parent.parent), str(Path(__file__).parent)]
 

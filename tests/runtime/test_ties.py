@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_tokens import letter
 from torch import Tensor
 
 from graphcache.ir.history import History
@@ -12,7 +13,6 @@ from graphcache.ir.state import Choice
 from graphcache.runtime.selection import SiteTokens, choose
 from reference import assert_same
 from reference_selection import chosen
-from test_tokens import letter
 
 STEPS = (1, 2, 3)
 SCORES = {

@@ -447,7 +447,7 @@ def test_ratios_that_are_refused(ratios: Any, options: dict[str, Any], message: 
         importers.magcache(ratios, **options)
 
 
-DOCUMENT = (Path(__file__).parents[1] / "docs" / "coming-from.md").read_text()
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "coming-from.md").read_text()
 BLOCKS = re.findall(r"^```(python[^\n]*)\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)
 OURS = [code for kind, code in BLOCKS if kind == "python graphcache"]
 COMMANDS = re.findall(r"^    graphcache (.*)$", DOCUMENT, re.MULTILINE)
