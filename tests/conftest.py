@@ -97,6 +97,13 @@ def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 @pytest.fixture
+def sharing(shared_captures: Sharing, monkeypatch: pytest.MonkeyPatch) -> Sharing:
+    """For tests of sharing itself."""
+    monkeypatch.setattr(Captured, "of", shared_captures)
+    return shared_captures
+
+
+@pytest.fixture
 def captured_anew(shared_captures: Sharing, monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of capturing itself."""
     monkeypatch.setattr(Captured, "of", shared_captures.capture)

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounter
 
 import graphcache
 from graphcache import GraphCacheError, presets
+from inside import programs_of
 from reference import assert_same
 from tiny import arguments, tiny
 
@@ -42,7 +43,7 @@ def test_what_returns_is_compiled_once_and_captured_while_there_is_room(
         for size in range(sizes):
             assert_same(generation(cached, 3 + size), generation(plain, 3 + size))
         assert counter.frame_count == 2 * sizes
-        assert len(cached._graphcache.programs) == 3
+        assert len(programs_of(cached)) == 3
         assert said(caplog) == (turn > 0 and sizes > 3), "once, at the second turn"
 
 
@@ -59,7 +60,7 @@ def test_other_weights_are_compiled_anew() -> None:
     model.blocks[0].out = torch.nn.Linear(4, 4, bias=False)
     assert_same(generation(cached, 3), generation(graphcache.transform(model, PLAN), 3))
     assert counter.frame_count == 4
-    assert len(cached._graphcache.programs) == 1
+    assert len(programs_of(cached)) == 1
 
 
 def test_code_for_other_modes_is_not_taken(caplog: pytest.LogCaptureFixture) -> None:
@@ -110,5 +111,5 @@ def test_a_memory_of_captures_does_not_grow(caplog: pytest.LogCaptureFixture) ->
     with caplog.at_level(logging.WARNING, "graphcache"):
         for size in range(12):
             cached(**arguments(tokens=2 + size))
-    assert len(cached._graphcache.programs) == 2
+    assert len(programs_of(cached)) == 2
     assert not said(caplog), "none of them returned"

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import graphcache
 from graphcache import CaptureError, presets
+from inside import programs_of
 from pipelines import PIPELINES
 from reference import assert_same, cast
 from tiny import TinyDiT, arguments, tiny
@@ -143,9 +144,9 @@ def test_a_changed_model_is_captured_again(change: Callable[[Any], None], on_res
     expected = generation(model)
     assert_same(generation(cached), expected)
     assert_same(generation(cached), expected)
-    program = next(iter(cached._graphcache.programs.values()))
+    program = programs_of(cached)[0]
     generation(cached)
-    assert next(iter(cached._graphcache.programs.values())) is program
+    assert programs_of(cached)[0] is program
     if change not in (unfuse, disable, CHANGES[10]):
         assert not all(map(torch.equal, map(CASE.prediction, before), map(CASE.prediction, expected)))
 
@@ -154,11 +155,11 @@ def test_weights_changed_in_place_are_right_from_the_next_generation_on() -> Non
     model = CASE.make()
     cached = graphcache.transform(model, presets.compute(3))
     generation(cached)
-    programs = list(cached._graphcache.programs.values())
+    programs = programs_of(cached)
     for parameter in model.parameters():
         parameter.data.mul_(1.1)
     assert_same(generation(cached), generation(model))
-    assert list(cached._graphcache.programs.values()) == programs
+    assert programs_of(cached) == programs
 
 
 @pytest.mark.usefixtures("captured_anew")
@@ -167,10 +168,10 @@ def test_another_capture_of_the_same_model_is_no_change() -> None:
     model, kwargs = CASES["dit"].make(), CASES["dit"].kwargs(t=1.0)
     cached = graphcache.transform(model, presets.compute(1))
     cached(**kwargs)
-    program = next(iter(cached._graphcache.programs.values()))
+    program = programs_of(cached)[0]
     graphcache.transform(model, presets.compute(1), example_inputs=kwargs)
     cached(**kwargs)
-    assert next(iter(cached._graphcache.programs.values())) is program
+    assert programs_of(cached)[0] is program
 
 
 def test_a_scale_given_with_the_call_is_part_of_the_signature() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CaptureError, presets
+from inside import engine_of
 from reference import assert_same
 from seeding import Run
 from zoo.classes import KINDS
@@ -117,7 +118,7 @@ def test_a_plan_that_only_computes_changes_no_bit(known: str) -> None:
 
 
 def test_branches_are_those_of_the_source(known: str) -> None:
-    step = under(known, presets.compute(1))._graphcache.prepare(KINDS[known].generation(1)[0]).step
+    step = engine_of(under(known, presets.compute(1))).prepare(KINDS[known].generation(1)[0]).step
     found = Counter(branch.role + ".context" * branch.context for branch in step.branches)
     assert found == EXPECTED[known].roles
 

@@ -27,6 +27,7 @@ from torch import nn
 
 import graphcache
 from graphcache import CaptureError, presets
+from inside import programs_of
 from pipelines import PIPELINES
 from reference import assert_same, cast
 from zoo import CASES
@@ -66,7 +67,7 @@ def assert_right(name: str, cached: Any, model: Any, dtype: torch.dtype = torch.
 
 def captures(cached: Any) -> list[Any]:
     """What stays the same object for as long as nothing is captured again."""
-    return [program.captured for program in cached._graphcache.programs.values()]
+    return [program.captured for program in programs_of(cached)]
 
 
 @every_model

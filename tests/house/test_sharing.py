@@ -25,23 +25,23 @@ def results(model: torch.nn.Module) -> list[torch.Tensor]:
         ]
 
 
-def test_alike_models_share_a_capture_and_keep_their_weights(shared_captures: Sharing) -> None:
+def test_alike_models_share_a_capture_and_keep_their_weights(sharing: Sharing) -> None:
     one, other = tiny(1, Louder), tiny(1, Louder)
     with torch.no_grad():
         other.blocks[0].up.weight.mul_(3)
     first = results(one)
-    known = len(shared_captures.captures)
+    known = len(sharing.captures)
     second = results(other)
-    assert len(shared_captures.captures) == known
+    assert len(sharing.captures) == known
     assert_same(first[0], first[1])
     assert_same(second[0], second[1])
     assert not torch.equal(first[0], second[0])
 
 
-def test_what_tracing_would_see_is_told_apart(shared_captures: Sharing) -> None:
+def test_what_tracing_would_see_is_told_apart(sharing: Sharing) -> None:
     one, other = tiny(1, Louder), tiny(1, Louder)
     other.gain = 3.0
     assert_same(*results(one))
-    known = len(shared_captures.captures)
+    known = len(sharing.captures)
     assert_same(*results(other))
-    assert len(shared_captures.captures) == known + 1
+    assert len(sharing.captures) == known + 1

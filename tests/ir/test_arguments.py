@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CaptureError, GraphCacheError, Plan, PlanError, StateError, presets
 from graphcache.ir.graph import Input
+from inside import only_program, programs_of
 from reference import Reference, assert_same, capture_call, runner_tensors
 from tiny import TinyDiT, tiny
 
@@ -150,7 +151,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"record": {"latents": "state.z"}}
 
 def kinds(model: Any) -> dict[str, str]:
     """What every tensor of the latest call was taken for."""
-    (program,) = model._graphcache.programs.values()
+    program = only_program(model)
     return {port.name: port.kind for port in program.captured.step.inputs if isinstance(port, Input)}
 
 
@@ -166,7 +167,7 @@ def test_a_generation_is_the_models_own_and_under_a_plan_the_references(name: st
     run = Reference(capture_call(model, call(0), None), CACHING)
     for step in range(STEPS):
         assert_same(cached(**call(step)), run(runner_tensors(model, call(step))))
-    assert len(cached._graphcache.programs) == 1
+    assert len(programs_of(cached)) == 1
     (branch,) = cached.summary().branches
     sites = 4 if name != "list" else 8
     assert [row.reused for row in branch.steps] == [0, sites // 2, sites // 2, sites]
@@ -198,7 +199,7 @@ def test_a_number_for_a_timestep_is_captured_once_and_gives_the_models_bits(time
     for step, time in enumerate(times):
         x = latents(step, 2, 3, 4)
         assert_same(exact(x, time, TEXT), model(x, time, TEXT))
-    assert len(exact._graphcache.programs) == 1
+    assert len(programs_of(exact)) == 1
     assert kinds(exact) == {"x": "latent", "t": "timestep", "text": "constant"}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache import Plan, transform
+from inside import engine_of
 
 DIM = 4
 
@@ -132,5 +133,5 @@ class Replanned:
 
     def under(self, plan: Plan) -> nn.Module:
         self.model.reset()
-        self.model._graphcache.plans[plan.steps] = plan
+        engine_of(self.model).plans[plan.steps] = plan
         return self.model

@@ -21,6 +21,7 @@ from every_pipeline import PIPELINES, REFUSED_PIPELINES  # noqa: E402
 from graphcache import presets  # noqa: E402
 from graphcache.analysis.coverage import coverage  # noqa: E402
 from graphcache.ir.errors import GraphCacheError  # noqa: E402
+from inside import engine_of  # noqa: E402
 from zoo.classes import KINDS  # noqa: E402
 from zoo.expected import EXPECTED, REFUSED  # noqa: E402
 
@@ -92,7 +93,7 @@ def tried(name: str) -> str:
     """What a class makes of the presets."""
     kind = KINDS[name]
     model = graphcache.transform(kind.make(), presets.compute(STEPS), **kind.says)
-    program = model._graphcache.prepare(kind.generation(1)[0])  # type: ignore[attr-defined]
+    program = engine_of(model).prepare(kind.generation(1)[0])
     refused, little = [], []
     for preset in presets.names():
         plan = getattr(presets, preset)(STEPS)

@@ -30,6 +30,7 @@ from graphcache.ir.schedule import Selection
 from graphcache.ir.state import Choice
 from graphcache.runtime.selection import SiteTokens
 from graphcache.tracing.capture import forward_parameters
+from inside import engine_of
 from reference_selection import chosen
 from seeding import own_numbers
 from zoo import CASES, Case
@@ -414,7 +415,7 @@ class Subject:
     def transform(self, plan: Plan, **options: Any) -> nn.Module:
         """`graphcache.transform` with the capture already made, the plan checked as with example inputs."""
         made = graphcache.transform(self.model, plan, timestep=self.case.timestep, **options)
-        engine = made._graphcache
+        engine = engine_of(made)
         kwargs = self.call(self.static(), self.latents(), 1.0)
         key, _ = engine.binder.signature(engine.binder.bind((), kwargs))
         program = Program(self.captured, engine.backend)

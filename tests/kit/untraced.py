@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphcache import Plan
+from inside import programs_of
 from reference import Reference
 from seeding import numbers_of
 
@@ -99,5 +100,5 @@ def generation(model: Any, steps: int = 4, tokens: int = 5) -> list[Tensor]:
 
 def by_reference(cached: Any, plan: Plan, tokens: int = 5) -> Sequence[Tensor]:
     """What the reference interpreter makes of a generation, with the capture that was made or used last."""
-    run = Reference([*cached._graphcache.programs.values()][-1].captured, plan)
+    run = Reference(programs_of(cached)[-1].captured, plan)
     return [run([*arguments(step, tokens).values()]) for step in range(plan.steps)]

@@ -27,6 +27,7 @@ from graphcache.passes.prune import pruned
 from graphcache.passes.simplify import Simplify
 from graphcache.passes.specialize import Specialize
 from graphcache.passes.tag import Tag
+from inside import states_of
 from reference import assert_same, capture_call, subject
 from tiny import arguments, tiny
 
@@ -307,7 +308,7 @@ def test_each_phase_is_one_compiled_graph_and_never_compiled_again(name: str) ->
     model = on.transform(made, backend=counter)
     expected = on.sample(on.reference(made), made.steps)
     first = on.sample(model, made.steps)
-    (state,) = model._graphcache.surroundings.session.states.values()
+    (state,) = states_of(model).values()
     schedule = state.schedule
     assert counter.frame_count == graphs_of(schedule)
     assert counter.frame_count == model.summary().branches[0].graphs

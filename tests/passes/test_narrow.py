@@ -19,6 +19,7 @@ from graphcache.passes import narrow
 from graphcache.passes.base import run
 from graphcache.passes.narrow import Narrow
 from graphcache.passes.specialize import Specialize
+from inside import only_program
 from reference import assert_same, capture_call, subject
 from seeding import own_numbers
 from tiny import arguments
@@ -152,7 +153,7 @@ def test_what_is_compiled_is_narrowed_and_eager_phases_keep_their_bits() -> None
         for backend in (None, "aot_eager"):
             model = on.transform(plan, backend=backend)
             results[backend] = on.sample(model, plan.steps)
-            (program,) = model._graphcache.programs.values()
+            program = only_program(model)
             flops = [graph_flops(runnable.step) for runnable in program.phases.values()]
             results[backend].append(min(flops))
     eager, compiled = results[None], results["aot_eager"]

@@ -11,6 +11,7 @@ from graphcache.compiler.program import Program
 from graphcache.ir.graph import CacheRead, CacheWrite, StepGraph
 from graphcache.passes.offload import Offload
 from graphcache.passes.transfer import arrive, fetch, send
+from inside import states_of
 from reference import assert_same, subject
 from tiny import arguments, tiny
 
@@ -120,7 +121,7 @@ def test_entries_are_pinned_and_the_results_the_same_on_a_device(backend: str | 
     for offload in (False, True):
         model = graphcache.transform(on.model, PLAN, offload=offload, backend=backend)
         made.append(on.sample(model, 5))
-        states = model._graphcache.surroundings.session.states.values()
+        states = states_of(model).values()
         kept = [tensor for state in states for tensor in state.cache.tensors()]
         assert kept
         assert all(tensor.is_pinned() == offload for tensor in kept)

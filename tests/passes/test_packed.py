@@ -8,6 +8,7 @@ import torch
 import graphcache
 from graphcache import Plan, PlanError
 from graphcache.presets import fastercache
+from inside import states_of
 from reference import assert_same, subject
 
 ROWS = """
@@ -60,7 +61,7 @@ def test_an_entry_has_three_bytes_an_element_and_a_scale_a_token() -> None:
     tokens, width = shape[0] * shape[1], shape[2]
     # two blocks: attention and MLP, the MLP's newest one is older
     assert branch.steps[-1].held_bytes == 4 * (3 * tokens * width + 4 * tokens)
-    state = model._graphcache.surroundings.session.states["", 0]
+    state = states_of(model)["", 0]
     assert state.cache.held_bytes() == branch.steps[-1].held_bytes
 
 

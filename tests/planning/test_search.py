@@ -18,6 +18,7 @@ from examples.digits.sample import sample as sample_digits
 from graphcache import GraphCacheError, Plan, Profile, search, transform
 from graphcache.planning.candidates import Candidate, candidates, pareto, predicted_speedup
 from graphcache.planning.profile import Provenance, Site, families
+from inside import engine_of
 from linear import Replanned, Sampler, linear
 
 STEPS = 8
@@ -249,7 +250,7 @@ def test_plans_for_a_trained_model_run_as_promised() -> None:
         plain = digits(model, digits.labels, digits.steps)
         for item in (chosen, *every.values()):
             made.reset()
-            made._graphcache.plans[digits.steps] = item.plan
+            engine_of(made).plans[digits.steps] = item.plan
             result = digits(made, digits.labels, digits.steps)
             (summary,) = made.summary().branches
             assert item.speedup == pytest.approx(summary.ideal_speedup, rel=0.02)

@@ -20,6 +20,7 @@ from graphcache.passes.base import run
 from graphcache.passes.split import Split
 from graphcache.presets import clusca, duca, evaluate, toca
 from graphcache.presets.token_schedules import PUBLISHED, BranchKind, budgets, raw_budget, timetable
+from inside import only_program
 from reference import Subject, capture_call, subject
 
 B, C, LAYERS, HEADS, TOKENS, TEXT = 2, 1152, 28, 16, 256, 25
@@ -174,7 +175,7 @@ class TestSplit:
             plan = Plan.parse(f"plan steps=2\n{text}")
             model = graphcache.transform(on.model, plan, example_inputs=kwargs, timestep=on.case.timestep)
             model(**kwargs)
-            (program,) = model._graphcache.programs.values()
+            program = only_program(model)
             roles = {branch.role for branch in program.captured.step.branches}
             assert ("parallel.mlp" in roles) is split
 

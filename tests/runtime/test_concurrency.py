@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 import graphcache
 from graphcache import Plan, StateError, presets
 from graphcache.ir.graph import CacheRead, Coefficients, fake_mode, value_of
+from inside import engine_of, only_program, programs_of, states_of
 from pipelines import PIPELINES, TinyPipeline
 from reference import assert_same, subject
 from tiny import arguments, tiny
@@ -64,7 +65,7 @@ def cached(request: pytest.FixtureRequest) -> Iterator[Any]:
 def test_five_hundred_generations_in_eight_threads(cached: Any) -> None:
     seeds = [[100 * thread + i % 10 for i in range(GENERATIONS)] for thread in range(THREADS)]
     serial = {seed: generation(cached, seed) for seed in sorted({seed for row in seeds for seed in row})}
-    graphs = {key: program.graphs for key, program in cached._graphcache.programs.items()}
+    graphs = {key: program.graphs for key, program in engine_of(cached).programs.items()}
     barrier = threading.Barrier(THREADS + 1)
     wrong: list[int] = []
 
@@ -90,7 +91,7 @@ def test_five_hundred_generations_in_eight_threads(cached: Any) -> None:
     gc.collect()
     assert wrong == []
     assert resident() - warm < 8 * 2**20
-    assert {key: program.graphs for key, program in cached._graphcache.programs.items()} == graphs
+    assert {key: program.graphs for key, program in engine_of(cached).programs.items()} == graphs
 
 
 @pytest.mark.usefixtures("captured_anew")
@@ -105,7 +106,7 @@ def test_sessions_that_capture_and_compile_at_once(cached: Any) -> None:
         results = list(pool.map(serve, range(4)))
     for seed, result in enumerate(results):
         torch.testing.assert_close(result, expected[seed], rtol=1e-5, atol=1e-6)
-    assert len(cached._graphcache.programs) == 2
+    assert len(programs_of(cached)) == 2
 
 
 def test_two_threads_in_one_state_are_an_error_and_the_first_goes_on() -> None:
@@ -137,7 +138,7 @@ def test_a_thread_in_the_middle_of_a_call_is_not_disturbed(monkeypatch: pytest.M
     model = graphcache.transform(tiny(), presets.compute(1))
     kwargs, inside, go_on = arguments(), threading.Event(), threading.Event()
     model(**kwargs)
-    (program,) = model._graphcache.programs.values()
+    program = only_program(model)
     run = program.captured.output.build
 
     def wait(tensors: Any) -> Any:
@@ -223,11 +224,7 @@ def test_a_session_frees_what_it_held() -> None:
     with model.session() as session:
         model(**arguments())
         assert model.summary().held_bytes > 0
-        held = [
-            weakref.ref(t)
-            for s in model._graphcache.surroundings.session.states.values()
-            for t in s.cache.tensors()
-        ]
+        held = [weakref.ref(t) for s in states_of(model).values() for t in s.cache.tensors()]
         assert held
     session.close()
     assert [tensor() for tensor in held] == [None] * len(held)
@@ -327,7 +324,7 @@ def test_where_a_graphs_inputs_lie_is_known_while_another_thread_traces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model: Any = graphcache.transform(tiny(2), PLAN, example_inputs=arguments())
-    ((_, program),) = model._graphcache.programs.items()
+    ((_, program),) = engine_of(model).programs.items()
     monkeypatch.setattr(fake_mode(value_of(program.step.placeholders()[0])), "in_kernel_invocation", True)
     made = []
     for runnable in program.phases.values():

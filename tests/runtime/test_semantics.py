@@ -19,6 +19,7 @@ from graphcache.ir.plan import Preset
 from graphcache.ir.state import CacheState, Entry
 from graphcache.ir.text import render
 from graphcache.runtime import runner
+from inside import engine_of, only_program, programs_of, states_of
 from reference import Subject, assert_same, capture_call, subject
 from tiny import arguments, tiny
 from zoo import CASES
@@ -63,7 +64,7 @@ def plans(on: Subject) -> st.SearchStrategy[Plan]:
 
 
 def only_state(model: nn.Module) -> runner.BranchState:
-    return model._graphcache.surroundings.session.states["", 0]
+    return states_of(model)["", 0]
 
 
 def measured(model: nn.Module) -> Callable[..., Any]:
@@ -167,7 +168,7 @@ def test_a_first_step_shares_the_graph_of_corrected_ones(site: str) -> None:
     check_against_reference(on, plan)
     model = on.transform(plan)
     on.sample(model, plan.steps)
-    (program,) = model._graphcache.programs.values()
+    program = only_program(model)
     assert program.graphs == 2
     steps = model.summary().branches[0].steps
     assert [(step.computed > 0, step.corrected > 0) for step in steps] == [
@@ -196,7 +197,7 @@ def test_parameters_are_shared_not_copied() -> None:
     originals = dict(on.model.named_parameters())
     assert dict(model.named_parameters()).keys() == originals.keys()
     assert all(value is originals[name] for name, value in model.named_parameters())
-    (program,) = model._graphcache.programs.values()
+    program = only_program(model)
     assert program.prologue is not None
     assert len(program.phases) > 3
     for runnable in (program.prologue, *program.phases.values()):
@@ -374,7 +375,7 @@ def test_branches_of_a_cache_context_keep_separate_states() -> None:
                 result = model(**kwargs)
             assert_same(result, references[name](**kwargs))
         latents = latents - on.case.prediction(result) / 6
-    assert set(model._graphcache.surroundings.session.states) == {("cond", 0), ("uncond", 0)}
+    assert set(states_of(model)) == {("cond", 0), ("uncond", 0)}
 
 
 def test_two_calls_at_one_timestep_with_other_inputs_need_a_context_and_change_nothing() -> None:
@@ -416,7 +417,7 @@ def test_another_signature_is_captured_again_and_the_oldest_forgotten() -> None:
     for shape in ({"batch": 1}, {"batch": 2}, {"tokens": 5}):
         kwargs = arguments(**shape)
         assert_same(cached(**kwargs), model(**kwargs))
-    programs = cached._graphcache.programs
+    programs = engine_of(cached).programs
     kept = list(programs.values())
     assert len(kept) == 2
     cached(**arguments(batch=2))
@@ -484,7 +485,7 @@ def test_reset_forgets_the_generation_in_progress() -> None:
     model(**on.case.call(static, on.latents(), 1.0))
     model(**on.case.call(static, on.latents(), 0.9))
     model.reset()
-    assert model._graphcache.surroundings.session.states == {}
+    assert states_of(model) == {}
     kwargs = on.case.call(static, on.latents(), 0.8)
     assert_same(model(**kwargs), on.model(**kwargs))
 
@@ -516,7 +517,7 @@ def test_positional_and_named_arguments_are_one_signature() -> None:
     again = {**kwargs, "timestep": torch.full((2,), 0.5)}
     cached(again["x"], text=again["text"], timestep=again["timestep"])
     assert only_state(cached).step == 1
-    assert len(cached._graphcache.programs) == 1
+    assert len(programs_of(cached)) == 1
     assert_same(first, tiny()(**kwargs))
 
 

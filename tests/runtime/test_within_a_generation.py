@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CaptureError, Plan, presets
+from inside import programs_of
 from reference import assert_same
 from tiny import tiny
 from zoo import CASES
@@ -100,7 +101,7 @@ def test_a_hook_that_is_on_for_one_call_of_each_step(named: bool) -> None:
         assert_same(three(guided), expected)
         steps = [[step.reused for step in branch.steps] for branch in cached.summary().branches]
         assert steps == [[0, 4, 0, 0, 4, 2]] * 3
-        assert len(cached._graphcache.programs) == 2, "a form that returns finds its program"
+        assert len(programs_of(cached)) == 2, "a form that returns finds its program"
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0])
@@ -116,7 +117,7 @@ def test_another_strength_of_a_hook_is_another_form(scale: float) -> None:
 
     for _ in range(2):
         assert_same(loop(growing(cached)), loop(growing(tiny(2))))
-    assert len(cached._graphcache.programs) == 2
+    assert len(programs_of(cached)) == 2
 
 
 class Counting(ModelHook):
@@ -204,7 +205,7 @@ def test_an_adapter_changed_by_a_step_callback_counts_from_that_step_on(change: 
 
     for seed in range(3):
         assert_same(loop(changing(cached), seed), loop(changing(model), seed))
-    assert len(cached._graphcache.programs) == 2
+    assert len(programs_of(cached)) == 2
 
 
 def test_what_was_cached_before_an_adapter_changed_is_still_read() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CaptureError, presets
+from inside import programs_of
 from reference import Reference, assert_same, capture_call, runner_tensors
 from tiny import TinyBlock
 
@@ -90,7 +91,7 @@ def generation(call: Any, steps: int = 2, **given: Any) -> list[Any]:
 
 
 def programs(model: Any) -> int:
-    return len(model._graphcache.programs)
+    return len(programs_of(model))
 
 
 def test_caches_that_are_read(model: Remembering) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CaptureError, presets
+from inside import programs_of
 
 
 def doubled(x: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def test_it_is_watched() -> None:
         else:
             del model.part.forward
         assert_alike(cached, model)
-    assert len(cached._graphcache.programs) == 3
+    assert len(programs_of(cached)) == 3
     model.part.forward = doubled
     assert_alike(cached, model)
 

@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import graphcache
 from graphcache import CaptureError, Plan, presets
+from inside import engine_of, programs_of
 from reference import Reference, assert_same, capture_call, runner_tensors
 from reference_guidance import GuidedReference
 from tiny import TinyBlock
@@ -72,7 +73,7 @@ def generation(call: Any, text: Tensor, mask: Tensor, steps: int = 2) -> list[Te
 
 
 def programs(model: Any) -> int:
-    return len(model._graphcache.programs)
+    return len(programs_of(model))
 
 
 def sorted_by_mask(text: Tensor, mask: Tensor) -> Tensor:
@@ -190,7 +191,7 @@ def test_ragged_masks_give_the_models_bits(asked: Mapping[str, Ask]) -> None:
     exact: Any = graphcache.transform(model, presets.compute(2))
     for mask in (mask_of(3, 5), mask_of(2, 2), mask_of(3, 5)):
         assert_same(generation(exact, text, mask), generation(model, text, mask))
-    step = next(iter(exact._graphcache.programs.values())).captured.step
+    step = programs_of(exact)[0].captured.step
     assert [branch.role for branch in step.branches] == ["self", "mlp"]
     assert programs(exact) == 2, "nothing is captured for a mask that returns"
 
@@ -272,7 +273,7 @@ class TestOtherValues:
         generation(exact, text, mask_of(3, 5))
         with torch.enable_grad():
             assert_same(generation(exact, text, mask_of(3, 5)), generation(model, text, mask_of(3, 5)))
-        assert len({id(program.captured) for program in exact._graphcache.programs.values()}) == 1
+        assert len({id(program.captured) for program in programs_of(exact)}) == 1
 
     def test_two_prompts_in_turn_in_sessions_of_their_own(self) -> None:
         model = asking(sorted_by_mask)
@@ -455,7 +456,7 @@ def test_a_model_that_asks_for_nothing_is_called_and_traced_once() -> None:
     exact: Any = graphcache.transform(asking(plain), presets.compute(2))
     generation(exact, text_of(), mask_of(3, 5))
     assert next(calls) == 2
-    assert not exact._graphcache.decisions
+    assert not engine_of(exact).decisions
 
 
 @pytest.mark.parametrize("name", DECIDING)
@@ -468,7 +469,7 @@ class TestDiffusersModels:
         for t in (1.0, 0.5):
             kwargs = case.call(static, case.latents(2, int(t)), t)
             assert_same(exact(**kwargs), model(**kwargs))
-        step = next(iter(exact._graphcache.programs.values())).captured.step
+        step = programs_of(exact)[0].captured.step
         assert step.blocks == case.blocks
         assert roles(step.branches) == case.roles
 

@@ -21,6 +21,7 @@ from graphcache import presets
 from graphcache.analysis.fingerprint import fingerprint
 from graphcache.ir.opaque import OPAQUE, describe_layouts
 from graphcache.ir.text import render
+from inside import only_program, programs_of
 from reference import assert_same, capture_call
 from seeding import numbers_of
 from untraced import (
@@ -188,7 +189,7 @@ def test_such_a_model_runs_bit_for_bit(kind: str) -> None:
         results = generation(cached)
         assert_same(results, by_reference(cached, FORA))
         assert_same(results[::2], generation(model)[::2])
-    step = next(iter(cached._graphcache.programs.values())).step
+    step = programs_of(cached)[0].step
     assert [call.place for call in step.opaque] == [f"blocks.0.{CALLED[kind]}"]
     assert [branch.name for branch in step.branches] == ["blocks.0.self", "blocks.0.mlp"]
 
@@ -336,7 +337,7 @@ def test_experts_of_a_published_model() -> None:
             latents = torch.randn(2, 4, 8, 8), torch.full((2,), 900.0 - 100 * step)
             results = [call(*latents, **given)[0] for call in (cached, model)]
             assert torch.equal(*results) == (step == 0)
-    (program,) = cached._graphcache.programs.values()
+    program = only_program(cached)
     assert [call.place for call in program.step.opaque] == [
         "double_stream_blocks.0.block.ff_i",
         "single_stream_blocks.0.block.ff_i",

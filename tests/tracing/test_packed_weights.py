@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CaptureError, presets
 from graphcache.ir.graph import value_of
+from inside import only_program
 from reference import Reference, assert_same, capture_call, runner_tensors
 from seeding import numbers_of
 from untraced import DIM, Transformer, arguments, generation, holding
@@ -141,7 +142,7 @@ def test_weights_in_gguf(tmp_path: Path) -> None:
     with torch.no_grad():
         results = [cached(**kwargs, **fixed)[0] for kwargs in given]
         assert_same(results[::2], [model(**kwargs, **fixed)[0] for kwargs in given[::2]])
-        (program,) = cached._graphcache.programs.values()
+        program = only_program(cached)
         run = Reference(program.captured, FORA)
         expected = [run(runner_tensors(model, {**kwargs, **fixed}))[0] for kwargs in given]
         assert_same(results, expected)

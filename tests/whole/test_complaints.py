@@ -28,6 +28,7 @@ from torch._dynamo.utils import counters
 
 import graphcache
 from graphcache import CaptureError, GraphCacheError, Plan, StateError, presets
+from inside import engine_of
 from pipelines import PIPELINES, TinyPipeline
 from reference import Reference, assert_same, capture_call, runner_tensors, subject
 from reference_pipeline import reference, transformed
@@ -439,7 +440,7 @@ def test_bytes_are_known_before_the_run_and_freed_by_it() -> None:
     """diffusers #10163, TaylorSeer #5: memory grows, nobody knows how far."""
     plan = presets.taylorseer(STEPS)
     model: Any = subject("wan").transform(plan)
-    program = model._graphcache.prepare(CASE.call(CASE.static(2), CASE.latents(2), 1.0))
+    program = engine_of(model).prepare(CASE.call(CASE.static(2), CASE.latents(2), 1.0))
     schedule = program.schedule(plan)
     size = program.entry_bytes(schedule)
     foretold = [schedule.held(step, size) for step in range(STEPS)]
