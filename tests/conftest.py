@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from graphcache.compiler.captured import Captured
+from graphcache.compiler.compilations import EVERYONES
 from seeding import Run, numbers_of
 from sharing import Sharing
 
@@ -78,6 +79,12 @@ def pytest_collection_finish() -> None:
     """Tracing makes garbage by the million; looking through PyTorch for it took a twentieth of the time."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture(autouse=True)
+def _own_code() -> None:
+    """What one test has compiled serves no other: compilations are counted."""
+    EVERYONES.clear()
 
 
 @pytest.fixture

@@ -1,41 +1,62 @@
-"""Compiled graphs, kept by their structure: one that is captured again is not compiled again."""
+"""Compiled graphs, kept by their structure: one that is captured again is not compiled again.
+
+Code that is given its weights serves all models of a process; other code the one whose weights it holds.
+"""
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
-from graphcache.compiler.compile import Compiled, Kept
+from graphcache.compiler.compile import Backend, Compiled, Kept, arguments, takes_weights
 from graphcache.ir.graph import StepGraph
 from graphcache.ir.opaque import Opaque
 from graphcache.ir.structure import structure
 
 
+class _Key(NamedTuple):
+    circumstances: Hashable
+    backend: Hashable
+    structure: str
+    takes_weights: bool
+
+
 class Compilations:
-    """At most so many graphs; the least recently used is dropped. With other weights one is another."""
+    """At most so many graphs; the least recently used is dropped."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._made: OrderedDict[Hashable, tuple[Compiled, tuple[Opaque, ...]]] = OrderedDict()
+        self._made: OrderedDict[_Key, tuple[Compiled, tuple[Opaque, ...]]] = OrderedDict()
 
     def under(self, circumstances: Hashable) -> Kept:
         """Those compiled for the same signature and modes, such as autocast: code depends on them."""
         return _Under(self, circumstances)
 
-    def find(self, key: Hashable) -> Compiled | None:
+    def find(self, key: _Key) -> Compiled | None:
         if key in self._made:
             self._made.move_to_end(key)
             return self._made[key][0]
         return None
 
-    def keep(self, key: Hashable, code: Compiled, opaque: tuple[Opaque, ...]) -> None:
+    def keep(self, key: _Key, code: Compiled, opaque: tuple[Opaque, ...]) -> None:
         """Note code and own the opaque calls in it, so that a capture that has the same finds them."""
         self._made[key] = code, opaque
         while len(self._made) > self._most:
             self._made.popitem(last=False)
 
     def clear(self) -> None:
-        """Forget all, and with them the weights that they hold."""
+        """Forget all."""
         self._made.clear()
+
+    def forget_weights(self) -> None:
+        """Forget code that holds weights."""
+        for key in [key for key in self._made if not key.takes_weights]:
+            del self._made[key]
+
+
+EVERYONES: WeakValueDictionary[_Key, Any] = WeakValueDictionary()
+"""Code that is given its weights, as long as some model keeps it."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +64,31 @@ class _Under(Kept):
     compilations: Compilations
     circumstances: Hashable
 
-    def find(self, step: StepGraph) -> Compiled | None:
-        return self.compilations.find((self.circumstances, structure(step)))
+    def find(self, step: StepGraph, backend: Backend) -> Compiled | None:
+        key = self._key(step, backend)
+        own = self.compilations.find(key)
+        if own is not None:
+            return own
+        anyones: Compiled | None = EVERYONES.get(key)
+        if anyones is not None:
+            self.compilations.keep(key, anyones, step.opaque)
+        return anyones
 
-    def keep(self, step: StepGraph, code: Compiled) -> None:
-        self.compilations.keep((self.circumstances, structure(step)), code, step.opaque)
+    def keep(self, step: StepGraph, backend: Backend, code: Compiled) -> None:
+        key = self._key(step, backend)
+        self.compilations.keep(key, code, step.opaque)
+        if key.takes_weights:
+            EVERYONES[key] = code
+
+    def _key(self, step: StepGraph, backend: Backend) -> _Key:
+        anyones = takes_weights(step, backend)
+        return _Key(self.circumstances, _frozen(arguments(backend)), structure(step, anyones), anyones)
+
+
+def _frozen(value: Any) -> Hashable:
+    """Options of a backend as what can be compared and looked up."""
+    if isinstance(value, Mapping):
+        return frozenset((name, _frozen(item)) for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    return value if isinstance(value, Hashable) else object()

@@ -16,6 +16,8 @@ from graphcache.libraries.exclusive import COMPILING
 
 _AS_FULLGRAPH = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
 
+_ORDINARY = (torch.Tensor, nn.Parameter, nn.Buffer)
+
 Backend = str | Callable[..., Any] | Mapping[str, Any] | None
 """None runs the graph as it is; a name or callable is torch.compile's `backend`; a mapping holds
 torch.compile's keyword arguments, such as {"backend": "inductor", "options": {"cpp_wrapper": True}}."""
@@ -26,10 +28,10 @@ Compiled = Callable[..., Sequence[torch.Tensor]]
 class Kept(Protocol):
     """Code of graphs that were compiled before."""
 
-    def find(self, step: StepGraph) -> Compiled | None:
-        """The code of a graph that computes the same with the same weights."""
+    def find(self, step: StepGraph, backend: Backend) -> Compiled | None:
+        """The code of a graph that computes the same: with the same weights, unless it is given them."""
 
-    def keep(self, step: StepGraph, code: Compiled) -> None:
+    def keep(self, step: StepGraph, backend: Backend, code: Compiled) -> None:
         """Note what a graph was compiled to."""
 
 
@@ -40,25 +42,47 @@ def build(step: StepGraph, backend: Backend, kept: Kept | None = None) -> Compil
     also made to be checked or priced alone. What is `kept` is not compiled again.
     """
     made: Compiled | None = None
+    weights: tuple[torch.Tensor, ...] = ()
 
     def call(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-        return first(tensors) if made is None else made(*tensors)
+        return first(tensors) if made is None else made(*tensors, *weights)
 
     def first(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        nonlocal made
+        nonlocal made, weights
         with COMPILING:
             if made is None:
-                known = kept.find(step) if kept and backend is not None else None
-                code = _code(step, backend) if known is None else known
-                results = None if backend is None or known is not None else _compiling(code, tensors)
+                known = kept.find(step, backend) if kept and backend is not None else None
+                given = weights_of(step) if takes_weights(step, backend) else {}
+                code = _code(step, given, backend) if known is None else known
+                weights = tuple(given.values())
+                results = None
+                if backend is not None and known is None:
+                    results = _compiling(code, (*tensors, *weights))
                 made = code
                 if results is not None:
                     if kept:
-                        kept.keep(step, code)
+                        kept.keep(step, backend, code)
                     return results
-        return made(*tensors)
+        return made(*tensors, *weights)
 
     return call
+
+
+def takes_weights(step: StepGraph, backend: Backend) -> bool:
+    """Whether code is given the weights at every call, so that it serves whatever else has the same graph.
+
+    Code of CUDA graphs and frozen code depend on where weights lie and what they are, code for packed weights
+    on what is in them; other compilers than PyTorch's may look for weights among a module's attributes; and
+    opaque calls are of one model.
+    """
+    if backend is None or step.opaque or _replays_cuda_graphs(backend):
+        return False
+    if any(type(weight) not in _ORDINARY for weight in weights_of(step).values()):
+        return False
+    given = arguments(backend)
+    options = {**_mode_options(given), **(given.get("options") or {})}
+    freezes = options.get("freezing", torch._inductor.config.freezing)
+    return given.get("backend", "inductor") in ("inductor", "eager", "aot_eager") and not freezes
 
 
 def refuse_unknown(backend: Backend) -> None:
@@ -71,8 +95,8 @@ def refuse_unknown(backend: Backend) -> None:
         raise GraphCacheError(f"backend={backend!r} is nothing that torch.compile takes: {error}") from error
 
 
-def _code(step: StepGraph, backend: Backend) -> Compiled:
-    module = _flattened(step)
+def _code(step: StepGraph, weights: Mapping[int, torch.Tensor], backend: Backend) -> Compiled:
+    module = _flattened(step, weights)
     if backend is None:
         eager: Compiled = module.forward
         return eager
@@ -83,7 +107,7 @@ def _compiled(module: nn.Module, backend: Backend, guarded: bool) -> Compiled:
     """Guards are left out where every shape is static: the runner has compared the whole signature before
     it calls. What it cannot compare, a shape that depends on data, keeps its guards.
     """
-    given = _arguments(backend)
+    given = arguments(backend)
     options: dict[str, Any] = {**_mode_options(given), **(given.pop("options", None) or {})}
     if not guarded:
         options.setdefault("guard_filter_fn", torch.compiler.skip_all_guards_unsafe)
@@ -106,7 +130,7 @@ def compile_plainly(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     """The untouched model under torch.compile as a user would call it, to compare with."""
     if backend is None:
         return model
-    compiled = torch.compile(model, dynamic=False, **_arguments(backend))
+    compiled = torch.compile(model, dynamic=False, **arguments(backend))
 
     def call(*args: Any, **kwargs: Any) -> Any:
         # nothing is kept from call to call; once someone marks generations, PyTorch waits for marks
@@ -127,7 +151,7 @@ def begin_generation(backend: Backend) -> None:
 
 
 def _replays_cuda_graphs(backend: Backend) -> bool:
-    given = _arguments(backend)
+    given = arguments(backend)
     options = {**_mode_options(given), **(given.get("options") or {})}
     compiler = given.get("backend", "inductor")
     if compiler == "inductor":
@@ -166,8 +190,10 @@ def _innermost(callback: Any) -> Backend:
     return backend
 
 
-def _arguments(backend: Backend) -> dict[str, Any]:
-    return dict(backend) if isinstance(backend, Mapping) else {"backend": backend}
+def arguments(backend: Backend) -> dict[str, Any]:
+    """Those of torch.compile."""
+    given = dict(backend) if isinstance(backend, Mapping) else {"backend": backend}
+    return {"backend": "inductor", **given}
 
 
 def _mode_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -179,21 +205,34 @@ def _mode_options(given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _flattened(step: StepGraph) -> fx.GraphModule:
-    """The same graph over one flat table of the same weights: a fetch costs one look-up, not a path's."""
+def weights_of(step: StepGraph) -> dict[int, torch.Tensor]:
+    """The tensors that a graph names, each once, by identity."""
+    found = (_attribute(step.root, str(node.target)) for node in step.graph.find_nodes(op="get_attr"))
+    return {id(value): value for value in found if isinstance(value, torch.Tensor)}
+
+
+def _flattened(step: StepGraph, inputs: Mapping[int, torch.Tensor]) -> fx.GraphModule:
+    """The same graph over one flat table of its weights: a fetch costs one look-up, not a path's.
+
+    Those of `inputs` are further inputs, in their order.
+    """
     graph, _ = step.copy()
-    names: dict[str, str] = {}
-    for node in graph.find_nodes(op="get_attr"):
+    with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
+        ports = {key: graph.placeholder(f"given_{i}") for i, key in enumerate(inputs)}
+    root, names = nn.Module(), dict[str, str]()
+    for node in list(graph.find_nodes(op="get_attr")):
+        value = _attribute(step.root, str(node.target))
+        if id(value) in ports:
+            node.replace_all_uses_with(ports[id(value)])
+            graph.erase_node(node)
+            continue
         node.target = names.setdefault(str(node.target), f"weight_{len(names)}")
-    root = nn.Module()
-    for path, name in names.items():
-        value = _attribute(step.root, path)
         if isinstance(value, nn.Parameter):
-            root.register_parameter(name, value)
+            root.register_parameter(node.target, value)
         elif isinstance(value, torch.Tensor):
-            root.register_buffer(name, value)
+            root.register_buffer(node.target, value)
         else:
-            setattr(root, name, value)
+            setattr(root, node.target, value)
     return fx.GraphModule(root, graph)
 
 

@@ -44,4 +44,4 @@ class Programs(OrderedDict[Key, Program]):
         for key in [key for key in self if key[0] not in variants]:
             del self[key]
         if not self:
-            self.compilations.clear()
+            self.compilations.forget_weights()

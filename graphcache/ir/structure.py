@@ -13,20 +13,24 @@ VALUES = "values."
 """How the names begin of what a captured graph holds of answers to what forward asked."""
 
 
-def structure(step: StepGraph) -> str:
-    """Tells graphs apart that compute different things, or with other weights. Names do not count."""
+def structure(step: StepGraph, anyones: bool = False) -> str:
+    """Tells graphs apart that compute different things, or with other weights. Names do not count.
+
+    Of `anyones` weights only what code is made for counts, and which of them are one.
+    """
     digest = hashlib.sha256()
     numbers: dict[fx.Node, int] = {}
+    met: dict[int, int] | None = {} if anyones else None
     for node in step.graph.nodes:
         numbers[node] = len(numbers)
         arguments = fx.node.map_arg((node.args, node.kwargs), lambda other: cast(Any, _Place(numbers[other])))
-        digest.update(repr((node.op, _target(step, node), arguments, _fed(node))).encode())
+        digest.update(repr((node.op, _target(step, node, met), arguments, _fed(node))).encode())
     return digest.hexdigest()
 
 
-def _target(step: StepGraph, node: fx.Node) -> Any:
-    """An operation by its name; what the model holds by itself, and by what code is made for; answers by
-    their values.
+def _target(step: StepGraph, node: fx.Node, met: dict[int, int] | None) -> Any:
+    """An operation by its name; what the model holds by itself or by its place among what was `met`, and by
+    what code is made for; answers by their values.
     """
     name = str(node.target)
     if node.op != "get_attr":
@@ -34,7 +38,10 @@ def _target(step: StepGraph, node: fx.Node) -> Any:
     value = attrgetter(name)(step.root)
     if name.startswith(VALUES):
         return layout(value), as_bytes(value)
-    return id(value), (layout(value), value.requires_grad) if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor):
+        return id(value), None
+    kind = layout(value), value.requires_grad, value.is_inference()
+    return id(value) if met is None else met.setdefault(id(value), len(met)), type(value).__name__, kind
 
 
 class _Place:
