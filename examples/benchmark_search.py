@@ -12,18 +12,18 @@ import argparse
 import json
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
 import graphcache
+from examples.records import Cell, Column, add_json_option, report
 from examples.samplers import EXAMPLES, Example
 from graphcache import Plan, PlanError, presets
 from graphcache.page import promise
@@ -43,6 +43,8 @@ SPEEDUPS = (1.5, 2.0, 3.0, 4.0)
 TRAINED, HELD, TEST, JUDGED = 1_000, 2_000, 3_000, 4_000
 """First seeds of what is profiled and tuned on, of what judges tuning, of what the tables show, and of what
 is judged on its own."""
+TABLES = {"judged", "predicted", "converged", "table"}
+"""Stages that end in a table."""
 NO_LOSS = 0.4
 """Share of the evaluations that a plan tuned against the converged solution may use."""
 console = Console()
@@ -142,8 +144,9 @@ class Bench:
         for name, results in self._results(items, figures):
             figures[name] = judge(items, torch.cat(results))
             self._save("judged", figures)
-        for name, found in figures.items():
-            console.print(f"{name:32} {found}")
+        names = list(figures["uncached"])
+        rows = [[name, *(found[key] for key in names)] for name, found in figures.items()]
+        self._report("judged", [Column("contender"), *(Column(key, digits=3) for key in names)], rows)
 
     def _results(self, items: list[Any], known: dict[str, Any]) -> Iterator[tuple[str, list[Tensor]]]:
         """Generations of the contenders and of fewer steps that are not known yet."""
@@ -200,9 +203,12 @@ class Bench:
             self.example.model, inputs, sites, backend="inductor", names=self.sampling.names, rounds=rounds
         )
         plans = self.tuned()
+        rows: list[list[Cell]] = []
         for name, measured in self._speedups(plans).items():
             promised = promise.speedup(meet(name, plans[name], replace(profile, timings=seconds)))
-            console.print(f"{name:32} {promised:.2f} {measured:.2f} {promised / measured - 1:+.0%}")
+            rows.append([name, promised, measured])
+        columns = (Column("plan"), Column("predicted", "×", 2), Column("measured", "×", 2))
+        self._report("predicted", columns, rows)
 
     def ablations(self) -> None:
         """How the adjoint's estimates rank real errors: one site reused at one step of a profiled run."""
@@ -254,37 +260,39 @@ class Bench:
             for name, result in made.items():
                 figures.setdefault(name, []).append(_db(result, target))
             self._save("converged", figures)
-        for name, values in figures.items():
-            console.print(f"{name:32} {statistics.fmean(values):6.2f} ± {statistics.pstdev(values):.2f}")
+        columns = (Column("contender"), Column("PSNR to the converged solution", "dB", 2))
+        self._report("converged", columns, [[name, _mean(values)] for name, values in figures.items()])
 
     def table(self) -> None:
         """For every speed-up the best setting of each rival whose time is within 2 % of the plan's."""
         quality, speed = self._load("quality"), self._load("time")
-        columns = ["method", *(f"{speedup:g}×" for speedup in self.arguments.speedups)]
-        table = Table(*columns, box=None)
         groups: dict[str, list[str]] = {}
         for name in quality:
-            solver = name.partition(" steps ")[2]
-            groups.setdefault(f"fewer steps, {solver}" if solver else name.split()[0], []).append(name)
-        for group, names in groups.items():
-            cells = [self._best(group, names, speedup, quality, speed) for speedup in self.arguments.speedups]
-            table.add_row(group, *cells)
-        console.print(table)
+            count, steps, solver = name.partition(" steps ")
+            groups.setdefault(f"fewer steps, {solver}" if steps else count.split()[0], []).append(name)
+        columns = [Column("asked", "×", 1), Column("measured", "×", 2)]
+        columns += [Column(group, "dB", 1) for group in groups]
+        rows: list[list[Cell]] = []
+        for speedup in self.arguments.speedups:
+            measured = speed[f"tuned {speedup}"]
+            best = (self._best(names, speedup, quality, speed) for names in groups.values())
+            rows.append([speedup, measured, *best])
+        self._report("equal time", columns, rows)
 
-    def _best(self, group: str, names: list[str], speedup: float, quality: Any, speed: Any) -> str:
+    def _best(self, names: list[str], speedup: float, quality: Any, speed: Any) -> Cell:
+        """The best mean and deviation of those that are fast enough; the found plan is its own only rival."""
+
+        def rate(name: str) -> float:
+            fewer = self.example.steps / int(name.split()[0]) if " steps " in name else 0
+            return float(speed.get(name, fewer))
+
         least = speed[f"tuned {speedup}"] / 1.02
-        if group == "tuned":
-            fast = [f"tuned {speedup}"]
-        elif group.startswith("fewer"):
-            fast = [name for name in names if self.example.steps / int(name.split()[0]) >= least]
-        else:
-            fast = [name for name in names if speed.get(name, 0) >= least]
-        if not fast:
-            return "-"
-        best = max(fast, key=lambda name: statistics.fmean(quality[name]))
-        rate = speed.get(best) or self.example.steps / int(best.split()[0])
-        values = quality[best]
-        return f"{statistics.fmean(values):.1f} ± {statistics.pstdev(values):.1f} ({rate:.2f}×)"
+        found = [name for name in names if name == f"tuned {speedup}"]
+        fast = found or [name for name in names if not name.startswith("tuned") and rate(name) >= least]
+        return max((_mean(quality[name]) for name in fast), default=None)
+
+    def _report(self, what: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> None:
+        report(f"{self.name}, {what}", columns, rows, self.arguments.json)
 
     def tuned(self) -> dict[str, Plan]:
         """The plans that were found, by names for the tables."""
@@ -333,6 +341,10 @@ def _presets(steps: int, conditional: str) -> Iterator[tuple[str, Plan]]:
     yield "random pixart-alpha", presets.toca("pixart-alpha", steps, by="random")
 
 
+def _mean(values: list[float]) -> list[float]:
+    return [statistics.fmean(values), statistics.pstdev(values)]
+
+
 def _db(result: Tensor, reference: Tensor) -> float:
     return float(psnr(result, reference).mean())
 
@@ -357,7 +369,10 @@ def main() -> None:
     )
     parser.add_argument("--rate", type=float, help="of tuning; by default its own choice")
     parser.add_argument("--threads", type=int, default=2)
+    add_json_option(parser)
     arguments = parser.parse_args()
+    if arguments.json and len(TABLES & set(arguments.stages)) != 1:
+        parser.error(f"a record is written of one of the stages {', '.join(sorted(TABLES))}")
     torch.set_num_threads(arguments.threads)
     bench = Bench(arguments.example, arguments)
     for stage in arguments.stages:
