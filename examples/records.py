@@ -3,6 +3,8 @@
 A record is a JSON file in docs/benchmarks; `examples.benchmarks_page` makes docs/benchmarks.md of them.
 """
 
+from __future__ import annotations
+
 import argparse
 import datetime
 import os
@@ -11,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,7 +65,7 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     gpu: str | None
 
     @classmethod
-    def here(cls) -> "Machine":
+    def here(cls) -> Machine:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
         return cls(cpu_model(), os.cpu_count(), torch.get_num_threads(), round(memory / 2**30), gpu)
@@ -94,36 +97,52 @@ def load(path: Path) -> Record:
     return msgspec.json.decode(path.read_bytes(), type=Record)
 
 
+@dataclass(frozen=True)
+class Destination:
+    """Where this process writes a record, and the commit that it began at."""
+
+    path: Path
+    commit: str
+
+    @classmethod
+    def at(cls, path: str) -> Destination:
+        return cls(Path(path), _commit())
+
+
 def add_json_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", type=Path, help="write the table as a record; its words, if any, are kept")
+    parser.add_argument(
+        "--json", type=Destination.at, help="write the table as a record; its words, if any, are kept"
+    )
 
 
-def report(title: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]], path: Path | None) -> None:
-    """Print a table, and write it as a record of this run if there is a path for it."""
+def report(
+    title: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]], to: Destination | None
+) -> None:
+    """Print a table, and write it as a record of this run if there is a place for it."""
     table = Table(*(column.header for column in columns), title=title)
     for row in rows:
         table.add_row(*(column.show(cell) for column, cell in zip(columns, row, strict=True)))
     Console(width=120).print(table)
-    if path is not None:
-        write(title, columns, rows, path)
+    if to is not None:
+        save(_of_this_run(title, columns, rows, to), to.path)
 
 
-def write(title: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]], path: Path) -> None:
-    """Write a record of this run; words that are there already stay."""
-    words = load(path) if path.exists() else None
-    record = Record(
+def _of_this_run(
+    title: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]], to: Destination
+) -> Record:
+    words = load(to.path) if to.path.exists() else None
+    return Record(
         title=words.title if words else title,
         question=words.question if words else "",
         answer=words.answer if words else "",
         command=_command(),
-        commit=_commit(),
+        commit=to.commit,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         machine=Machine.here(),
         versions={"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
         columns=list(columns),
         rows=[[_short(cell) for cell in row] for row in rows],
     )
-    save(record, path)
 
 
 def save(record: Record, path: Path) -> None:
