@@ -44,7 +44,7 @@ class Column(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
     @property
     def header(self) -> str:
-        return f"{self.name}, {self.unit}" if self.unit else self.name
+        return f"{self.name} ({self.unit})" if self.unit else self.name
 
     def show(self, cell: Cell) -> str:
         """The cell as text."""
