@@ -77,9 +77,8 @@ def records() -> dict[str, Record]:
 
 def page(known: dict[str, Record]) -> str:
     """The whole page."""
-    return HEAD.format_map({name: section(record) for name, record in known.items()}).replace(
-        "\n\n\n", "\n\n"
-    )
+    text = HEAD.format_map({name: section(record) for name, record in known.items()})
+    return text.replace("\n\n\n", "\n\n").rstrip() + "\n"
 
 
 def section(record: Record) -> str:
