@@ -25,7 +25,8 @@ from torchmetrics.functional import spearman_corrcoef
 import graphcache
 from examples.records import Cell, Column, add_json_option, report
 from examples.samplers import EXAMPLES, Example
-from graphcache import Plan, PlanError, presets
+from examples.sweep import at_equal_time, mean_and_spread, swept
+from graphcache import Plan, PlanError
 from graphcache.page import promise
 from graphcache.page.course import meet
 from graphcache.page.sensitivity import sensitivity
@@ -261,35 +262,14 @@ class Bench:
                 figures.setdefault(name, []).append(_db(result, target))
             self._save("converged", figures)
         columns = (Column("contender"), Column("PSNR to the converged solution", "dB", 2))
-        self._report("converged", columns, [[name, _mean(values)] for name, values in figures.items()])
+        self._report(
+            "converged", columns, [[name, mean_and_spread(values)] for name, values in figures.items()]
+        )
 
     def table(self) -> None:
         """For every speed-up the best setting of each rival whose time is within 2 % of the plan's."""
-        quality, speed = self._load("quality"), self._load("time")
-        groups: dict[str, list[str]] = {}
-        for name in quality:
-            count, steps, solver = name.partition(" steps ")
-            groups.setdefault(f"fewer steps, {solver}" if steps else count.split()[0], []).append(name)
-        columns = [Column("asked", "×", 1), Column("measured", "×", 2)]
-        columns += [Column(group, "dB", 1) for group in groups]
-        rows: list[list[Cell]] = []
-        for speedup in self.arguments.speedups:
-            measured = speed[f"tuned {speedup}"]
-            best = (self._best(names, speedup, quality, speed) for names in groups.values())
-            rows.append([speedup, measured, *best])
-        self._report("equal time", columns, rows)
-
-    def _best(self, names: list[str], speedup: float, quality: Any, speed: Any) -> Cell:
-        """The best mean and deviation of those that are fast enough; the found plan is its own only rival."""
-
-        def rate(name: str) -> float:
-            fewer = self.example.steps / int(name.split()[0]) if " steps " in name else 0
-            return float(speed.get(name, fewer))
-
-        least = speed[f"tuned {speedup}"] / 1.02
-        found = [name for name in names if name == f"tuned {speedup}"]
-        fast = found or [name for name in names if not name.startswith("tuned") and rate(name) >= least]
-        return max((_mean(quality[name]) for name in fast), default=None)
+        figures = self._load("quality"), self._load("time")
+        self._report("equal time", *at_equal_time(*figures, self.arguments.speedups, self.example.steps))
 
     def _report(self, what: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> None:
         report(f"{self.name}, {what}", columns, rows, self.arguments.json)
@@ -301,7 +281,7 @@ class Bench:
     def contenders(self) -> dict[str, Plan]:
         """Tuned plans, and presets swept over their settings."""
         found = self.tuned()
-        found.update(_presets(self.example.steps, self.example.conditional))
+        found.update(swept(self.example.steps, self.example.conditional))
         usable = {}
         for name, plan in found.items():
             if not name.startswith(tuple(self.arguments.methods)):
@@ -321,28 +301,6 @@ class Bench:
 
     def _save(self, name: str, figures: dict[str, Any]) -> None:
         (self.folder / f"{name}.json").write_text(json.dumps(figures, indent=1))
-
-
-def _presets(steps: int, conditional: str) -> Iterator[tuple[str, Plan]]:
-    for interval in (2, 3, 4, 5, 6):
-        yield f"fora {interval}", presets.fora(steps, interval)
-        for order in (1, 2):
-            yield f"taylorseer {interval} O{order}", presets.taylorseer(steps, interval, order)
-            lite = presets.taylorseer(steps, interval, order, lite=True)
-            yield f"taylorseer {interval} O{order} lite", lite
-        yield f"hicache {interval}", presets.hicache(steps, interval)
-    yield "pab", presets.pab(steps)
-    yield "pab long", presets.pab(steps, spatial=8, temporal=12, cross=16, start=0.1, stop=1.0)
-    yield "fastercache", replace(presets.fastercache(steps), conditional=conditional)
-    for ratio in (0.5, 0.8):
-        yield f"toca {ratio}", presets.toca(steps, ratio=ratio)
-        yield f"duca {ratio}", presets.duca(steps, ratio=ratio)
-    yield "toca pixart-alpha", presets.toca("pixart-alpha", steps)
-    yield "random pixart-alpha", presets.toca("pixart-alpha", steps, by="random")
-
-
-def _mean(values: list[float]) -> list[float]:
-    return [statistics.fmean(values), statistics.pstdev(values)]
 
 
 def _db(result: Tensor, reference: Tensor) -> float:

@@ -12,6 +12,7 @@ import pytest
 
 from examples.benchmarks_page import PAGE, page, records, slug
 from examples.records import ROOT, Column, Destination, Machine, Record, load, report, save
+from examples.sweep import at_equal_time
 
 RECORDS = records()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -110,3 +111,28 @@ def test_another_run_keeps_the_words_and_nothing_else(
     assert new.command.endswith("python -m examples.benchmark --seeds 3")
     assert (new.commit, new.date) == ("1234567", datetime.now(UTC).date().isoformat())
     assert None not in [*msgspec.to_builtins(new.machine).values(), *new.versions.values()]
+
+
+def test_a_rival_is_its_best_setting_that_is_as_fast() -> None:
+    quality = {
+        "tuned 1.5": [60.0, 62.0],
+        "tuned 3.0": [50.0],
+        "fora 2": [40.0],
+        "fora 3": [41.0],
+        "fora 4": [30.0],
+    }
+    quality |= {"34 steps DDIM": [45.0], "18 steps DDIM": [35.0], "pab": [70.0]}
+    speed = {"tuned 1.5": 1.5, "tuned 3.0": 3.0, "fora 2": 1.48, "fora 3": 1.4, "fora 4": 3.2}
+    columns, rows = at_equal_time(quality, speed, (1.5, 3.0), steps=50)
+    assert [column.name for column in columns] == [
+        "asked",
+        "measured",
+        "tuned",
+        "fora",
+        "fewer steps, DDIM",
+        "pab",
+    ]
+    assert rows == [
+        [1.5, 1.5, [61.0, 1.0], [40.0, 0.0], [45.0, 0.0], None],
+        [3.0, 3.0, [50.0, 0.0], [30.0, 0.0], None, None],
+    ]
