@@ -112,7 +112,10 @@ def origin(record: Record) -> str:
         **{name: version and f"{name} {version}" for name, version in record.versions.items()},
     }
     unknown = [name for name, text in told.items() if not text]
-    parts = [f"{record.date}, commit {record.commit}", *(text for text in told.values() if text)]
+    parts = [
+        f"{record.date.replace('/', ' to ')}, commit {record.commit}",
+        *(text for text in told.values() if text),
+    ]
     return "; ".join(parts) + f". Not recorded: {', '.join(unknown)}." * bool(unknown)
 
 
