@@ -99,14 +99,15 @@ def load(path: Path) -> Record:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where this process writes a record, and the commit that it began at."""
+    """Where this process writes a record, the commit that it began at, and the record that was there."""
 
     path: Path
     commit: str
+    before: Record | None
 
     @classmethod
     def at(cls, path: str) -> Destination:
-        return cls(Path(path), _commit())
+        return cls(Path(path), _commit(), load(Path(path)) if Path(path).exists() else None)
 
 
 def add_json_option(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +131,7 @@ def report(
 def _of_this_run(
     title: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]], to: Destination
 ) -> Record:
-    words = load(to.path) if to.path.exists() else None
+    words = to.before
     return Record(
         title=words.title if words else title,
         question=words.question if words else "",

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from examples.benchmarks_page import PAGE, page, records, slug
-from examples.records import ROOT, Column, Destination, Machine, Record, load, report, save
+from examples.records import ROOT, Column, Destination, Machine, Record, load, report
 from examples.sweep import at_equal_time
 
 RECORDS = records()
@@ -99,8 +99,7 @@ def test_another_run_keeps_the_words_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = RECORDS["found-plans-on-digits"]
-    to = Destination(tmp_path / "record.json", "1234567")
-    save(old, to.path)
+    to = Destination(tmp_path / "record.json", "1234567", old)
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--seeds", "3", "--json", str(to.path)])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="examples.benchmark"))
     report("other", [Column("method"), Column("PSNR", "dB", 1)], [["a", [1.23456789, 0.5]], ["b", None]], to)
