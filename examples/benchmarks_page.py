@@ -116,7 +116,7 @@ def origin(record: Record) -> str:
         f"{record.date.replace('/', ' to ')}, commit {record.commit}",
         *(text for text in told.values() if text),
     ]
-    return "; ".join(parts) + f". Not recorded: {', '.join(unknown)}." * bool(unknown)
+    return "; ".join(parts) + "." + f" Not recorded: {', '.join(unknown)}." * bool(unknown)
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -27,7 +27,8 @@ from graphcache.planning.bench import Timing
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "benchmarks"
-PACKAGES = ("torch", "diffusers")
+PACKAGES = ("torch", "diffusers", "cache_dit")
+"""Those of them that a benchmark loads are named in its record."""
 SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "OMP_NUM_THREADS")
 """Variables of the environment that decide about times."""
 
@@ -140,7 +141,10 @@ def _of_this_run(
         commit=to.commit,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
         machine=Machine.here(),
-        versions={"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        versions={
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in PACKAGES if name in sys.modules},
+        },
         columns=list(columns),
         rows=[[_short(cell) for cell in row] for row in rows],
     )
