@@ -73,7 +73,7 @@ def offload(rounds: int) -> list[list[Cell]]:
         held = made.summary().branches[0].peak_bytes / 2**10
         ms = 1e3 * spent[rounds // 2]
         print(f"offload {host}: peak of the device's memory {peak:.0f} MiB")
-        rows.append([f"taylorseer 3, offload {host}", ms, None, None, None, held])
+        rows.append([f"taylorseer 3, offload {host}", ms, *[None] * 4, held])
     return rows
 
 

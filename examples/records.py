@@ -210,6 +210,7 @@ def cpu_model() -> str:
 TIMES = (
     Column("contender"),
     Column("a step", "ms", 2),
+    Column("quartiles", "ms"),
     Column("speed-up", "×", 2),
     Column("ideal", "×", 2),
     Column("realised ÷ ideal", None, 2),
@@ -223,6 +224,7 @@ def time_rows(timings: Sequence[Timing]) -> list[list[Cell]]:
         [
             timing.name,
             timing.ms,
+            f"{timing.low:.2f} to {timing.high:.2f}",
             timing.speedup,
             timing.ideal,
             timing.realised,
