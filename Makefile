@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip
 options := $(if $(filter-out 0,$(SMALL)),--small) $(if $(filter-out 0,$(PRESETS)),--presets)
 
-.PHONY: venv demo test test-models models lint bench
+.PHONY: venv demo test test-models models lint bench benchmarks-page
 
 venv: .venv/.with-dev
 
@@ -37,22 +37,21 @@ lint: .venv/.with-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One model whose time is FLOPs, one whose time is launches, and that again beside caches that decide as they
-# run. glibc would hand freed cache entries back to the system and fault them in again: docs/benchmarks.md.
-models := examples.benchmark_models
+# glibc would hand freed cache entries back to the system and fault them in again at the next full step.
 keep := MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000
-launch := $(BIN)/graphcache bench $(models):launch_bound_flux --plan compute:50 --threads 1 --rounds 15 \
-  --beside $(models):compute_with_cpp_wrapper
 bench: .venv/.with-bench
-	$(keep) $(BIN)/graphcache bench $(models):compute_bound_pixart --steps 30 --plan compute --plan fora \
-	  --plan taylorseer
-	$(launch)
-	$(launch) --beside $(models):first_block_cache --beside $(models):dbcache
+	$(keep) $(BIN)/python -m examples.benchmark_plans compute-bound
+	$(BIN)/python -m examples.benchmark_plans launch-bound --threads 1 --rounds 15
+	$(BIN)/python -m examples.benchmark_plans launch-bound --threads 1 --rounds 15 --rivals
 	$(BIN)/python -m examples.benchmark_overhead
 	$(keep) $(BIN)/python -m examples.benchmark_fastercache --rivals --rounds 3
 	$(BIN)/python -m examples.benchmark_fastercache --rivals --width 32 --model latte --presets latte
 	$(BIN)/python -m examples.benchmark_video
 	$(keep) $(BIN)/python -m examples.benchmark_toca
+
+# Writes docs/benchmarks.md of the records in docs/benchmarks; any of the scripts above writes one with --json.
+benchmarks-page: .venv/.with-examples
+	@$(BIN)/python -m examples.benchmarks_page
 
 # A stamp per extra; one that includes others stamps them too.
 covers_test := examples bench

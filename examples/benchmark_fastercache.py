@@ -5,18 +5,18 @@ python -m examples.benchmark_fastercache [--model latte] [--width 32] [--presets
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import FasterCacheConfig
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch._dynamo.utils import counters
 
 from examples.benchmark_models import Made, guided_cogvideox, guided_latte
+from examples.records import TIMES, Cell, Column, add_json_option, report, time_rows
 from graphcache import Plan
-from graphcache.planning.bench import TimedGeneration, Timing, benchmark
+from graphcache.planning.bench import TimedGeneration, benchmark
 from graphcache.presets import fastercache
 
 MODELS: dict[str, Callable[..., Made]] = {"cogvideox": guided_cogvideox, "latte": guided_latte}
@@ -103,8 +103,10 @@ def _storage_bytes(leaves: Iterator[Any]) -> int:
     return sum(storages.values())
 
 
-def compare(name: str, preset: str, width: int, rounds: int, rivals: bool, steps: int | None) -> None:
-    """Time one preset on one model and print what each contender costs."""
+def compare(
+    name: str, preset: str, width: int, rounds: int, rivals: bool, steps: int | None
+) -> list[list[Cell]]:
+    """Time one preset on one model: the rows, each beginning with both names."""
     heads = width // HEAD_WIDTH[width]
     model, inputs = MODELS[name](heads, HEAD_WIDTH[width])
     plan = fastercache(preset, steps or (50 if preset == "generic" else None), conditional="last")
@@ -120,36 +122,36 @@ def compare(name: str, preset: str, width: int, rounds: int, rivals: bool, steps
         others["plain, eager"] = model
     counters.clear()
     measured = benchmark(model, inputs, {"graphcache": plan}, rounds=rounds, beside=others)
-    _print(f"{name} of width {width}, {preset}, {plan.steps} steps", measured, others)
-    Console().print(f"graph breaks in this process: {sum(counters['graph_break'].values())}")
-
-
-def _print(title: str, timings: tuple[Timing, ...], others: dict[str, Any]) -> None:
-    table = Table("", "ms a step", "times faster", "in FLOPs", "realised", "graphs", "peak KiB", title=title)
-    for timing in timings:
-        ideal = "" if timing.ideal is None else f"{timing.ideal:.3f}"
-        realised = "" if timing.realised is None else f"{timing.realised:.3f}"
-        peak = getattr(others.get(timing.name), "peak", timing.peak_bytes or 0)
-        cells = (f"{timing.ms:.2f}", f"{timing.speedup:.3f}", ideal, realised, str(timing.graphs or ""))
-        table.add_row(timing.name, *cells, f"{peak / 1024:.0f}" if peak else "")
-    Console(width=110).print(table)
-    for timing in timings:
+    for timing in measured:
         if timing.phases:
             print(f"{timing.name}: {'; '.join(map(str, timing.phases))}")
+    print(f"graph breaks in this process: {sum(counters['graph_break'].values())}")
+    held = (
+        replace(timing, peak_bytes=getattr(others.get(timing.name), "peak", timing.peak_bytes))
+        for timing in measured
+    )
+    return [[name, preset, *row] for row in time_rows(tuple(held))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=MODELS, nargs="*", default=list(MODELS))
-    parser.add_argument("--presets", nargs="*", default=list(PRESETS))
+    parser.add_argument(
+        "--presets", nargs="*", default=list(PRESETS), help="none: that of the model's own name"
+    )
     parser.add_argument("--width", type=int, choices=HEAD_WIDTH, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="instead of the published number")
     parser.add_argument("--rivals", action="store_true", help="time diffusers' hooks too")
+    add_json_option(parser)
     arguments = parser.parse_args()
+    rows: list[list[Cell]] = []
     for name in arguments.model:
-        for preset in arguments.presets:
-            compare(name, preset, arguments.width, arguments.rounds, arguments.rivals, arguments.steps)
+        for preset in arguments.presets or [name]:
+            rows += compare(
+                name, preset, arguments.width, arguments.rounds, arguments.rivals, arguments.steps
+            )
+    report("FasterCache", (Column("model"), Column("preset"), *TIMES), rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python -m examples.benchmark_overhead
 """
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 
 import graphcache
 from examples.benchmark_models import Made, launch_bound_flux
+from examples.records import Cell, Column, add_json_option, report
 from graphcache.compiler.watch import Watch
 from graphcache.planning.bench import TimedGeneration, runner_overhead
 from graphcache.runtime.schedulers import read_timestep
@@ -91,18 +93,21 @@ def timed(call: Callable[[], Any], times: int = 200) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_json_option(parser)
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
+    rows: list[list[Cell]] = []
     for name, made in (
-        ("FLUX of 12 blocks", launch_bound_flux()),
-        ("PixArt of 28 blocks", pixart_of_28_blocks()),
+        ("a step of a FLUX of 12 blocks", launch_bound_flux()),
+        ("a step of a PixArt of 28 blocks", pixart_of_28_blocks()),
     ):
-        print(name)
-        print(f"  bare module:                       {runner(made, False):6.1f} µs a step")
-        print(f"  scheduler, context, session:       {runner(made, True):6.1f} µs a step")
-        everything = runner(made, False, watch="everything")
-        print(f"  bare module, everything watched:   {everything:6.1f} µs a step")
-    print(f"reading a timestep on the CPU:       {1e6 * timed(lambda: read_timestep(torch.ones(2))):6.1f} µs")
-    print(f"watch, FLUX of 57 blocks:            {watch():6.2f} ms a generation")
+        rows.append([f"{name}, bare module", runner(made, False)])
+        rows.append([f"{name}, scheduler, context and session", runner(made, True)])
+        rows.append([f"{name}, everything watched", runner(made, False, watch="everything")])
+    rows.append(["a generation: the watch over a FLUX of 57 blocks", 1e3 * watch()])
+    rows.append(["reading a timestep on the CPU", 1e6 * timed(lambda: read_timestep(torch.ones(2)))])
+    report("Outside the graphs", (Column("what"), Column("time", "µs", 1)), rows, arguments.json)
 
 
 if __name__ == "__main__":

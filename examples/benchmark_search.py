@@ -12,20 +12,21 @@ import argparse
 import json
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
 import graphcache
+from examples.records import Cell, Column, add_json_option, report
 from examples.samplers import EXAMPLES, Example
-from graphcache import Plan, PlanError, presets
+from examples.sweep import at_equal_time, mean_and_spread, swept
+from graphcache import Plan, PlanError
 from graphcache.planning import prediction
 from graphcache.planning.automatic import checker
 from graphcache.planning.bench import TimedGeneration
@@ -43,6 +44,8 @@ SPEEDUPS = (1.5, 2.0, 3.0, 4.0)
 TRAINED, HELD, TEST, JUDGED = 1_000, 2_000, 3_000, 4_000
 """First seeds of what is profiled and tuned on, of what judges tuning, of what the tables show, and of what
 is judged on its own."""
+TABLES = {"judged", "predicted", "converged", "table"}
+"""Stages that end in a table."""
 NO_LOSS = 0.4
 """Share of the evaluations that a plan tuned against the converged solution may use."""
 console = Console()
@@ -142,8 +145,9 @@ class Bench:
         for name, results in self._results(items, figures):
             figures[name] = judge(items, torch.cat(results))
             self._save("judged", figures)
-        for name, found in figures.items():
-            console.print(f"{name:32} {found}")
+        names = list(figures["uncached"])
+        rows = [[name, *(found[key] for key in names)] for name, found in figures.items()]
+        self._report("judged", [Column("contender"), *(Column(key, digits=3) for key in names)], rows)
 
     def _results(self, items: list[Any], known: dict[str, Any]) -> Iterator[tuple[str, list[Tensor]]]:
         """Generations of the contenders and of fewer steps that are not known yet."""
@@ -202,9 +206,12 @@ class Bench:
             self.example.model, inputs, sites, backend="inductor", names=self.sampling.names, rounds=rounds
         )
         plans = self.tuned()
+        rows: list[list[Cell]] = []
         for name, measured in self._speedups(plans).items():
             promised = prediction.speedup(meet(name, plans[name], replace(profile, timings=seconds)))
-            console.print(f"{name:32} {promised:.2f} {measured:.2f} {promised / measured - 1:+.0%}")
+            rows.append([name, promised, measured])
+        columns = (Column("plan"), Column("predicted", "×", 2), Column("measured", "×", 2))
+        self._report("predicted", columns, rows)
 
     def ablations(self) -> None:
         """How the adjoint's estimates rank real errors: one site reused at one step of a profiled run."""
@@ -256,37 +263,18 @@ class Bench:
             for name, result in made.items():
                 figures.setdefault(name, []).append(_db(result, target))
             self._save("converged", figures)
-        for name, values in figures.items():
-            console.print(f"{name:32} {statistics.fmean(values):6.2f} ± {statistics.pstdev(values):.2f}")
+        columns = (Column("contender"), Column("PSNR to the converged solution", "dB", 2))
+        self._report(
+            "converged", columns, [[name, mean_and_spread(values)] for name, values in figures.items()]
+        )
 
     def table(self) -> None:
         """For every speed-up the best setting of each rival whose time is within 2 % of the plan's."""
-        quality, speed = self._load("quality"), self._load("time")
-        columns = ["method", *(f"{speedup:g}×" for speedup in self.arguments.speedups)]
-        table = Table(*columns, box=None)
-        groups: dict[str, list[str]] = {}
-        for name in quality:
-            solver = name.partition(" steps ")[2]
-            groups.setdefault(f"fewer steps, {solver}" if solver else name.split()[0], []).append(name)
-        for group, names in groups.items():
-            cells = [self._best(group, names, speedup, quality, speed) for speedup in self.arguments.speedups]
-            table.add_row(group, *cells)
-        console.print(table)
+        figures = self._load("quality"), self._load("time")
+        self._report("equal time", *at_equal_time(*figures, self.arguments.speedups, self.example.steps))
 
-    def _best(self, group: str, names: list[str], speedup: float, quality: Any, speed: Any) -> str:
-        least = speed[f"tuned {speedup}"] / 1.02
-        if group == "tuned":
-            fast = [f"tuned {speedup}"]
-        elif group.startswith("fewer"):
-            fast = [name for name in names if self.example.steps / int(name.split()[0]) >= least]
-        else:
-            fast = [name for name in names if speed.get(name, 0) >= least]
-        if not fast:
-            return "-"
-        best = max(fast, key=lambda name: statistics.fmean(quality[name]))
-        rate = speed.get(best) or self.example.steps / int(best.split()[0])
-        values = quality[best]
-        return f"{statistics.fmean(values):.1f} ± {statistics.pstdev(values):.1f} ({rate:.2f}×)"
+    def _report(self, what: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]]) -> None:
+        report(f"{self.name}, {what}", columns, rows, self.arguments.json)
 
     def tuned(self) -> dict[str, Plan]:
         """The plans that were found, by names for the tables."""
@@ -295,7 +283,7 @@ class Bench:
     def contenders(self) -> dict[str, Plan]:
         """Tuned plans, and presets swept over their settings."""
         found = self.tuned()
-        found.update(_presets(self.example.steps, self.example.conditional))
+        found.update(swept(self.example.steps, self.example.conditional))
         usable = {}
         for name, plan in found.items():
             if not name.startswith(tuple(self.arguments.methods)):
@@ -315,24 +303,6 @@ class Bench:
 
     def _save(self, name: str, figures: dict[str, Any]) -> None:
         (self.folder / f"{name}.json").write_text(json.dumps(figures, indent=1))
-
-
-def _presets(steps: int, conditional: str) -> Iterator[tuple[str, Plan]]:
-    for interval in (2, 3, 4, 5, 6):
-        yield f"fora {interval}", presets.fora(steps, interval)
-        for order in (1, 2):
-            yield f"taylorseer {interval} O{order}", presets.taylorseer(steps, interval, order)
-            lite = presets.taylorseer(steps, interval, order, lite=True)
-            yield f"taylorseer {interval} O{order} lite", lite
-        yield f"hicache {interval}", presets.hicache(steps, interval)
-    yield "pab", presets.pab(steps)
-    yield "pab long", presets.pab(steps, spatial=8, temporal=12, cross=16, start=0.1, stop=1.0)
-    yield "fastercache", replace(presets.fastercache(steps), conditional=conditional)
-    for ratio in (0.5, 0.8):
-        yield f"toca {ratio}", presets.toca(steps, ratio=ratio)
-        yield f"duca {ratio}", presets.duca(steps, ratio=ratio)
-    yield "toca pixart-alpha", presets.toca("pixart-alpha", steps)
-    yield "random pixart-alpha", presets.toca("pixart-alpha", steps, by="random")
 
 
 def _db(result: Tensor, reference: Tensor) -> float:
@@ -359,7 +329,10 @@ def main() -> None:
     )
     parser.add_argument("--rate", type=float, help="of tuning; by default its own choice")
     parser.add_argument("--threads", type=int, default=2)
+    add_json_option(parser)
     arguments = parser.parse_args()
+    if arguments.json and len(TABLES & set(arguments.stages)) != 1:
+        parser.error(f"a record is written of one of the stages {', '.join(sorted(TABLES))}")
     torch.set_num_threads(arguments.threads)
     bench = Bench(arguments.example, arguments)
     for stage in arguments.stages:

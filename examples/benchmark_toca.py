@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import graphcache
 from examples.benchmark_models import Made, compute_bound_dit, compute_bound_pixart, wide_pixart
 from examples.digits.model import ddim_scheduler, load_model
 from examples.digits.sample import sample
+from examples.records import TIMES, Cell, Column, add_json_option, report, time_rows
 from graphcache import Plan, presets
 from graphcache.compiler.compile import Backend
-from graphcache.planning.bench import Timing, benchmark
+from graphcache.planning.bench import benchmark
 from graphcache.planning.metrics import psnr
 from graphcache.presets import clusca, duca, toca
 
@@ -49,39 +49,40 @@ def run_plans(name: str) -> dict[str, Plan]:
 
 
 def time_plans(
-    title: str, made: Made, plans: Mapping[str, Plan], rounds: int, backend: Backend = "inductor"
-) -> None:
-    """Time contenders on one model and print what each costs."""
+    made: Made, plans: Mapping[str, Plan], rounds: int, backend: Backend = "inductor"
+) -> list[list[Cell]]:
+    """Time contenders on one model, print what steps of each kind cost, and return the rows."""
     timings = benchmark(*made, plans, rounds=rounds, backend=backend)
-    table = Table("", "ms a step", "times faster", "in FLOPs", "realised", "graphs", "peak KiB", title=title)
-    for timing in timings:
-        table.add_row(*_cells(timing))
-    console = Console(width=110)
-    console.print(table)
     for timing in timings:
         for phase in timing.phases:
-            console.print(
-                f"{timing.name}: {phase} ({phase.ms / phase.promised if phase.promised else 0:.2f}×)"
-            )
+            ratio = phase.ms / phase.promised if phase.promised else 0
+            Console().print(f"{timing.name}: {phase} ({ratio:.2f}×)")
+    return time_rows(timings)
 
 
-def _cells(timing: Timing) -> tuple[str, ...]:
-    ratios = ("" if value is None else f"{value:.3f}" for value in (timing.ideal, timing.realised))
-    peak = "" if timing.peak_bytes is None else f"{timing.peak_bytes / 1024:.0f}"
-    return timing.name, f"{timing.ms:.2f}", f"{timing.speedup:.3f}", *ratios, str(timing.graphs or ""), peak
+def time_runs(rounds: int) -> list[list[Cell]]:
+    """Published plans on models of their kind."""
+    rows = []
+    for name, size, made in (
+        ("pixart-alpha", "12 blocks, 256 tokens", compute_bound_pixart()),
+        ("dit", "12 blocks, 256 tokens", compute_bound_dit()),
+        ("dit", "6 blocks, 1024 tokens", compute_bound_dit(blocks=6, side=64)),
+    ):
+        rows += [[f"{name}, {size}", *row] for row in time_plans(made, run_plans(name), rounds)]
+    return rows
 
 
 def quality_plans() -> dict[str, Plan]:
     """Methods on the digits' model, in 50 steps."""
     return {
-        "fora 3": presets.fora(STEPS, 3),
-        "fora 2": presets.fora(STEPS, 2),
-        "taylorseer 3": presets.taylorseer(STEPS, 3),
-        "toca dit": toca("dit", STEPS, multiple=4),
-        "toca dit, random": toca("dit", STEPS, by="random", multiple=4),
-        "toca 3, half of the tokens": toca(STEPS, ratio=0.5, multiple=4),
-        "duca 3, half of the tokens": duca(STEPS, 3, 0.5, multiple=4),
-        "clusca 3": clusca(STEPS, 3, clusters=8),
+        "`fora(50, 3)`": presets.fora(STEPS, 3),
+        "`fora(50, 2)`": presets.fora(STEPS, 2),
+        "`taylorseer(50, 3)`": presets.taylorseer(STEPS, 3),
+        "`toca('dit')`, own scores": toca("dit", STEPS, multiple=4),
+        "`toca('dit', by='random')`": toca("dit", STEPS, by="random", multiple=4),
+        "`toca(50, ratio=0.5)`": toca(STEPS, ratio=0.5, multiple=4),
+        "`duca(50, ratio=0.5)`": duca(STEPS, 3, 0.5, multiple=4),
+        "`clusca(50, clusters=8)`": clusca(STEPS, 3, clusters=8),
     }
 
 
@@ -91,11 +92,19 @@ def images(model: Any, seed: int, steps: int = STEPS) -> Tensor:
     return sample(model, ddim_scheduler(), labels, steps=steps, seed=seed)
 
 
-def compare_quality(seeds: range) -> None:
+QUALITY = (
+    Column("method"),
+    Column("fewer FLOPs", "×", 2),
+    Column("PSNR, seeds", "dB", 1),
+    Column("std over images", "dB", 1),
+    Column("worst image", "dB", 1),
+)
+
+
+def compare_quality(seeds: range) -> list[list[Cell]]:
     """PSNR to the uncached images of the same noise, at each method's FLOPs, beside fewer steps."""
     plain = load_model()
     uncached = [images(plain, seed) for seed in seeds]
-    table = Table("method", "in FLOPs", "PSNR dB", "by seed", "std over images", "worst image")
     made: dict[str, tuple[float, Callable[[int], Tensor]]] = {}
     for name, plan in quality_plans().items():
         model: Any = graphcache.transform(load_model(), plan)
@@ -104,13 +113,13 @@ def compare_quality(seeds: range) -> None:
     for ideal in (1.5, 2.0, 2.5):
         steps = math.ceil(STEPS / ideal)
         made[f"{steps} steps"] = STEPS / steps, partial(images, plain, steps=steps)
+    rows: list[list[Cell]] = []
     for name, (ideal, generate) in sorted(made.items(), key=lambda item: item[1][0]):
         scores = [psnr(generate(seed), uncached[seed]) for seed in seeds]
-        each = torch.cat(scores)
-        by_seed = " ".join(f"{float(score.mean()):.1f}" for score in scores)
-        cells = (f"{statistics.fmean(each.tolist()):.1f}", by_seed, f"{float(each.std()):.1f}")
-        table.add_row(name, f"{ideal:.2f}", *cells, f"{float(each.min()):.1f}")
-    Console(width=110).print(table)
+        means, each = [float(score.mean()) for score in scores], torch.cat(scores)
+        spread = [statistics.fmean(means), statistics.pstdev(means)]
+        rows.append([name, ideal, spread, float(each.std()), float(each.min())])
+    return rows
 
 
 def main() -> None:
@@ -119,18 +128,17 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", choices=parts, default=list(parts))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=3)
+    add_json_option(parser)
     arguments = parser.parse_args()
+    if arguments.json and len(arguments.parts) != 1:
+        parser.error("a record holds one of the --parts")
     if "partial" in arguments.parts:
-        time_plans("PixArt, width 768, 1024 tokens", wide_pixart(), partial_plans(), arguments.rounds)
+        rows = time_plans(wide_pixart(), partial_plans(), arguments.rounds)
+        report("ToCa's partial steps", TIMES, rows, arguments.json)
     if "runs" in arguments.parts:
-        for name, size, made in (
-            ("pixart-alpha", "12 blocks, 256 tokens", compute_bound_pixart()),
-            ("dit", "12 blocks, 256 tokens", compute_bound_dit()),
-            ("dit", "6 blocks, 1024 tokens", compute_bound_dit(blocks=6, side=64)),
-        ):
-            time_plans(f"{name}, {size}, width 384", made, run_plans(name), arguments.rounds)
+        report("ToCa's runs", (Column("model"), *TIMES), time_runs(arguments.rounds), arguments.json)
     if "quality" in arguments.parts:
-        compare_quality(range(arguments.seeds))
+        report("ToCa on digits", QUALITY, compare_quality(range(arguments.seeds)), arguments.json)
 
 
 if __name__ == "__main__":

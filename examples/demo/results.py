@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import json
 import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.demo.measure import Row
+from examples.records import cpu_model
 
 
 class Column(NamedTuple):
@@ -83,16 +83,6 @@ class Setting:
             f"{self.sample}s' means, against the uncached ones of the same noise. "
             f"{judgement if judged else ''}{self.hardware}."
         )
-
-
-def cpu_model() -> str:
-    """The processor's name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def table(rows: Sequence[Row], setting: Setting) -> Table:
