@@ -16,6 +16,7 @@ import graphcache
 from graphcache import GraphCacheError, presets
 from graphcache.analysis.repeats import LEAST, Repeats, find_repeats
 from graphcache.compiler import compile as compiling
+from graphcache.compiler.compilations import EVERYONES
 from graphcache.compiler.regions import regions
 from inside import programs_of
 from reference import assert_same, subject
@@ -77,24 +78,22 @@ def test_regions_change_no_bit(name: str, how: str) -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_depth_compiles_nothing(backend: str) -> None:
-    made = []
-    with patch.object(
-        torch._inductor, "standalone_compile", wraps=torch._inductor.standalone_compile
-    ) as alone:
-        for depth in (4, 9):
-            model = tiny(depth)
-            cached: Any = graphcache.transform(model, FORA, backend=backend, regions=True)
-            results, graphs = compiled(lambda cached=cached: generation(cached))
-            expected = generation(graphcache.transform(model, FORA))
+    made, kept = list[int](), list[Any]()
+    with counted() as alone:
+        for depth in (4, 9, 12):
+            if depth < 12:
+                EVERYONES.clear()
+            kept.append(graphcache.transform(tiny(depth), FORA, backend=backend, regions=True))
+            results, graphs = compiled(lambda: generation(kept[-1]))
+            expected = generation(graphcache.transform(graphcache.restore(kept[-1]), FORA))
             for ours, theirs in zip(results, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
             made.append(graphs + alone.call_count)
             alone.reset_mock()
-    assert made[0] == made[1] > 0 if backend == "aot_eager" else made[1] == 0, "kept from the first model"
-    whole = compiled(
-        lambda: generation(graphcache.transform(tiny(4), FORA, backend="aot_eager", regions=False))
-    )
-    assert whole[1] == 2
+    assert made[0] == made[1] > 2
+    assert made[2] == 0, "what was compiled for another depth serves this one"
+    whole = graphcache.transform(tiny(4), FORA, backend="aot_eager", regions=False)
+    assert compiled(lambda: generation(whole))[1] == 2
 
 
 class Turning(nn.Module):
@@ -222,9 +221,7 @@ def test_blocks_that_were_compiled_one_by_one_are_regions() -> None:
     for block in model.blocks:  # as compile_repeated_blocks does
         block.compile(backend="inductor")
     expected = generation(graphcache.transform(tiny(6), FORA))
-    with patch.object(
-        torch._inductor, "standalone_compile", wraps=torch._inductor.standalone_compile
-    ) as alone:
+    with counted() as alone:
         results = generation(graphcache.transform(model, FORA))
     assert alone.call_count
     assert len(results) == len(expected)
