@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
-from graphcache.compiler.compile import Backend, Compiled, Kept, arguments, takes_weights
-from graphcache.ir.graph import StepGraph
+from graphcache.compiler.compile import Backend, Compiled, Kept, arguments
 from graphcache.ir.opaque import Opaque
-from graphcache.ir.structure import structure
 
 
 class _Key(NamedTuple):
@@ -64,25 +62,31 @@ class _Under(Kept):
     compilations: Compilations
     circumstances: Hashable
 
-    def find(self, step: StepGraph, backend: Backend) -> Compiled | None:
-        key = self._key(step, backend)
+    def find(self, structure: str, backend: Backend, takes_weights: bool) -> Compiled | None:
+        key = self._key(structure, backend, takes_weights)
         own = self.compilations.find(key)
         if own is not None:
             return own
         anyones: Compiled | None = EVERYONES.get(key)
         if anyones is not None:
-            self.compilations.keep(key, anyones, step.opaque)
+            self.compilations.keep(key, anyones, ())
         return anyones
 
-    def keep(self, step: StepGraph, backend: Backend, code: Compiled) -> None:
-        key = self._key(step, backend)
-        self.compilations.keep(key, code, step.opaque)
-        if key.takes_weights:
+    def keep(
+        self,
+        structure: str,
+        backend: Backend,
+        takes_weights: bool,
+        code: Compiled,
+        opaque: tuple[Opaque, ...] = (),
+    ) -> None:
+        key = self._key(structure, backend, takes_weights)
+        self.compilations.keep(key, code, opaque)
+        if takes_weights:
             EVERYONES[key] = code
 
-    def _key(self, step: StepGraph, backend: Backend) -> _Key:
-        anyones = takes_weights(step, backend)
-        return _Key(self.circumstances, _frozen(arguments(backend)), structure(step, anyones), anyones)
+    def _key(self, structure: str, backend: Backend, takes_weights: bool) -> _Key:
+        return _Key(self.circumstances, _frozen(arguments(backend)), structure, takes_weights)
 
 
 def _frozen(value: Any) -> Hashable:

@@ -1,8 +1,11 @@
 """From a specialised graph to something to call: eager, or any torch.compile backend."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import fx, nn
@@ -10,8 +13,12 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo import OptimizedModule
 from torch._dynamo.eval_frame import innermost_backend
 
+from graphcache.analysis.cost import graph_flops
+from graphcache.compiler.regions import InRegions, regions
 from graphcache.ir.errors import CaptureError, GraphCacheError
-from graphcache.ir.graph import StepGraph, has_symbolic_shapes
+from graphcache.ir.graph import StepGraph, has_symbolic_shapes, layout
+from graphcache.ir.opaque import Opaque
+from graphcache.ir.structure import structure
 from graphcache.libraries.exclusive import COMPILING
 
 _AS_FULLGRAPH = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
@@ -23,23 +30,37 @@ Backend = str | Callable[..., Any] | Mapping[str, Any] | None
 torch.compile's keyword arguments, such as {"backend": "inductor", "options": {"cpp_wrapper": True}}."""
 
 Compiled = Callable[..., Sequence[torch.Tensor]]
+Regions = Literal["auto"] | bool
+
+_WORTH_A_CALL = 1e8
+"""FLOPs a thread beside which the 30 µs of calling a region are about a hundredth, on a CPU."""
 
 
 class Kept(Protocol):
-    """Code of graphs that were compiled before."""
+    """Code of graphs that were compiled before, by their structure."""
 
-    def find(self, step: StepGraph, backend: Backend) -> Compiled | None:
+    def find(self, structure: str, backend: Backend, takes_weights: bool) -> Compiled | None:
         """The code of a graph that computes the same: with the same weights, unless it is given them."""
 
-    def keep(self, step: StepGraph, backend: Backend, code: Compiled) -> None:
-        """Note what a graph was compiled to."""
+    def keep(
+        self,
+        structure: str,
+        backend: Backend,
+        takes_weights: bool,
+        code: Compiled,
+        opaque: tuple[Opaque, ...] = (),
+    ) -> None:
+        """Note what a graph was compiled to, and the opaque calls in it."""
 
 
-def build(step: StepGraph, backend: Backend, kept: Kept | None = None) -> Compiled:
+def build(
+    step: StepGraph, backend: Backend, kept: Kept | None = None, by_region: Regions = False
+) -> Compiled:
     """Make a graph callable with its input ports' tensors, in order.
 
     Code is generated and compiled in the first call, which waits until no other thread does so: plans are
-    also made to be checked or priced alone. What is `kept` is not compiled again.
+    also made to be checked or priced alone. What is `kept` is not compiled again. `by_region`: what repeats
+    in the graph is compiled once; "auto" where calling its regions costs little.
     """
     made: Compiled | None = None
     weights: tuple[torch.Tensor, ...] = ()
@@ -51,21 +72,73 @@ def build(step: StepGraph, backend: Backend, kept: Kept | None = None) -> Compil
         nonlocal made, weights
         with COMPILING:
             if made is None:
-                known = kept.find(step, backend) if kept and backend is not None else None
-                given = weights_of(step) if takes_weights(step, backend) else {}
-                code = _code(step, given, backend) if known is None else known
-                weights = tuple(given.values())
-                results = None
-                if backend is not None and known is None:
-                    results = _compiling(code, (*tensors, *weights))
-                made = code
-                if results is not None:
-                    if kept:
-                        kept.keep(step, backend, code)
+                code = _Code(step, backend, kept, by_region)
+                weights = tuple(code.weights.values())
+                ready = code.regions() or code.whole()
+                if backend is not None:
+                    with _as_one_graph():
+                        results = ready(*tensors, *weights)
+                    made = ready
                     return results
+                made = ready
         return made(*tensors, *weights)
 
     return call
+
+
+@dataclass(frozen=True)
+class _Code:
+    """How a graph is compiled, or found among what was."""
+
+    step: StepGraph
+    backend: Backend
+    kept: Kept | None
+    by_region: Regions
+
+    @cached_property
+    def weights(self) -> dict[int, torch.Tensor]:
+        """Those that the code is given."""
+        return weights_of(self.step) if takes_weights(self.step, self.backend) else {}
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        return _flattened(self.step, self.weights)
+
+    def whole(self) -> Compiled:
+        """The graph's code."""
+        if self.backend is None:
+            eager: Compiled = self.module.forward
+            return eager
+        takes = takes_weights(self.step, self.backend)
+        key = structure(self.step.graph, self.step.root, takes)
+        known = self.kept.find(key, self.backend, takes) if self.kept else None
+        if known is not None:
+            return known
+        code = _compiled(self.module, self.backend, has_symbolic_shapes(self.step))
+        if self.kept:
+            self.kept.keep(key, self.backend, takes, code, self.step.opaque)
+        return code
+
+    def regions(self) -> Compiled | None:
+        """The code of its regions; None where it has none, or is not given its weights."""
+        if not self.by_region or not takes_weights(self.step, self.backend):
+            return None
+        parts = None if has_symbolic_shapes(self.step) else regions(self.module.graph)
+        if parts is None or (
+            self.by_region == "auto" and graph_flops(self.step) < _least_work() * len(parts)
+        ):
+            return None
+        return InRegions(self.module.graph, parts, self._of_region)
+
+    def _of_region(self, module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> Compiled:
+        key = f"{structure(module.graph, module)} {[*map(layout, tensors)]}"
+        known = self.kept.find(key, self.backend, True) if self.kept else None
+        if known is not None:
+            return known
+        code = _region_code(module, tensors, self.backend)
+        if self.kept:
+            self.kept.keep(key, self.backend, True, code)
+        return code
 
 
 def takes_weights(step: StepGraph, backend: Backend) -> bool:
@@ -95,12 +168,24 @@ def refuse_unknown(backend: Backend) -> None:
         raise GraphCacheError(f"backend={backend!r} is nothing that torch.compile takes: {error}") from error
 
 
-def _code(step: StepGraph, weights: Mapping[int, torch.Tensor], backend: Backend) -> Compiled:
-    module = _flattened(step, weights)
-    if backend is None:
-        eager: Compiled = module.forward
-        return eager
-    return _compiled(module, backend, has_symbolic_shapes(step))
+def _least_work() -> float:
+    """FLOPs that a region of a phase must have, on the mean, to be called by itself unasked."""
+    return _WORTH_A_CALL * torch.get_num_threads()
+
+
+def _region_code(module: fx.GraphModule, tensors: Sequence[torch.Tensor], backend: Backend) -> Compiled:
+    """Inductor's own code where nothing has a gradient: torch.compile adds 100 µs to each call of it."""
+    given = arguments(backend)
+    if given["backend"] != "inductor" or torch.is_grad_enabled():
+        return _compiled(module, backend, guarded=False)
+    options = {**_mode_options(given), **(given.get("options") or {})}
+    code: Compiled = torch._inductor.standalone_compile(
+        module,
+        list(tensors),
+        dynamic_shapes="from_example_inputs",
+        options={"config_patches": options} if options else {},
+    )
+    return code
 
 
 def _compiled(module: nn.Module, backend: Backend, guarded: bool) -> Compiled:
@@ -116,14 +201,15 @@ def _compiled(module: nn.Module, backend: Backend, guarded: bool) -> Compiled:
     return compiled
 
 
-def _compiling(code: Compiled, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """A first call, which compiles one graph or none.
+@contextmanager
+def _as_one_graph() -> Iterator[None]:
+    """In a first call, which compiles graphs or none, a break is an error.
 
     torch.compile's own fullgraph counts frames in a variable that all threads share, and then takes a call
     for one that was not compiled.
     """
     with torch._dynamo.error_on_graph_break(True), torch._dynamo.config.patch(_AS_FULLGRAPH):
-        return code(*tensors)
+        yield
 
 
 def compile_plainly(model: nn.Module, backend: Backend) -> Callable[..., Any]:
@@ -185,9 +271,16 @@ def active_compilation() -> Backend:
     return _innermost(callback) if callback else None
 
 
+def compiled_by_blocks(model: nn.Module) -> bool:
+    """Whether a model's blocks were compiled and not the model, as by `compile_repeated_blocks`."""
+    return model._compiled_call_impl is None and any(m._compiled_call_impl for m in model.modules())
+
+
 def _innermost(callback: Any) -> Backend:
-    backend: Backend = innermost_backend(callback)
-    return backend
+    backend: Any = innermost_backend(callback)
+    if getattr(backend, "compiler_name", None) != "inductor":
+        return backend  # type: ignore[no-any-return]
+    return {"backend": "inductor", "options": dict(backend.config)} if backend.config else "inductor"
 
 
 def arguments(backend: Backend) -> dict[str, Any]:

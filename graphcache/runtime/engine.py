@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from graphcache.compiler.captured import Captured
-from graphcache.compiler.compile import Backend, begin_generation, prior_compilation
+from graphcache.compiler.compile import (
+    Backend,
+    Regions,
+    begin_generation,
+    compiled_by_blocks,
+    prior_compilation,
+)
 from graphcache.compiler.decisions import Decisions, bare
 from graphcache.compiler.guidance_half import is_doubled
 from graphcache.compiler.modes import ambient, refuse_conversion, refuse_export, what_changed
@@ -325,7 +331,13 @@ class Engine:
             offload=self.options.offload,
             observers=self.options.observers,
             kept=self.programs.compilations.under(bare(key)[1:]),
+            by_region=self._regions(),
         ).prepared()
+
+    def _regions(self) -> Regions:
+        """Whether phases are compiled by regions: as was asked for, or as the model was compiled."""
+        regions = self.options.regions
+        return True if regions == "auto" and compiled_by_blocks(self.model) else regions
 
     def compilation(self) -> Backend:
         """What phases are compiled with: what was asked for, or what the model was compiled with."""

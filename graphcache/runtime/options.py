@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from graphcache.compiler.compile import Backend
+from graphcache.compiler.compile import Backend, Regions
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import UNNAMED, Names
 from graphcache.passes.base import Observer
@@ -24,4 +24,5 @@ class Options:
     observers: Sequence[Observer] = ()
     signatures: int = SIGNATURES
     watches_all: bool = False
+    regions: Regions = "auto"
     names: Names = UNNAMED

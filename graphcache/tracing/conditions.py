@@ -45,7 +45,7 @@ class Conditions:
     @cached_property
     def structure(self) -> str:
         """Equal for graphs that compute the same."""
-        return structure(self.step)
+        return structure(self.step.graph, self.step.root)
 
     def found(self, tensors: Sequence[torch.Tensor]) -> Iterator[bytes]:
         """The values for these inputs, one after the other; waits for the device.
