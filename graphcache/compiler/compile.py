@@ -16,7 +16,7 @@ from torch._dynamo.eval_frame import innermost_backend
 from graphcache.analysis.cost import graph_flops
 from graphcache.compiler.regions import InRegions, regions
 from graphcache.ir.errors import CaptureError, GraphCacheError
-from graphcache.ir.graph import StepGraph, has_symbolic_shapes, layout
+from graphcache.ir.graph import StepGraph, has_symbolic_shapes, layout, value_of
 from graphcache.ir.opaque import Opaque
 from graphcache.ir.structure import structure
 from graphcache.libraries.exclusive import COMPILING
@@ -124,9 +124,7 @@ class _Code:
         if not self.by_region or not takes_weights(self.step, self.backend):
             return None
         parts = None if has_symbolic_shapes(self.step) else regions(self.module.graph)
-        if parts is None or (
-            self.by_region == "auto" and graph_flops(self.step) < _least_work() * len(parts)
-        ):
+        if parts is None or (self.by_region == "auto" and not _pays(self.step, len(parts))):
             return None
         return InRegions(self.module.graph, parts, self._of_region)
 
@@ -168,9 +166,10 @@ def refuse_unknown(backend: Backend) -> None:
         raise GraphCacheError(f"backend={backend!r} is nothing that torch.compile takes: {error}") from error
 
 
-def _least_work() -> float:
-    """FLOPs that a region of a phase must have, on the mean, to be called by itself unasked."""
-    return _WORTH_A_CALL * torch.get_num_threads()
+def _pays(step: StepGraph, count: int) -> bool:
+    """Whether calling so many regions costs little beside their work; on a CPU, where that was measured."""
+    devices = {value_of(node).device.type for node in step.placeholders()}
+    return devices == {"cpu"} and graph_flops(step) >= count * _WORTH_A_CALL * torch.get_num_threads()
 
 
 def _region_code(module: fx.GraphModule, tensors: Sequence[torch.Tensor], backend: Backend) -> Compiled:
