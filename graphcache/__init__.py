@@ -1,6 +1,7 @@
 """graphcache: a compiler for feature caching in diffusion transformers."""
 
 from graphcache import importers, presets
+from graphcache.cost.pricing import price
 from graphcache.ir.errors import CaptureError, GraphCacheError, PlanError, StateError
 from graphcache.ir.plan import Plan
 from graphcache.planning.automatic import auto
@@ -28,6 +29,7 @@ __all__ = [
     "inspect",
     "load_profile",
     "presets",
+    "price",
     "profile",
     "restore",
     "save_profile",

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -11,6 +11,15 @@ from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan, Preset, Value
 from graphcache.ir.plantext import parse_value
 
+ModelName = Annotated[
+    str, typer.Argument(help="package.module:factory, or a local diffusers folder", metavar="MODEL")
+]
+Inputs = Annotated[
+    str | None,
+    typer.Option(help="package.module:function that takes the model and returns its keyword arguments"),
+]
+Plans = Annotated[list[str] | None, typer.Option("--plan", help="preset[:steps[:key=value,…]] or a file")]
+PresetSteps = Annotated[int, typer.Option(help="steps of presets that name none")]
 Device = Annotated[str | None, typer.Option(help="where a folder's weights go, such as cuda")]
 Dtype = Annotated[str | None, typer.Option(help="of a folder's weights, such as bfloat16")]
 Call = Annotated[str | None, typer.Option(help="a pipeline folder's call, as JSON", metavar="JSON")]
@@ -45,14 +54,23 @@ def assignment(text: str) -> tuple[str, Value]:
     return name, parse_value(value)
 
 
-def json_argument(text: str | None) -> Mapping[str, Any] | None:
+def sizes_argument(text: str) -> dict[str, int]:
+    """name=number,… of a call's sizes."""
+    sizes = dict(map(assignment, text.split(",")))
+    for name, size in sizes.items():
+        if type(size) is not int:
+            raise GraphCacheError(f"--at {text}: {name} is no whole number; write height=128,width=128")
+    return cast(dict[str, int], sizes)
+
+
+def json_argument(text: str | None, option: str = "--call") -> Mapping[str, Any] | None:
     """A JSON object of a call's arguments."""
     if text is None:
         return None
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise GraphCacheError(f"--call is not JSON: {error}") from error
+        raise GraphCacheError(f"{option} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise GraphCacheError("--call must be a JSON object of the pipeline's arguments")
+        raise GraphCacheError(f"{option} must be a JSON object of the pipeline's arguments")
     return value

@@ -1,4 +1,4 @@
-"""The command line: inspect, plan, show, bench, report; what measures is in `cli_profile`."""
+"""The command line: inspect, plan, show, bench, report; what else measures or prices stands beside it."""
 
 import inspect as signatures
 import json
@@ -18,7 +18,11 @@ from graphcache.cli.arguments import (
     Call,
     Device,
     Dtype,
+    Inputs,
     Latents,
+    ModelName,
+    Plans,
+    PresetSteps,
     Threads,
     Timestep,
     assignment,
@@ -28,7 +32,9 @@ from graphcache.cli.arguments import (
 )
 from graphcache.cli.console import console
 from graphcache.cli.measuring import add_commands
+from graphcache.cli.pricing import price
 from graphcache.cli.sources import Placement, load_model, load_object
+from graphcache.cost.pricing import load_prices
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan, Value
 from graphcache.ir.plantext import parse_value, write_bytes
@@ -44,14 +50,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-ModelName = Annotated[
-    str, typer.Argument(help="package.module:factory, or a local diffusers folder", metavar="MODEL")
-]
-Inputs = Annotated[
-    str | None,
-    typer.Option(help="package.module:function that takes the model and returns its keyword arguments"),
-]
 
 _COLOURS = {"#": "bold white on blue", ".": "bright_black"}
 _LETTER_COLOURS = ("green", "magenta", "yellow", "cyan", "red")
@@ -143,8 +141,8 @@ def show(plan: Annotated[str, typer.Argument(help="a plan file, or preset:steps[
 @app.command()
 def bench(
     model: ModelName,
-    plan: Annotated[list[str] | None, typer.Option(help="preset[:steps[:key=value,…]] or a file")] = None,
-    steps: Annotated[int, typer.Option(help="steps of presets that name none")] = 20,
+    plan: Plans = None,
+    steps: PresetSteps = 20,
     rounds: Annotated[int, typer.Option(help="generations of each contender")] = 7,
     backend: Annotated[str, typer.Option(help="a torch.compile backend, or none")] = "inductor",
     option: Annotated[
@@ -200,6 +198,7 @@ def report(
     profile: Annotated[Path, typer.Argument(help="what graphcache.profile wrote")],
     plan: Annotated[list[str] | None, typer.Option(help="a file, or preset[:steps[:key=value,…]]")] = None,
     rows: Annotated[Path | None, typer.Option(help="what graphcache compare --output wrote")] = None,
+    prices: Annotated[Path | None, typer.Option(help="what graphcache price --output wrote")] = None,
     output: Annotated[Path, typer.Option(help="the page")] = Path("report.html"),
     charts: Annotated[Path | None, typer.Option(help="a folder for the charts as PNG")] = None,
 ) -> None:
@@ -208,7 +207,10 @@ def report(
     plans = {text: plan_argument(text, measured.steps) for text in plan or []}
     found = candidates(measured)
     measured_rows = load_rows(rows) if rows else ()
-    write_page(output, measured, plans, rows=measured_rows, candidates=found, title=profile.name)
+    priced = load_prices(prices) if prices else ()
+    write_page(
+        output, measured, plans, rows=measured_rows, prices=priced, candidates=found, title=profile.name
+    )
     written = save_charts(charts, measured, plans, rows=measured_rows, candidates=found) if charts else ()
     for path in (output, *written):
         console.print(f"wrote {path}")
@@ -265,6 +267,7 @@ def _numbers(text: str) -> list[Value]:
 
 
 add_commands(app)
+app.command()(price)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from graphcache.cli.arguments import (
     Device,
     Dtype,
     Latents,
+    Plans,
     Threads,
     Timestep,
     json_argument,
@@ -195,7 +196,7 @@ def tune(
 def compare(
     model: Subject,
     steps: Steps,
-    plan: Annotated[list[str] | None, typer.Option(help="preset[:steps[:key=value,…]] or a file")] = None,
+    plan: Plans = None,
     fewer: Annotated[list[int] | None, typer.Option(help="the plain model with so many steps")] = None,
     solver: Annotated[
         list[str] | None, typer.Option(help="also fewer steps by this diffusers scheduler; pipelines only")

@@ -103,7 +103,8 @@ def load_model(
     folder = Path(name)
     if folder.is_dir():
         if (folder / "model_index.json").exists():
-            return _from_pipeline(folder, call or {}, placement)
+            transformer, calls = _from_pipeline(folder, [call or {}], placement)
+            return transformer, calls[0]
         model, found = _from_folder(folder, placement), None
     else:
         placement.refuse_for(name)
@@ -138,13 +139,29 @@ def _from_folder(folder: Path, placement: Placement) -> nn.Module:
     return model
 
 
+def load_calls(
+    name: str, calls: Sequence[Mapping[str, Any]], placement: Placement = CPU
+) -> tuple[nn.Module, list[Mapping[str, Any]]]:
+    """The transformer of a pipeline's folder, and arguments of a call of it for each of the pipeline's.
+
+    Raises:
+        GraphCacheError: the name is no such folder, or the pipeline fails before it calls its transformer.
+    """
+    if not (Path(name) / "model_index.json").exists():
+        raise GraphCacheError(
+            f"{name} is no pipeline's folder, whose arguments could be given; write sizes of its model's "
+            "call, such as --at height=128,width=128"
+        )
+    return _from_pipeline(Path(name), calls, placement)
+
+
 def _from_pipeline(
-    folder: Path, call: Mapping[str, Any], placement: Placement
-) -> tuple[nn.Module, Mapping[str, Any]]:
+    folder: Path, calls: Sequence[Mapping[str, Any]], placement: Placement
+) -> tuple[nn.Module, list[Mapping[str, Any]]]:
     pipe = placement.loaded(_diffusers().DiffusionPipeline, folder)
     if not isinstance(getattr(pipe, "transformer", None), nn.Module):
         raise GraphCacheError(f"{folder} holds a {type(pipe).__name__}, which has no transformer")
-    return pipe.transformer, record_call(pipe, call)
+    return pipe.transformer, [record_call(pipe, call) for call in calls]
 
 
 def record_call(pipe: Any, call: Mapping[str, Any]) -> Mapping[str, Any]:

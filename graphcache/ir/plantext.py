@@ -5,11 +5,11 @@ import os
 import re
 import secrets
 from pathlib import Path
-from typing import TypeGuard
+from typing import TypeGuard, TypeVar
 
 import msgspec
 
-from graphcache.ir.errors import PlanError
+from graphcache.ir.errors import GraphCacheError, PlanError
 
 VERSION = 1
 MAX_BYTES = 64 * 2**20
@@ -21,6 +21,9 @@ _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 _LISTED = re.compile(r"step\s+(\d{1,18})\s*=(.*)")
 _WORD = re.compile(r"[A-Za-z_][\w.-]*")
 _LETTER = re.compile(r"(\S)\s*=\s*(.*)")
+
+
+_Row = TypeVar("_Row")
 
 
 class LetterLine(msgspec.Struct, forbid_unknown_fields=True):
@@ -245,6 +248,18 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     if len(data) > MAX_BYTES:
         raise PlanError(f"larger than {MAX_BYTES >> 20} MiB; this is no plan")
     return data
+
+
+def read_rows(path: str | os.PathLike[str], kind: type[_Row], what: str) -> tuple[_Row, ...]:
+    """A list of one kind of dataclass, from a file in JSON.
+
+    Raises:
+        GraphCacheError: the file holds something else than `what` is in.
+    """
+    try:
+        return tuple(msgspec.json.decode(read_bytes(path), type=list[kind]))  # type: ignore[valid-type]
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise GraphCacheError(f"{os.fspath(path)}: no {what} in JSON: {error}") from None
 
 
 def load(path: str | os.PathLike[str]) -> PlanDocument:

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from graphcache.cost.pricing import Price, cheapest
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import write_bytes
 from graphcache.ir.units import duration, fixed, number, size, work
@@ -43,6 +44,7 @@ def write_page(
     plans: Mapping[str, Plan],
     *,
     rows: Sequence[Contender] = (),
+    prices: Sequence[Price] = (),
     pictures: Mapping[str, bytes] | None = None,
     sample: bytes | None = None,
     candidates: Sequence[Candidate] = (),
@@ -55,6 +57,7 @@ def write_page(
         profile: what was measured.
         plans: by name, of as many steps as the profile; the first is drawn over the heat map at first.
         rows: measured contenders of a comparison.
+        prices: of plans at other sizes.
         pictures: PNG or GIF files by contender; that of a `plain` row, else the first, is the uncached one.
         sample: PNG or GIF of a profiled sample, to lay the tokens' drift over.
         candidates: what `graphcache.candidates.candidates` found.
@@ -64,7 +67,7 @@ def write_page(
         GraphCacheError: jinja2 is missing, a plan does not fit the profile, a picture is neither PNG nor GIF,
             or the file cannot be written.
     """
-    page = render(profile, plans, rows, pictures or {}, sample, candidates, title)
+    page = render(profile, plans, rows, pictures or {}, sample, candidates, title, prices)
     write_bytes(page.encode(), path)
     return Path(path)
 
@@ -77,6 +80,7 @@ def render(
     sample: bytes | None,
     candidates: Sequence[Candidate],
     title: str,
+    prices: Sequence[Price] = (),
 ) -> str:
     """The page's text."""
     timelines = [meet(name, plan, profile) for name, plan in plans.items()]
@@ -90,6 +94,8 @@ def render(
             timelines=timelines,
             given=given,
             rows=rows,
+            prices=prices,
+            cheapest=cheapest(prices),
             heat=heat_map(profile, timelines),
             tokens=token_maps(profile),
             bands=bands_chart(profile),

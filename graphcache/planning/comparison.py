@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import msgspec
 import torch
 from torch import Tensor
 
 from graphcache.compiler.compile import Backend, compile_plainly
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
-from graphcache.ir.plantext import read_bytes
+from graphcache.ir.plantext import read_rows
 from graphcache.planning.metrics import frechet_distance, psnr, ssim
 from graphcache.planning.pareto import unbeaten
 from graphcache.planning.sampling import Sampler, Sampling, refuse_random
@@ -64,10 +63,7 @@ def load_rows(path: str | os.PathLike[str]) -> tuple[Contender, ...]:
     Raises:
         GraphCacheError: the file holds something else.
     """
-    try:
-        return tuple(msgspec.json.decode(read_bytes(path), type=list[Contender]))
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise GraphCacheError(f"{os.fspath(path)}: no comparison in JSON: {error}") from None
+    return read_rows(path, Contender, "comparison")
 
 
 def unbeaten_rows(rows: Sequence[Contender]) -> tuple[Contender, ...]:

@@ -82,19 +82,6 @@ def frechet_distance(features: Tensor, reference_features: Tensor) -> float:
     return max(0.0, float(gap + covariance.trace() + other.trace() - 2 * cross))
 
 
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """|value - reference| / |reference| in the Euclidean norm over all elements, in float64.
-
-    0 for equal tensors, zero ones included; infinite where only the reference is zero.
-    """
-    _check_shapes(value, reference)
-    error = float((value.double() - reference.double()).norm())
-    size = float(reference.double().norm())
-    if size == 0:
-        return 0.0 if error == 0 else float("inf")
-    return error / size
-
-
 def _covariance(samples: Tensor) -> Tensor:
     centred = samples - samples.mean(dim=0)
     return centred.T @ centred / (len(samples) - 1)

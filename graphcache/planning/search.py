@@ -34,7 +34,6 @@ def search(
     speedup: float | None = None,
     max_error: float | None = None,
     max_bytes: int | None = None,
-    max_phases: int = 4,
     check: Check | None = None,
     checked: int = 3,
     run: Callable[[Check, Sequence[Plan]], Iterable[float]] = map,
@@ -51,7 +50,6 @@ def search(
         speedup: at least this; of all plans that reach it the one with the least error is chosen.
         max_error: at most this root mean square error of a result's numbers; the fastest such plan is chosen.
         max_bytes: at most so many bytes cached, beside the others.
-        max_phases: at most so many different steps, each a compiled graph.
         check: corrects the estimates of the best candidates end to end.
         checked: how many of them at a time, until one meets `max_error`; for a speed-up, of different
             families.
@@ -66,17 +64,12 @@ def search(
     made = candidates(profile)
     if not made:
         raise GraphCacheError("a generation of one step has none to skip")
-    known = [
-        item
-        for item in made
-        if _phases(item.plan) <= max_phases and (max_bytes is None or item.bytes <= max_bytes)
-    ]
+    known = [item for item in made if max_bytes is None or item.bytes <= max_bytes]
     if not known:
         least = min(made, key=lambda item: item.bytes)
-        most = "any number of" if max_bytes is None else f"{max_bytes:,}"
         raise GraphCacheError(
-            f"no plan keeps within {most} bytes and {max_phases} phases; the smallest cache, of family "
-            f"{least.family}, takes {least.bytes:,} bytes, with {_phases(least.plan)} phases"
+            f"no plan keeps within {max_bytes:,} bytes; the smallest cache, of family {least.family}, takes "
+            f"{least.bytes:,} bytes"
         )
 
     def order(item: Candidate) -> tuple[float, float]:
@@ -125,10 +118,6 @@ def _measured(
         if any(map(allowed, found)):
             break
     return found
-
-
-def _phases(plan: Plan) -> int:
-    return len(set(zip(*(row.actions for row in plan.rows), strict=True)))
 
 
 def _unmet(known: Sequence[Candidate], speedup: float | None, max_error: float | None) -> GraphCacheError:

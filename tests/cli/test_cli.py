@@ -14,6 +14,7 @@ import graphcache
 from graphcache import importers
 from graphcache.cli.main import app, main
 from graphcache.cli.sources import Placement, load_model, load_sampled
+from graphcache.cost.pricing import load_prices
 from graphcache.ir.plan import Plan
 from pipelines import PIPELINES
 from zoo import CASES
@@ -67,6 +68,35 @@ def test_inspect_says_what_is_called_because_it_cannot_be_traced() -> None:
 
 def test_inspect_takes_the_inputs_from_a_function_of_the_model() -> None:
     assert "f32[2,16,32]" in run("inspect", "cli_factory:bare", "--inputs", "cli_factory:inputs").output
+
+
+def test_price_marks_the_cheapest_plan_at_every_size(tmp_path: Path) -> None:
+    asked = ("price", "cli_factory:made", "--plan", "fora:6:interval=2", "--plan", "fora:6:interval=3")
+    target = tmp_path / "prices.json"
+    lines = run(*asked, "--at", "batch=1", "--at", "batch=4", "--output", str(target)).output.splitlines()
+    assert [line.split()[:3] for line in lines[2::2]] == [
+        ["→", f"f32[{batch},4,8,8]", "fora:6:interval=3"] for batch in (1, 4)
+    ]
+    found = load_prices(target)
+    assert [(item.plan[-1], item.sizes["batch"]) for item in found] == [
+        ("2", 1),
+        ("3", 1),
+        ("2", 4),
+        ("3", 4),
+    ]
+    assert found[2].flops == 4 * found[0].flops
+    assert "f32[1,4,8,8]" in run(*asked).output
+
+
+def test_price_takes_the_arguments_of_a_pipeline(tmp_path: Path) -> None:
+    PIPELINES["dit"].make().save_pretrained(tmp_path / "pipe")
+    call = ("--call", '{"class_labels": [1], "guidance_scale": 1.0}')
+    output = run("price", str(tmp_path / "pipe"), *call, "--at", '{"class_labels": [1, 2, 3]}').output
+    assert "f32[3,4,8,8]" in output
+    assert "is no pipeline's folder" in refusal("price", "cli_factory:made", "--at", "{}")
+    assert "--at is not JSON" in refusal("price", str(tmp_path / "pipe"), "--at", "{")
+    assert "height is no whole number" in refusal("price", "cli_factory:made", "--at", "height=1.5")
+    assert "'height' is no name=value" in refusal("price", "cli_factory:made", "--at", "height")
 
 
 def test_a_folder_with_a_transformer_is_loaded(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """The report's page: what it says, that it is safe and needs nothing else, and how it looks in a browser."""
 
 import io
+import json
 import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from browser import Browser, browser, chromium
 from graphcache import GraphCacheError, Plan, Profile, presets, save_profile
 from graphcache.cli.main import app
 from graphcache.compiler.program import Program
+from graphcache.cost.pricing import Price
 from graphcache.ir.graph import storage_bytes, value_of
 from graphcache.ir.units import duration, size, work
 from graphcache.page import save_charts, write_page
@@ -81,10 +83,17 @@ ROWS = (
 )
 
 
+PRICES = (
+    Price("fora:8", {"height": 128}, "f32[2,4,128,8]", 8, 5_000_000_000, 0.5, 3 << 20, 4 << 20),
+    Price("newton", {"height": 128}, "f32[2,4,128,8]", 8, 4_000_000_000, 0.4, 5 << 20, 6 << 20),
+)
+
+
 def page(path: Path, profile: Profile | None = None, **options: object) -> str:
     """The text of a page with all there is, or with what is given."""
     full = {
         "rows": ROWS,
+        "prices": PRICES,
         "pictures": {row.name: a_picture(i) for i, row in enumerate(ROWS)},
         "sample": a_picture(9),
         "title": "A report",
@@ -158,7 +167,7 @@ def test_the_same_is_written_again(tmp_path: Path) -> None:
 
 def test_what_is_not_there_has_no_section(tmp_path: Path) -> None:
     bare = replace(a_profile(), bands=None, drift={}, ranking={})
-    text = page(tmp_path, bare, plans={}, rows=(), pictures={}, sample=None, candidates=())
+    text = page(tmp_path, bare, plans={}, rows=(), prices=(), pictures={}, sample=None, candidates=())
     assert re.findall(r'<h2 id="(\w+)"', text) == ["sensitivity", "sites"]
     assert 'class="shows"' not in text
 
@@ -185,6 +194,7 @@ def test_nothing_in_a_file_becomes_markup(tmp_path: Path) -> None:
         replace(profile, provenance=provenance),
         plans={HOSTILE: FORA, "other": RANGE},
         rows=[replace(row, name=f"{HOSTILE}{row.name}") for row in ROWS],
+        prices=[replace(price, plan=HOSTILE, latents=HOSTILE) for price in PRICES],
         pictures={HOSTILE: a_picture()},
         title=HOSTILE,
     )
@@ -476,11 +486,14 @@ def test_the_command_writes_page_and_charts(tmp_path: Path) -> None:
     RANGE.save(tmp_path / "plan.txt")
     plans = ["--plan", str(tmp_path / "plan.txt"), "--plan", "fora"]
     options = ["--output", str(tmp_path / "r.html"), "--charts", str(tmp_path / "charts")]
+    options += ["--prices", str(tmp_path / "prices.json")]
+    (tmp_path / "prices.json").write_text(json.dumps([asdict(price) for price in PRICES]))
     result = CliRunner().invoke(app, ["report", str(tmp_path / "profile.json"), *plans, *options])
     assert result.exit_code == 0, result.output
     text = (tmp_path / "r.html").read_text()
     assert "<h1>profile.json</h1>" in text
     assert "plan steps=8 preset=fora interval=3" in text
+    assert "→ newton" in text
     assert (tmp_path / "charts" / "predicted.png").exists()
 
 

@@ -83,7 +83,7 @@ def test_the_command_line_writes_the_rows(tmp_path: Path) -> None:
     output = tmp_path / "rows.json"
     arguments = [
         "compare",
-        "test_comparison:factory",
+        "tests.planning.test_comparison:factory",
         "--steps",
         str(STEPS),
         "--plan",
@@ -101,7 +101,7 @@ def test_the_command_line_checks_the_plans_that_it_finds(tmp_path: Path) -> None
     place, output = tmp_path / "profile.json", tmp_path / "plan.txt"
     profile(linear(), SAMPLES[:1], steps=STEPS, sampler=Sampler(), path=place)
     arguments = ["search", str(place), "--speedup", "1.4", "--output", str(output)]
-    result = CliRunner().invoke(app, [*arguments, "--model", "test_comparison:factory"])
+    result = CliRunner().invoke(app, [*arguments, "--model", "tests.planning.test_comparison:factory"])
     assert result.exit_code == 0, result.output
     assert "measured error" in " ".join(result.output.split())
     check = checker(Sampling.of(linear(), Sampler()), SAMPLES, STEPS)
@@ -156,7 +156,15 @@ def test_a_solver_of_another_equation_is_refused() -> None:
     ids=["a bare module", "no steps"],
 )
 def test_solvers_that_would_have_no_effect_are_refused(options: tuple[str, ...], message: str) -> None:
-    arguments = ["compare", "test_comparison:factory", "--steps", "6", *options, "--solver", "DDIMScheduler"]
+    arguments = [
+        "compare",
+        "tests.planning.test_comparison:factory",
+        "--steps",
+        "6",
+        *options,
+        "--solver",
+        "DDIMScheduler",
+    ]
     result = CliRunner().invoke(app, arguments)
     assert isinstance(result.exception, GraphCacheError)
     assert message in str(result.exception)
