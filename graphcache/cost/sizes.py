@@ -53,7 +53,8 @@ class Example:
         homes |= {name: tuple((self.latent, dim) for dim in dims) for name, dims in axes.items()}
         names = iter(["text"])
         for index, tensor in enumerate(self.tensors):
-            if self.spec.kind(index) == "constant" and tensor.dim() == 3 and tensor.is_floating_point():
+            is_text = self.spec.kind(index) == "constant" and tensor.dim() == 3 and tensor.is_floating_point()
+            if is_text and tensor.shape[1]:
                 homes[next(names, self.spec.leaf_names[index])] = ((index, 1),)
         return homes
 
