@@ -312,7 +312,7 @@ def test_a_size_that_the_model_refuses_is_named_with_the_models_own_reason() -> 
         on.priced(PLANS, {"tokens": 0})
 
 
-def test_what_weights_decide_has_a_price_where_the_model_may_be_called() -> None:
+def test_what_weights_decide_has_a_price_where_the_model_may_be_called(captured_anew: None) -> None:
     on, plan = of_tiny(Deciding), PLANS["fora"]
     (found,) = on.priced({"fora": plan})
     model = graphcache.transform(on.model, plan)
