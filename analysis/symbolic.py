@@ -19,13 +19,13 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from graphcache.analysis import cost, ops
 from graphcache.analysis.branches import branch_members, owners
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.graph import CacheWrite, Hoisted, StepGraph
 from graphcache.ir.schedule import Budget
+from graphcache.libraries.torch_private import tree_leaves
 
 BATCH = "batch"
 """The symbol that multiplies whole dimensions; it may be squared, where a dimension folds it twice."""
@@ -315,7 +315,7 @@ def listed(sizes: Mapping[str, int]) -> str:
 
 
 def _tensors(node: fx.Node) -> list[torch.Tensor]:
-    leaves = pytree.tree_leaves(node.meta.get("val"))
+    leaves = tree_leaves(node.meta.get("val"))
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 

@@ -6,13 +6,21 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._dynamo import OptimizedModule
-from torch._dynamo.eval_frame import innermost_backend
 
 from graphcache.ir.errors import CaptureError, GraphCacheError
 from graphcache.ir.graph import StepGraph, has_symbolic_shapes
 from graphcache.libraries.exclusive import COMPILING
+from graphcache.libraries.torch_private import (
+    OptimizedModule,
+    compiled_call,
+    compiled_module,
+    dynamo_options,
+    error_on_graph_break,
+    get_eval_frame_callback,
+    inductor_config,
+    innermost_backend,
+    list_mode_options,
+)
 
 _AS_FULLGRAPH = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
 
@@ -98,7 +106,7 @@ def _compiling(code: Compiled, tensors: Sequence[torch.Tensor]) -> Sequence[torc
     torch.compile's own fullgraph counts frames in a variable that all threads share, and then takes a call
     for one that was not compiled.
     """
-    with torch._dynamo.error_on_graph_break(True), torch._dynamo.config.patch(_AS_FULLGRAPH):
+    with error_on_graph_break(True), dynamo_options(_AS_FULLGRAPH):
         return code(*tensors)
 
 
@@ -131,7 +139,7 @@ def _replays_cuda_graphs(backend: Backend) -> bool:
     options = {**_mode_options(given), **(given.get("options") or {})}
     compiler = given.get("backend", "inductor")
     if compiler == "inductor":
-        return bool(options.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+        return bool(options.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
     # a model that was compiled before brings Inductor as an object that holds its options
     return bool(getattr(compiler, "config", {}).get("triton.cudagraphs"))
 
@@ -139,7 +147,7 @@ def _replays_cuda_graphs(backend: Backend) -> bool:
 def prior_compilation(model: nn.Module) -> Backend:
     """What the model or its blocks were compiled with before, by torch.compile or Module.compile."""
     for module in model.modules():
-        compiled = module._compiled_call_impl
+        compiled = compiled_call(module)
         if compiled is not None:
             callback = inspect.getclosurevars(compiled).nonlocals.get("callback")
             if callback is None:
@@ -151,7 +159,7 @@ def prior_compilation(model: nn.Module) -> Backend:
 def unwrapped(model: nn.Module) -> tuple[nn.Module, Backend]:
     """The module behind torch.compile(module), and what it was compiled with."""
     if isinstance(model, OptimizedModule):
-        return model._orig_mod, _innermost(model.dynamo_ctx.callback)
+        return compiled_module(model), _innermost(model.dynamo_ctx.callback)
     return model, None
 
 
@@ -175,7 +183,7 @@ def _mode_options(given: dict[str, Any]) -> dict[str, Any]:
     mode = given.pop("mode", None)
     if mode is None:
         return {}
-    found: dict[str, Any] = torch._inductor.list_mode_options(mode)
+    found: dict[str, Any] = list_mode_options(mode)
     return found
 
 
