@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from graphcache.libraries import accelerate_private, diffusers_private, torch_private
-from graphcache.libraries.private import MissingName
+from graphcache.libraries.private import MissingName, names_of
 from pipelines import PIPELINES
 
 ROOT = Path(__file__).parents[1]
@@ -184,6 +184,13 @@ def test_a_name_that_is_gone_is_told(library: str, name: str) -> None:
 def test_no_name_of_these_versions_is_gone(library: str) -> None:
     use(without(SEAMS[library], "nothing"))
     assert sum(of == library for of, _ in NAMES) >= 2
+
+
+def test_what_a_library_itself_lacks_is_said_as_it_is() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named 'torch_absent'$"), names_of("torch"):
+        import torch_absent  # type: ignore[import-not-found]  # noqa: F401
+    with pytest.raises(MissingName, match=r"No module named 'torch\._absent'"), names_of("torch"):
+        import torch._absent  # type: ignore[import-not-found]  # noqa: F401
 
 
 def test_pipelines_keep_their_number_of_steps_where_it_is_looked_for() -> None:

@@ -25,6 +25,8 @@ def names_of(library: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith(f"{library}."):
+            raise  # something that the library itself needs
         version = getattr(sys.modules.get(library), "__version__", "")
         raise MissingName(
             f"{library} {version} lacks a private name that graphcache uses: {error}. "
