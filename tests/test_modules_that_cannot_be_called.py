@@ -109,11 +109,13 @@ def test_a_conditional_is_refused_or_right() -> None:
     plain = [model(**arguments(seed)) for seed in range(2)]
     made = graphcache.transform(model, presets.compute(2))
     try:
-        results = [made(**arguments(seed)) for seed in range(2)]
+        told = [made(**arguments(seed)) for seed in range(2)]
     except CaptureError as error:
-        assert "Nor can it be called as it is: it fails within an operation" in str(error)
+        told = str(error)
+    if isinstance(told, str):
+        assert "Nor can it be called as it is: it fails within an operation" in told
     else:
-        assert_same(results, plain)
+        assert_same(told, plain)
 
 
 class MeasuringItself(Transformer):
