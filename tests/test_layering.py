@@ -59,6 +59,10 @@ def test_a_room_imports_only_what_stands_before_it(own: int, room: str) -> None:
             assert module.split(".")[0] not in ("analysis", "passes"), f"{path}: write graphcache.{module}"
 
 
+def test_errors_import_nothing() -> None:
+    assert [*imports(ROOT / "graphcache" / "ir" / "errors.py")] == []
+
+
 def test_every_module_is_in_a_room() -> None:
     flat = {path.stem for path in (ROOT / "graphcache").glob("*.py")}
     assert flat == {"__init__", "__main__", "importers"}

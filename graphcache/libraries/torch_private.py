@@ -23,7 +23,7 @@ COMPILED_CALL = "_compiled_call_impl"
 """What Module.compile() leaves on a module: tells its backend, and is put aside by tracing."""
 
 with names_of("torch"):
-    # what the compiled code of a model is asked by a torch.compile region around it
+    # what a torch.compile region around a model compiles with
     from torch._C._dynamo.eval_frame import get_eval_frame_callback as get_eval_frame_callback
 
     # what torch.compile(module) returns
