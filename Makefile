@@ -12,7 +12,7 @@ BIN := .venv/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip
 options := $(if $(filter-out 0,$(SMALL)),--small) $(if $(filter-out 0,$(PRESETS)),--presets)
 
-.PHONY: venv demo test test-models models lint bench benchmarks-page
+.PHONY: venv demo test test-models test-foreign models lint bench benchmarks-page
 
 venv: .venv/.with-dev
 
@@ -27,6 +27,10 @@ test: .venv/.with-test
 test-models: .venv/.with-test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist load --every-model \
 	  tests/diffusers/test_every_class.py tests/diffusers/test_every_pipeline.py
+
+# Faults of other libraries' present versions, which docs/coming-from.md speaks of: one that fails was mended.
+test-foreign: .venv/.with-test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist load -m foreign_fault
 
 # Writes docs/models.md: what works with every class and every pipeline.
 models: .venv/.with-test

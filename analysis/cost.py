@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from graphcache.analysis import ops
 from graphcache.ir.graph import StepGraph, has_static_shape, is_tensor, storage_bytes, value_of
 from graphcache.ir.opaque import called
+from graphcache.libraries.torch_private import tree_leaves
 
 aten = ops.aten
 
@@ -61,7 +61,7 @@ def computed_bytes(step: StepGraph) -> int:
     Not counted is what kernels keep aside, as attention by its plain formula does, and reshapes that copy.
     """
     made = [node.meta.get("val") for node in step.calls() if not ops.is_view(node) and not ops.is_slice(node)]
-    tensors = [value for value in pytree.tree_leaves(made) if isinstance(value, torch.Tensor)]
+    tensors = [value for value in tree_leaves(made) if isinstance(value, torch.Tensor)]
     return sum(storage_bytes(t) for t in tensors if all(isinstance(size, int) for size in t.shape))
 
 

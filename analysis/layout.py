@@ -10,6 +10,7 @@ from torch import fx
 
 from graphcache.analysis import ops
 from graphcache.ir.graph import is_tensor, value_of
+from graphcache.libraries.torch_private import UNSAFE_VIEW
 
 aten = ops.aten
 
@@ -58,7 +59,7 @@ def _layout(node: fx.Node, found: dict[fx.Node, Layout]) -> Layout | None:
     if node.target in (
         aten.view.default,
         aten.reshape.default,
-        aten._unsafe_view.default,
+        UNSAFE_VIEW,
         aten.flatten.using_ints,
         aten.unflatten.int,
     ):

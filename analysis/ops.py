@@ -7,6 +7,13 @@ import torch
 from torch import fx
 
 from graphcache.ir.opaque import OPAQUE
+from graphcache.libraries.torch_private import (
+    CPU_ATTENTION,
+    EFFICIENT_ATTENTION,
+    FLASH_ATTENTION,
+    TO_COPY,
+    UNSAFE_VIEW,
+)
 
 aten = torch.ops.aten
 
@@ -14,7 +21,7 @@ VIEWS = frozenset(
     {
         aten.view.default,
         aten.reshape.default,
-        aten._unsafe_view.default,
+        UNSAFE_VIEW,
         aten.permute.default,
         aten.transpose.int,
         aten.t.default,
@@ -38,7 +45,7 @@ VIEWS = frozenset(
 COPIES = frozenset(
     {
         aten.clone.default,
-        aten._to_copy.default,
+        TO_COPY,
         aten.to.dtype,
         aten.to.device,
         aten.to.dtype_layout,
@@ -84,13 +91,7 @@ WRITES = frozenset({aten.index_put_.default, aten.copy_.default})
 
 ATTENTION = frozenset({aten.scaled_dot_product_attention.default})
 
-FUSED_ATTENTION = frozenset(
-    {
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_flash_attention.default,
-    }
-)
+FUSED_ATTENTION = frozenset({CPU_ATTENTION, EFFICIENT_ATTENTION, FLASH_ATTENTION})
 """Kernels that return the log-sum-exp of each query's row beside the result."""
 
 CONTRACTIONS = frozenset(

@@ -18,6 +18,7 @@ from graphcache.analysis.token_operands import Followed, Known, Untokenised, ali
 from graphcache.analysis.token_products import attention, einsum, linear, matmul, pointwise_convolution
 from graphcache.ir.graph import has_static_shape, value_of
 from graphcache.ir.opaque import called
+from graphcache.libraries.torch_private import CONJUGATE, SOFTMAX, UNSAFE_VIEW, OpOverload
 
 aten = ops.aten
 Rule = Callable[[fx.Node, Known], Followed]
@@ -43,7 +44,7 @@ def follow(node: fx.Node, known: Known) -> Followed:
 
 def _by_kind(target: object) -> Rule | None:
     """The rule of an operation that says itself that it goes element by element."""
-    tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
+    tags = target.tags if isinstance(target, OpOverload) else ()
     return (
         _elementwise
         if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
@@ -104,7 +105,7 @@ def _view(node: fx.Node, known: Known) -> Followed:
 _REGROUPED = (
     aten.view.default,
     aten.reshape.default,
-    aten._unsafe_view.default,
+    UNSAFE_VIEW,
     aten.flatten.using_ints,
     aten.unflatten.int,
     aten.ravel.default,
@@ -201,7 +202,7 @@ _RULES = _table(
                 aten.polar.default,
                 aten.real.default,
                 aten.imag.default,
-                aten._conj.default,
+                CONJUGATE,
                 aten.resolve_conj.default,
             ],
         ),
@@ -228,7 +229,7 @@ _RULES = _table(
                 aten.logsumexp.default,
                 aten.linalg_vector_norm.default,
                 aten.softmax.int,
-                aten._softmax.default,
+                SOFTMAX,
                 aten.log_softmax.int,
                 aten.glu.default,
             ],

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensor
 
 from graphcache.analysis import ops
 from graphcache.ir.graph import StepGraph, value_of
+from graphcache.libraries.torch_private import FakeTensor
 from graphcache.passes.prune import sweep
 from graphcache.passes.rewrite import Rewriter
 

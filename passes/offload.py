@@ -9,7 +9,7 @@ from torch import fx
 from graphcache.ir.graph import CacheRead, CacheWrite, StepGraph, fake_mode, value_of
 from graphcache.ir.history import History
 from graphcache.passes.rewrite import Rewriter
-from graphcache.passes.transfer import arrive, fetch, send
+from graphcache.passes.transfer import ARRIVE, FETCH, SEND
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class Offload:
             place = _fetched(rewriter, entries, place, first)
         for index, port in enumerate(rewriter.outputs):
             value = rewriter.results[index]
-            is_sent = value.target is send._opoverload
+            is_sent = value.target is SEND
             if isinstance(port, CacheWrite) and port.history in self.histories and not is_sent:
-                rewriter.results[index] = rewriter.emit(value, send._opoverload, value)
+                rewriter.results[index] = rewriter.emit(value, SEND, value)
         return rewriter.finished()
 
 
 def _is_on_device(node: fx.Node) -> bool:
     """Whether nothing was done to an entry yet."""
-    return all(user.target is not fetch._opoverload for user in node.users)
+    return all(user.target is not FETCH for user in node.users)
 
 
 def _fetched(rewriter: Rewriter, entries: list[fx.Node], place: fx.Node | None, first: fx.Node) -> fx.Node:
@@ -57,11 +57,11 @@ def _fetched(rewriter: Rewriter, entries: list[fx.Node], place: fx.Node | None, 
         users, value = list(node.users), value_of(node)
         with fake_mode(value):
             node.meta["val"] = torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format)
-        made.append(chain.emit(fetch._opoverload, node, value.device))
+        made.append(chain.emit(FETCH, node, value.device))
         for user in users:
             user.replace_input_with(node, made[-1])
     with rewriter.graph.inserting_before(first):
-        arrived = rewriter.graph.call_function(arrive._opoverload, (made,))
+        arrived = rewriter.graph.call_function(ARRIVE, (made,))
     arrived.meta["val"] = None
     return arrived
 

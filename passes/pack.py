@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from graphcache.ir.graph import CacheRead, value_of
+from graphcache.libraries.torch_private import TO_COPY
 from graphcache.passes.rewrite import Chain, wider
 
 aten = torch.ops.aten
@@ -27,14 +28,14 @@ class Packed(Chain):
 
     def pack(self, before: CacheRead) -> list[fx.Node]:
         """Value, difference and scale of the newest entry; `before` is the value of the one it follows."""
-        value = self.emit(aten._to_copy.default, self.copied(self.raw), dtype=torch.bfloat16)
+        value = self.emit(TO_COPY, self.copied(self.raw), dtype=torch.bfloat16)
         old = self.rewriter.input(replace(before, optional=True), self.value, dtype=torch.bfloat16)
         terms = self.cast(self.raw, self.wide), self.cast(old, self.wide)
         difference = self.emit(aten.sub.Tensor, *terms)
         largest = self.emit(aten.amax.default, self.emit(aten.abs.default, difference), [-1], True)
         scale = self.emit(aten.div.Tensor, self.emit(aten.clamp_min.default, largest, SMALLEST), LEVELS)
         levels = self.emit(aten.round.default, self.emit(aten.div.Tensor, difference, scale))
-        packed = self.emit(aten._to_copy.default, self.copied(levels), dtype=torch.int8)
+        packed = self.emit(TO_COPY, self.copied(levels), dtype=torch.int8)
         return [value, packed, self.copied(scale)]
 
     def unpack(self, ports: Sequence[CacheRead], group: int) -> fx.Node:

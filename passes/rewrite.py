@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from graphcache.analysis import ops
 from graphcache.ir.graph import (
@@ -22,6 +21,7 @@ from graphcache.ir.graph import (
     fake_mode,
     value_of,
 )
+from graphcache.libraries.torch_private import TO_COPY, tree_leaves
 
 aten = ops.aten
 
@@ -137,7 +137,7 @@ class Chain:
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         """The value in a dtype; the node itself where it has that."""
-        return node if value_of(node).dtype == dtype else self.emit(aten._to_copy.default, node, dtype=dtype)
+        return node if value_of(node).dtype == dtype else self.emit(TO_COPY, node, dtype=dtype)
 
     def copied(self, node: fx.Node) -> fx.Node:
         """The value in a storage of its own."""
@@ -159,7 +159,7 @@ def _fake(target: Any, args: Sequence[Any], kwargs: dict[str, Any], beside: fx.N
     fx.map_arg((tuple(args), kwargs), nodes.append)
     values, named = fx.map_arg((tuple(args), kwargs), lambda node: node.meta["val"])
     nodes.append(beside)
-    with fake_mode(pytree.tree_leaves(nodes[0].meta["val"])[0]):
+    with fake_mode(tree_leaves(nodes[0].meta["val"])[0]):
         result: torch.Tensor = target(*values, **named)
     return result
 

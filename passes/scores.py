@@ -14,6 +14,7 @@ from graphcache.analysis.tokens import cut_tokens
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import Branch, value_of
 from graphcache.ir.schedule import Measure
+from graphcache.libraries.torch_private import CPU_ATTENTION, EFFICIENT_ATTENTION, FLASH_ATTENTION
 from graphcache.passes.rewrite import Chain, Rewriter
 from graphcache.passes.tokens import by_token
 
@@ -209,11 +210,11 @@ class _Attention:
         further: tuple[Any, ...] = ()
         count = int(like.shape[-2])
         if like.device.type != "cuda":
-            target: Any = aten._scaled_dot_product_flash_attention_for_cpu.default
+            target: Any = CPU_ATTENTION
         elif like.dtype == torch.float32:
-            target, further = aten._scaled_dot_product_efficient_attention.default, (None, True)
+            target, further = EFFICIENT_ATTENTION, (None, True)
         else:
-            target = aten._scaled_dot_product_flash_attention.default
+            target = FLASH_ATTENTION
         values = key if value is None else value
         both = self.chain.several(target, query, key, values, *further, scale=self.scale)
         lse = self.chain.emit(aten.slice.Tensor, both[1], 2, 0, count)

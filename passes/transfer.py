@@ -5,6 +5,7 @@ they copy.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,3 +67,8 @@ def arrive(values: list[Tensor]) -> None:
 @arrive.register_fake
 def _(values: list[Tensor]) -> None:
     return None
+
+
+SEND: Any = torch.ops.graphcache.send.default
+FETCH: Any = torch.ops.graphcache.fetch.default
+ARRIVE: Any = torch.ops.graphcache.arrive.default

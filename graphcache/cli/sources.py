@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from graphcache.ir.errors import GraphCacheError
+from graphcache.libraries.diffusers_private import CLASS_NAME
 from graphcache.libraries.extras import require
 from graphcache.libraries.quiet import quiet_loading
 from graphcache.planning.sampling import Sampler, first_call
@@ -131,7 +132,7 @@ def _from_folder(folder: Path, placement: Placement) -> nn.Module:
     if not config.exists():
         raise GraphCacheError(f"{folder} has neither model_index.json nor config.json")
     diffusers = _diffusers()
-    name = json.loads(config.read_text()).get("_class_name", "")
+    name = json.loads(config.read_text()).get(CLASS_NAME, "")
     kind = getattr(diffusers, str(name), None)
     if kind is None:
         raise GraphCacheError(f"{config} names the class '{name}', which diffusers does not have")

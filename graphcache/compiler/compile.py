@@ -9,9 +9,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import fx, nn
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._dynamo import OptimizedModule
-from torch._dynamo.eval_frame import innermost_backend
 
 from graphcache.analysis.cost import graph_flops
 from graphcache.compiler.regions import InRegions, regions
@@ -20,6 +17,18 @@ from graphcache.ir.graph import StepGraph, has_symbolic_shapes, layout, value_of
 from graphcache.ir.opaque import Opaque
 from graphcache.ir.structure import structure
 from graphcache.libraries.exclusive import COMPILING
+from graphcache.libraries.torch_private import (
+    OptimizedModule,
+    compiled_call,
+    compiled_module,
+    dynamo_options,
+    error_on_graph_break,
+    get_eval_frame_callback,
+    inductor_config,
+    innermost_backend,
+    list_mode_options,
+    standalone_compile,
+)
 
 _AS_FULLGRAPH = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
 
@@ -152,7 +161,7 @@ def takes_weights(step: StepGraph, backend: Backend) -> bool:
         return False
     given = arguments(backend)
     options = {**_mode_options(given), **(given.get("options") or {})}
-    freezes = options.get("freezing", torch._inductor.config.freezing)
+    freezes = options.get("freezing", inductor_config.freezing)
     return given.get("backend", "inductor") in ("inductor", "eager", "aot_eager") and not freezes
 
 
@@ -178,7 +187,7 @@ def _region_code(module: fx.GraphModule, tensors: Sequence[torch.Tensor], backen
     if given["backend"] != "inductor" or torch.is_grad_enabled():
         return _compiled(module, backend, guarded=False)
     options = {**_mode_options(given), **(given.get("options") or {})}
-    code: Compiled = torch._inductor.standalone_compile(
+    code: Compiled = standalone_compile(
         module,
         list(tensors),
         dynamic_shapes="from_example_inputs",
@@ -207,7 +216,7 @@ def _as_one_graph() -> Iterator[None]:
     torch.compile's own fullgraph counts frames in a variable that all threads share, and then takes a call
     for one that was not compiled.
     """
-    with torch._dynamo.error_on_graph_break(True), torch._dynamo.config.patch(_AS_FULLGRAPH):
+    with error_on_graph_break(True), dynamo_options(_AS_FULLGRAPH):
         yield
 
 
@@ -240,7 +249,7 @@ def _replays_cuda_graphs(backend: Backend) -> bool:
     options = {**_mode_options(given), **(given.get("options") or {})}
     compiler = given.get("backend", "inductor")
     if compiler == "inductor":
-        return bool(options.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+        return bool(options.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
     # a model that was compiled before brings Inductor as an object that holds its options
     return bool(getattr(compiler, "config", {}).get("triton.cudagraphs"))
 
@@ -248,7 +257,7 @@ def _replays_cuda_graphs(backend: Backend) -> bool:
 def prior_compilation(model: nn.Module) -> Backend:
     """What the model or its blocks were compiled with before, by torch.compile or Module.compile."""
     for module in model.modules():
-        compiled = module._compiled_call_impl
+        compiled = compiled_call(module)
         if compiled is not None:
             callback = inspect.getclosurevars(compiled).nonlocals.get("callback")
             if callback is None:
@@ -260,7 +269,7 @@ def prior_compilation(model: nn.Module) -> Backend:
 def unwrapped(model: nn.Module) -> tuple[nn.Module, Backend]:
     """The module behind torch.compile(module), and what it was compiled with."""
     if isinstance(model, OptimizedModule):
-        return model._orig_mod, _innermost(model.dynamo_ctx.callback)
+        return compiled_module(model), _innermost(model.dynamo_ctx.callback)
     return model, None
 
 
@@ -272,7 +281,7 @@ def active_compilation() -> Backend:
 
 def compiled_by_blocks(model: nn.Module) -> bool:
     """Whether a model's blocks were compiled and not the model, as by `compile_repeated_blocks`."""
-    return model._compiled_call_impl is None and any(m._compiled_call_impl for m in model.modules())
+    return compiled_call(model) is None and any(map(compiled_call, model.modules()))
 
 
 def _innermost(callback: Any) -> Backend:
@@ -293,7 +302,7 @@ def _mode_options(given: dict[str, Any]) -> dict[str, Any]:
     mode = given.pop("mode", None)
     if mode is None:
         return {}
-    found: dict[str, Any] = torch._inductor.list_mode_options(mode)
+    found: dict[str, Any] = list_mode_options(mode)
     return found
 
 

@@ -1,17 +1,17 @@
 """What a program is made for besides a model: a signature, and the modes around the call."""
 
 import itertools
-import sys
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensor
 
 from graphcache.compiler.decisions import bare
 from graphcache.ir.call import Key
 from graphcache.ir.errors import CaptureError, StateError
+from graphcache.libraries.diffusers_private import attention_backend
 from graphcache.libraries.kernels import attention_kernels
+from graphcache.libraries.torch_private import FakeTensor
 
 
 def ambient() -> tuple[Hashable, ...]:
@@ -21,14 +21,7 @@ def ambient() -> tuple[Hashable, ...]:
     if any(autocast):
         devices = itertools.compress(("cpu", "cuda"), autocast)
         dtypes = tuple(map(torch.get_autocast_dtype, devices))
-    return autocast, dtypes, attention_kernels(), _attention_backend(), torch.is_grad_enabled()
-
-
-def _attention_backend() -> Hashable:
-    """The attention that diffusers dispatches to at present, which tracing bakes in."""
-    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
-    registry = getattr(dispatch, "_AttentionBackendRegistry", None)
-    return getattr(registry, "_active_backend", None)
+    return autocast, dtypes, attention_kernels(), attention_backend(), torch.is_grad_enabled()
 
 
 def refuse_export(tensors: Sequence[torch.Tensor]) -> None:

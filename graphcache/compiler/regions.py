@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from graphcache.analysis.repeats import Repeats, find_repeats
 from graphcache.ir.graph import is_tensor
+from graphcache.libraries.torch_private import OpOverload, schema_of
 
 _COPYING = (torch.ops.aten.to, torch.ops.aten.contiguous)
 """What looks at its operand's memory only where there is nothing to do."""
@@ -56,7 +57,7 @@ def _bounds(item: Repeats) -> Iterator[int]:
 
 def _is_plain(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(node.target, torch._ops.OpOverload) or is_tensor(node) or isinstance(value, tuple)
+    return isinstance(node.target, OpOverload) or is_tensor(node) or isinstance(value, tuple)
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -64,9 +65,9 @@ def _is_view(node: fx.Node) -> bool:
     target: Any = node.target
     if target is operator.getitem:
         return _is_view(node.all_input_nodes[0])
-    if not isinstance(target, torch._ops.OpOverload) or target.overloadpacket in _COPYING:
+    if not isinstance(target, OpOverload) or target.overloadpacket in _COPYING:
         return False
-    aliases = [result.alias_info for result in target._schema.returns]
+    aliases = [result.alias_info for result in schema_of(target).returns]
     return any(alias is not None and not alias.is_write for alias in aliases)
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from graphcache.ir.graph import layout
-from graphcache.tracing.hooks import BOOKKEEPING, FORWARD_HOOKS, Worn, worn
+from graphcache.libraries.torch_private import FORWARD_HOOKS
+from graphcache.tracing.hooks import BOOKKEEPING, Worn, worn
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 """Values that are the same when they are equal; all others are compared by identity."""

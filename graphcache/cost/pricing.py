@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from graphcache.analysis.cost import graph_flops
 from graphcache.analysis.invariant import invariant_values
@@ -27,6 +26,7 @@ from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Role, Schedule
 from graphcache.ir.text import describe
 from graphcache.libraries.quiet import quiet_shapes
+from graphcache.libraries.torch_private import DataDependentOutputException, DynamicOutputShapeException
 from graphcache.runtime.engine import original
 from graphcache.runtime.guidance_role import role_of
 from graphcache.runtime.spoken import Spoken

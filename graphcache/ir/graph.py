@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
-from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.history import History
 from graphcache.ir.opaque import Opaque
 from graphcache.ir.selector import STEM
+from graphcache.libraries.torch_private import FakeTensor, FakeTensorMode
 
 InputKind = Literal["latent", "timestep", "constant"]
 

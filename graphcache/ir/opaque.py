@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcache.ir.errors import StateError
+from graphcache.libraries.torch_private import DispatchKey, ForceDispatchKeys, keys_excluded, keys_included
 
-_KEYS = torch._C.DispatchKey
-_AUTOGRAD = (_KEYS.AutogradFunctionality, _KEYS.AutogradOther, _KEYS.AutogradNestedTensor)
+_AUTOGRAD = (DispatchKey.AutogradFunctionality, DispatchKey.AutogradOther, DispatchKey.AutogradNestedTensor)
 _TAGS = [
     getattr(torch.Tag, name)
     for name in ("needs_exact_strides", "cudagraph_unsafe")
@@ -119,11 +119,11 @@ def _empty(results: str) -> Iterator[Tensor]:
 
 def _as_outside() -> Any:
     """Autograd works as outside of operations, within which PyTorch switches it off."""
-    excluded = torch._C._dispatch_tls_local_exclude_set()
+    excluded = keys_excluded()
     if not torch.is_inference_mode_enabled():
         for key in _AUTOGRAD:
             excluded = excluded.remove(key)
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+    return ForceDispatchKeys(keys_included(), excluded)
 
 
 @torch.library.custom_op("graphcache::opaque", mutates_args=(), tags=_TAGS)

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import _cur_sdpa_kernel_backends, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from graphcache.ir.errors import CaptureError
+from graphcache.libraries.torch_private import allowed_kernels, chosen_kernel, kernel_priority
 
 
 def attention_kernels() -> tuple[Any, ...]:
@@ -18,7 +19,7 @@ def attention_kernels() -> tuple[Any, ...]:
         cuda.mem_efficient_sdp_enabled(),
         cuda.math_sdp_enabled(),
         cuda.cudnn_sdp_enabled(),
-        *torch._C._get_sdp_priority_order(),
+        *kernel_priority(),
     )
 
 
@@ -32,14 +33,14 @@ class ChosenKernels(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._outside = attention_kernels()
-        self._allowed = _cur_sdpa_kernel_backends(with_priority=True)
+        self._allowed = allowed_kernels(with_priority=True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and attention_kernels() != self._outside:
-            inside = torch._fused_sdp_choice(*args, **kwargs)
+            inside = chosen_kernel(*args, **kwargs)
             with sdpa_kernel(self._allowed, set_priority=True):
-                outside = torch._fused_sdp_choice(*args, **kwargs)
+                outside = chosen_kernel(*args, **kwargs)
             if inside != outside:
                 raise CaptureError(
                     "the model restricts attention to some of PyTorch's kernels inside its forward, and "

@@ -7,21 +7,22 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-_SHAPES = "torch._subclasses.fake_tensor"
+from graphcache.libraries.torch_private import FAKE_TENSOR_LOG
+
 _SYMBOLS = "torch.fx.experimental.symbolic_shapes"
 
 
 @contextlib.contextmanager
 def quiet_shapes() -> Iterator[None]:
     """Where sizes are tried, those that do not fit are an answer: PyTorch's log of them stays empty."""
-    with _disabled(_SHAPES):
+    with _disabled(FAKE_TENSOR_LOG):
         yield
 
 
 @contextlib.contextmanager
 def quiet_tracing() -> Iterator[None]:
     """What fails is told by one error: PyTorch's log says it too, unless it was asked to by TORCH_LOGS."""
-    names = () if os.environ.get("TORCH_LOGS") else (_SHAPES, _SYMBOLS, "torch.export")
+    names = () if os.environ.get("TORCH_LOGS") else (FAKE_TENSOR_LOG, _SYMBOLS, "torch.export")
     with _disabled(*names), warnings.catch_warnings():
         # of copies that PyTorch makes of its own structures
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from graphcache.compiler.captured import laid
 from graphcache.compiler.compile import build
@@ -18,6 +17,7 @@ from graphcache.compiler.program import Program
 from graphcache.ir.graph import CacheWrite, Input
 from graphcache.ir.history import OUTPUT, History
 from graphcache.libraries.exclusive import COMPILING
+from graphcache.libraries.torch_private import tree_flatten, tree_unflatten
 from graphcache.planning.gradient_memory import GradientMemory, with_own_inputs
 from graphcache.runtime.engine import Engine
 from graphcache.runtime.options import Options
@@ -183,7 +183,7 @@ class ProbeEngine(Engine):
         if not torch.is_grad_enabled():
             self.asked = None
             return super().__call__(args, kwargs)
-        leaves, structure = pytree.tree_flatten((list(args), kwargs))
+        leaves, structure = tree_flatten((list(args), kwargs))
         anchor = torch.empty(0, requires_grad=True)
         made: list[Any] = []
         results = _Evaluated.apply(self, structure, made, anchor, *leaves)  # type: ignore[no-untyped-call]
@@ -249,9 +249,9 @@ class _Evaluated(torch.autograd.Function):
         detached = [leaf.detach() if _needs_gradient(leaf) else leaf for leaf in leaves]
         # the first leaf is the anchor
         engine.asked = {n: detached[n] for n, leaf in enumerate(leaves) if n and _needs_gradient(leaf)}
-        args, kwargs = pytree.tree_unflatten(detached[1:], structure)
-        results, shape = pytree.tree_flatten(Engine.__call__(engine, args, kwargs))
-        made.append(lambda values: pytree.tree_unflatten(list(values), shape))
+        args, kwargs = tree_unflatten(detached[1:], structure)
+        results, shape = tree_flatten(Engine.__call__(engine, args, kwargs))
+        made.append(lambda values: tree_unflatten(list(values), shape))
         assert engine.latest is not None
         ctx.evaluation, ctx.amount = engine.latest, len(leaves)
         return tuple(results)

@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from graphcache.libraries.torch_private import MODULE_CALL
+
 FARTHEST = 32
 """How many functions up the stack a pipeline is looked for; a loop outside of any pipeline pays for each."""
 
-_MODULE_CALL = nn.Module._call_impl.__code__
+_MODULE_CALL = MODULE_CALL.__code__
 _HELD_BY_FRAME = 3
 """References to the copy of a frame's variables while nobody else has it: the frame's, two of the reader."""
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.decorators import skip
 
 from graphcache.compiler.compile import active_compilation
 from graphcache.ir.errors import GraphCacheError
+from graphcache.libraries.torch_private import MODULE_CALL, skip
 from graphcache.runtime.engine import Engine
 from graphcache.tracing.hooks import is_own
 
@@ -32,7 +32,7 @@ def alike(model: nn.Module, base: type) -> nn.Module:
         # the class may be asked for further models, as from_pretrained does: those have no plan
         "__new__": lambda cls, *args, **kwargs: kind(*args, **kwargs),
         # not Module.__call__, which would run what original.compile() left in the shared attributes
-        "__call__": nn.Module._call_impl,
+        "__call__": MODULE_CALL,
     }
     made: nn.Module = object.__new__(_equal_to(kind)(kind.__name__, (base, kind), names))
     made.__dict__ = model.__dict__
@@ -54,12 +54,10 @@ def _equal_to(kind: type) -> Any:
 
 def _untraced(function: Any) -> Any:
     """Keeps torch.compile out of a function but not of those that it calls."""
-    # torch.compiler.disable(recursive=False) would fail while another thread exports
-    skipped: Any = skip(function)
-    skipped._torchdynamo_disable_msg = (
-        "graphcache compiles each phase on its own: leave fullgraph out, or use transform(..., backend=)"
+    return skip(
+        function,
+        "graphcache compiles each phase on its own: leave fullgraph out, or use transform(..., backend=)",
     )
-    return skipped
 
 
 class _Forward:

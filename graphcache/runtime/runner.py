@@ -17,6 +17,7 @@ from graphcache.ir.history import GUIDANCE, PREDICTION, History
 from graphcache.ir.plan import Plan
 from graphcache.ir.schedule import Role, Schedule, Selection, Step
 from graphcache.ir.state import CacheState, Choice, Entry
+from graphcache.ir.versions import version
 from graphcache.runtime.selection import SiteTokens, choose
 
 _PREDICTED = History(PREDICTION)
@@ -63,7 +64,7 @@ class BranchState:
     def rewritten(self) -> list[torch.Tensor]:
         """The latest call's inputs that were written in place since."""
         pairs = zip(self.constants, self.versions, strict=True)
-        return [tensor for tensor, then in pairs if _version(tensor) != then]
+        return [tensor for tensor, then in pairs if version(tensor) != then]
 
     @property
     def now(self) -> Step:
@@ -137,8 +138,8 @@ def changed_inputs(state: BranchState, tensors: Sequence[torch.Tensor]) -> set[i
         return set()
     return {
         index
-        for index, (tensor, version) in zip(state.program.prologue_inputs, state.watched, strict=True)
-        if tensors[index] is not tensor or _version(tensor) != version
+        for index, (tensor, then) in zip(state.program.prologue_inputs, state.watched, strict=True)
+        if tensors[index] is not tensor or version(tensor) != then
     }
 
 
@@ -241,7 +242,7 @@ def run_prologue(state: BranchState, tensors: Sequence[torch.Tensor], laid: Sequ
         names = (port.name for port in prologue.step.outputs if isinstance(port, Hoisted))
         state.cache.hoisted = dict(zip(names, values, strict=True))
         state.hoisted_bytes = state.cache.hoisted_bytes()
-        state.watched = tuple((tensors[i], _version(tensors[i])) for i in program.prologue_inputs)
+        state.watched = tuple((tensors[i], version(tensors[i])) for i in program.prologue_inputs)
 
 
 def _choose(state: BranchState) -> None:
@@ -311,8 +312,3 @@ def _read(cache: CacheState, runnable: Runnable, port: CacheRead) -> torch.Tenso
     if port.optional:
         return runnable.blank(port)
     raise StateError(f"{port.history}: nothing is cached that this step could read; call reset()")
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """Counts in-place changes; inference tensors have no count, only their identity speaks."""
-    return -1 if tensor.is_inference() else tensor._version

@@ -9,6 +9,7 @@ import torch
 
 from graphcache.ir.errors import PlanError, StateError
 from graphcache.ir.plan import Plan
+from graphcache.libraries.diffusers_private import announced_steps
 from graphcache.runtime.caller import Caller
 
 _Scales = tuple[Callable[[float], float], ...]
@@ -105,8 +106,8 @@ class Driver:
         """
         length = len(timesteps)
         calling = None if self._caller is None else self._caller.find(below=self.below)
-        count = getattr(calling, "_num_timesteps", None)
-        if not isinstance(count, int) or getattr(calling, "scheduler", None) is not self.scheduler:
+        count = announced_steps(calling)
+        if count is None or getattr(calling, "scheduler", None) is not self.scheduler:
             return length
         if count > length:
             return count if count % length else length
@@ -123,8 +124,8 @@ class Driver:
             StateError: the timestep is one of the schedule, or the first one counted the other way.
         """
         pipe = self.pipe
-        count = getattr(pipe, "_num_timesteps", len(timesteps))
-        if count == getattr(self.scheduler, "num_inference_steps", None):
+        count = announced_steps(pipe)
+        if count is None or count == getattr(self.scheduler, "num_inference_steps", None):
             count = len(timesteps)  # as many as were asked for: those that are left out are the last ones
         announced = max(0, len(timesteps) - count)
         if timestep is None:

@@ -11,6 +11,7 @@ from graphcache.compiler.compile import Backend, refuse_unknown, unwrapped
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
+from graphcache.libraries.diffusers_private import REGISTRY
 from graphcache.runtime.engine import Engine, original
 from graphcache.runtime.likeness import alike
 from graphcache.runtime.options import SIGNATURES, Options
@@ -18,7 +19,6 @@ from graphcache.runtime.parts import denoisers, modules
 from graphcache.runtime.passed_by import say_if_passed_by, timesteps_of
 from graphcache.runtime.summary import Summary, summarise
 from graphcache.runtime.surroundings import Around, OpenSession
-from graphcache.tracing.hooks import REGISTRY
 
 Target = TypeVar("Target")
 

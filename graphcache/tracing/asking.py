@@ -11,12 +11,13 @@ import torch
 from graphcache.ir.call import OutputSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import StepGraph, has_symbolic_shapes
+from graphcache.libraries.torch_private import ITEM
 from graphcache.tracing.answers import Answers, Diverged
 from graphcache.tracing.conditions import Conditions, separated, varying
 from graphcache.tracing.explanation import BRANCHES
 from graphcache.tracing.untraceable import Untraceable
 
-_ON_NUMBERS = (operator.eq, torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+_ON_NUMBERS = (operator.eq, torch.ops.aten.item.default, ITEM)
 
 
 class Traced(NamedTuple):

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensor
 
+from graphcache.libraries.torch_private import MODULE_TABLES, FakeTensor
 from graphcache.tracing.keepers import (
     MEMO,
     ClassAttributes,
@@ -27,7 +27,7 @@ from graphcache.tracing.keepers import (
 _HOLDING = frozenset(("collections", "functools", "types", "weakref", "_thread"))
 """Modules of Python's own library whose objects hold others."""
 _NOT_FOLLOWED = sys.stdlib_module_names | {"torch", "numpy", "graphcache"}
-_HOOKS = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+_HOOKS = vars(nn.Module()).keys() - set(MODULE_TABLES)
 """A module's attributes that forward does not write into."""
 _MAKING = frozenset(("__init__", "__new__", "__init_subclass__", "__class_getitem__", "__repr__", "__str__"))
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
 
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
@@ -18,6 +17,14 @@ from graphcache.ir.opaque import Opaque
 from graphcache.libraries.exclusive import COMPILING
 from graphcache.libraries.kernels import ChosenKernels
 from graphcache.libraries.quiet import quiet_tracing
+from graphcache.libraries.torch_private import (
+    COMPILED_CALL,
+    HigherOrderOperator,
+    OpOverload,
+    compiled_call,
+    schema_of,
+    use_lazy_graph_module,
+)
 from graphcache.tracing.answers import Answers, Diverged
 from graphcache.tracing.asking import Traced, decided, traced
 from graphcache.tracing.explanation import Stopped, because, explain
@@ -134,7 +141,7 @@ def _traced(
             quiet_tracing(),
             _without_stack_traces(),
             # export writes code for modules that nobody calls, which takes a seventh of the time
-            _use_lazy_graph_module(True),
+            use_lazy_graph_module(True),
             SeenWrites(),
         ):
             program = torch.export.export(wrapper, tensors, strict=False)
@@ -166,13 +173,13 @@ def _traced(
 @contextlib.contextmanager
 def _uncompiled(model: nn.Module) -> Iterator[None]:
     """Call modules that Module.compile() compiled as they were, so that tracing sees through them."""
-    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
-    kept = [module.__dict__.pop("_compiled_call_impl") for module in compiled]
+    compiled = [module for module in model.modules() if compiled_call(module) is not None]
+    kept = [module.__dict__.pop(COMPILED_CALL) for module in compiled]
     try:
         yield
     finally:
         for module, call in zip(compiled, kept, strict=True):
-            module._compiled_call_impl = call
+            setattr(module, COMPILED_CALL, call)
 
 
 @contextlib.contextmanager
@@ -288,11 +295,11 @@ def _refuse_foreign(graph: fx.Graph, held: Mapping[str, Any]) -> None:
 def _refuse_ops(graph: fx.Graph) -> None:
     for node in graph.nodes:
         target = node.target
-        if isinstance(target, torch._ops.HigherOrderOperator):
+        if isinstance(target, HigherOrderOperator):
             raise _untraceable(node, f"runs {target}, whose inner graph cannot be rewritten")
-        if not isinstance(target, torch._ops.OpOverload):
+        if not isinstance(target, OpOverload):
             continue
-        if target._schema.is_mutable:
+        if schema_of(target).is_mutable:
             raise _untraceable(node, f"runs {target}, which changes its input in place")
         if _drops(node):
             raise CaptureError(f"{_place(node)} runs dropout in training mode; pass training=self.training")

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._ops import HigherOrderOperator, OpOverload
 
 from graphcache.ir.graph import fake_mode, is_tensor, value_of
+from graphcache.libraries.torch_private import HigherOrderOperator, OpOverload, schema_of, storage_of
 
 aten = torch.ops.aten
 _INTO = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
@@ -89,7 +89,7 @@ def functional(graph: fx.Graph) -> fx.Graph:
 
 
 def _mutates(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and schema_of(node.target).is_mutable
 
 
 class _Functional:
@@ -190,7 +190,7 @@ def _geometry(node: fx.Node) -> tuple[Any, ...]:
 def _out_of_place(node: fx.Node) -> OpOverload:
     """The operation that gives as its result what this one writes into its first operand."""
     target: Any = node.target
-    schema = target._schema
+    schema = schema_of(target)
     packet = getattr(aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
     written = [bool(argument.alias_info and argument.alias_info.is_write) for argument in schema.arguments]
     if packet is None or written != [True] + [False] * (len(written) - 1):
@@ -198,13 +198,13 @@ def _out_of_place(node: fx.Node) -> OpOverload:
     wanted = _arguments(target)
     for name in packet.overloads():
         found: OpOverload = getattr(packet, name)
-        if not found._schema.is_mutable and _arguments(found) == wanted:
+        if not schema_of(found).is_mutable and _arguments(found) == wanted:
             return found
     raise Unknown(node)
 
 
 def _arguments(target: OpOverload) -> list[tuple[str, str]]:
-    return [(argument.name, str(argument.type)) for argument in target._schema.arguments]
+    return [(argument.name, str(argument.type)) for argument in schema_of(target).arguments]
 
 
 def _views(node: fx.Node, memory: int) -> bool:
@@ -218,4 +218,4 @@ def _storages(node: fx.Node) -> set[int]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return storage_of(tensor.untyped_storage())

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from graphcache.ir.errors import CaptureError
+from graphcache.libraries import accelerate_private, diffusers_private
+from graphcache.libraries.diffusers_private import REGISTRY, is_stateful
+from graphcache.libraries.torch_private import FORWARD_HOOKS
 
-FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-REGISTRY = "_diffusers_hook"
-BOOKKEEPING = frozenset((REGISTRY, "_hf_hook", "_old_forward"))
+BOOKKEEPING = frozenset((REGISTRY, *accelerate_private.HOOKS))
 """What hooks of diffusers and accelerate leave on a module; they act through its forward, which counts."""
 
 Worn = tuple[tuple[Any, Mapping[str, Any]], ...]
@@ -25,7 +26,10 @@ def refuse_uncapturable(model: nn.Module) -> None:
     Raises:
         CaptureError: training mode, hooks that act before forward or keep a state, or a forward set on an
             instance.
+        MissingName: diffusers or accelerate mark hooks in another way.
     """
+    diffusers_private.verify()
+    accelerate_private.verify()
     if model.training:
         raise CaptureError("the model is in training mode; call model.eval() before the first generation")
     stateful = any(map(_has_state, model.modules()))
@@ -101,7 +105,7 @@ def _attributes(hook: Any) -> Mapping[str, Any]:
 
 
 def _has_state(module: nn.Module) -> bool:
-    return any(hook._is_stateful for hook in _hooks(module))
+    return any(is_stateful(hook) for hook in _hooks(module))
 
 
 def _only_computes(module: nn.Module) -> bool:

@@ -10,7 +10,8 @@ from operator import is_
 from typing import Any, Protocol
 
 from torch import nn
-from torch._subclasses import FakeTensor
+
+from graphcache.libraries.torch_private import FakeTensor
 
 ABSENT = object()
 """Stands for a name that nothing is bound to."""

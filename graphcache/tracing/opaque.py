@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.opaque import Opaque, describe_layouts
 from graphcache.ir.tree import Leaf, Record, fields_of, fill, is_record, sequence_of
 from graphcache.ir.versions import memory
+from graphcache.libraries.torch_private import FakeTensor, FunctionalTensor, is_traceable_wrapper_subclass
 
 _STILL = (type(None), str, bytes, torch.dtype, torch.device, enum.Enum, type)
 """What may stand beside the tensors of a result; a number may depend on values."""

@@ -8,19 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from graphcache.ir.graph import layout, same_bits
 from graphcache.ir.opaque import Opaque, describe_layouts, known, opaque_call
 from graphcache.ir.versions import memory
+from graphcache.libraries.torch_private import CPU_ATTENTION, FLASH_ATTENTION, TorchDispatchMode
 from graphcache.tracing.opaque import PLAIN, Invocation, OpaqueCall, Unfit, kind_of, taken_apart
 from graphcache.tracing.rehearsal import Writes
 
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 _COUNTS: dict[Any, Any] = {
     **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_FLASH],
+    CPU_ATTENTION.overloadpacket: flop_registry[FLASH_ATTENTION.overloadpacket],
 }
 """What operations take, by PyTorch's formulas; its own counter fails where gradients are computed."""
 _NOTHING = (object(),)
@@ -42,7 +41,7 @@ class _Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        count = _COUNTS.get(getattr(func, "_overloadpacket", None))
+        count = _COUNTS.get(getattr(func, "overloadpacket", None))
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
         return result

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.versions import memory
+from graphcache.libraries.torch_private import OpOverload, TorchDispatchMode, disable_current_modes, schema_of
 from graphcache.tracing.explanation import user_line
 
 _AS_THEY_ARE = (CaptureError, MemoryError, torch.OutOfMemoryError)
@@ -40,7 +40,7 @@ def rehearse(call: Callable[[], Any], devices: Iterable[torch.device]) -> Undo:
     """
     writes = Writes()
     try:
-        with _disable_current_modes(), random_states_kept(devices), writes:
+        with disable_current_modes(), random_states_kept(devices), writes:
             call()
     except BaseException as error:
         writes.undo()
@@ -120,9 +120,9 @@ class _Effects:
 
     @staticmethod
     def of(operation: Any) -> "_Effects":
-        schema = getattr(operation, "_schema", None)
-        if schema is None:
+        if not isinstance(operation, OpOverload):
             return _Effects((), False)
+        schema = schema_of(operation)
         arguments = enumerate(schema.arguments)
         written = [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
         return _Effects(tuple(written), all(one.alias_info is None for one in schema.returns))

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
 
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import StepGraph
+from graphcache.libraries.torch_private import FakeTensor, FakeTensorMode, tree_leaves, tree_map_only
 from graphcache.tracing.opaque import is_foreign
 
 _BY_MASK = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
@@ -70,7 +69,7 @@ class _Sizing(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        pairs = zip(pytree.tree_leaves(n.meta.get("val")), pytree.tree_leaves(value), strict=False)
+        pairs = zip(tree_leaves(n.meta.get("val")), tree_leaves(value), strict=False)
         for said, found in pairs:
             for size, number in zip(getattr(said, "shape", ()), getattr(found, "shape", ()), strict=False):
                 if isinstance(size, torch.SymInt):
@@ -104,5 +103,5 @@ def settled(step: StepGraph, sizes: Mapping[Any, int]) -> StepGraph:
     graph, _ = step.copy()
     for node in graph.nodes:
         if "val" in node.meta:
-            node.meta["val"] = pytree.tree_map_only(torch.Tensor, whole, node.meta["val"])
+            node.meta["val"] = tree_map_only(torch.Tensor, whole, node.meta["val"])
     return step.rebuilt(graph)

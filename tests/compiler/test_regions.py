@@ -48,7 +48,7 @@ def compiled(run: Any) -> tuple[Any, int]:
 
 def counted() -> Any:
     """Inductor's calls for single regions."""
-    return patch.object(torch._inductor, "standalone_compile", wraps=torch._inductor.standalone_compile)
+    return patch.object(compiling, "standalone_compile", wraps=compiling.standalone_compile)
 
 
 PLANS = {

@@ -10,7 +10,7 @@ from graphcache import Plan
 from graphcache.compiler.program import Program
 from graphcache.ir.graph import CacheRead, CacheWrite, StepGraph
 from graphcache.passes.offload import Offload
-from graphcache.passes.transfer import arrive, fetch, send
+from graphcache.passes.transfer import ARRIVE, FETCH, SEND
 from inside import states_of
 from reference import assert_same, subject
 from tiny import arguments, tiny
@@ -23,7 +23,6 @@ PLAN = Plan.parse("""
     @mlp    #l.##.l.
 """)
 EVERYWHERE = Plan.parse("plan steps=8 preset=none\nl = linear weight=0.5\n* ##l.##.l")
-SEND, FETCH, ARRIVE = send._opoverload, fetch._opoverload, arrive._opoverload
 
 
 @pytest.fixture(autouse=True)

@@ -189,7 +189,8 @@ def test_a_profile_says_what_it_is_of(mode: str | None) -> None:
     assert found.calls == (2 if mode == "calls" else 1)
     assert found.numbers == 3 * 4
     assert found.provenance.samples == 2
-    assert found.provenance.versions["torch"] == torch.__version__
+    # what pip says of a wheel may leave out for which device it was built
+    assert found.provenance.versions["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert found.timings == {}
     sites = {site.name: site for site in found.sites}
     rows = 4 if mode in ("first", "last") else 2

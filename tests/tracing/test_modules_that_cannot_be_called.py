@@ -1,6 +1,7 @@
 """Modules that can neither be traced nor be called in a graph, and what is asked of those that can."""
 
 import gc
+import traceback
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import CaptureError, Plan, PlanError, StateError, presets
 from graphcache.ir.text import render
-from reference import capture_call
+from reference import assert_same, capture_call
 from untraced import DIM, Asking, Experts, Largest, Transformer, arguments, holding
 
 FORA = presets.fora(4, interval=2)
@@ -68,18 +69,20 @@ class Remembering(Asking):
         return super().forward(x)
 
 
-class Conditional(Asking):
-    """PyTorch's conditional compiles what it runs, which it does not within an operation."""
+class OutsideOnly(Asking):
+    """Fails within an operation, as what compiles may."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cond(x.sum() > 0, self.up, lambda given: self.up(given) * 2, (x,))[..., :DIM]
+        if any("custom_ops" in frame.filename for frame in traceback.extract_stack()):
+            raise RuntimeError("not here")
+        return super().forward(x)
 
 
 IMPURE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "buffer": (Counted, r"changes 'blocks\.0\.inner\.calls'"),
     "buffer in numpy": (CountedUnseen, r"changes 'blocks\.0\.inner\.calls'"),
     "random": (Drawing, "draws random numbers"),
-    "conditional": (Conditional, "fails within an operation"),
+    "place": (OutsideOnly, r"fails within an operation \(RuntimeError: not here\)"),
     "state": (Drifting, "computes other bits when it is called again"),
     "memory": (Remembering, r"keeps 'blocks\.0\.inner\.last' from call to call"),
 }
@@ -92,6 +95,27 @@ def test_a_module_that_does_more_than_compute_is_refused(kind: str) -> None:
     model = holding(make, 1)
     with pytest.raises(CaptureError, match=said):
         graphcache.transform(model, FORA)(**arguments())
+
+
+class Conditional(Asking):
+    """PyTorch's conditional compiles what it runs, which PyTorch before 2.14 does not within an operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, self.up, lambda given: self.up(given) * 2, (x,))[..., :DIM]
+
+
+def test_a_conditional_is_refused_or_right() -> None:
+    model = holding(Conditional, 1)
+    plain = [model(**arguments(seed)) for seed in range(2)]
+    made = graphcache.transform(model, presets.compute(2))
+    try:
+        told = [made(**arguments(seed)) for seed in range(2)]
+    except CaptureError as error:
+        told = str(error)
+    if isinstance(told, str):
+        assert "Nor can it be called as it is: it fails within an operation" in told
+    else:
+        assert_same(told, plain)
 
 
 class MeasuringItself(Transformer):

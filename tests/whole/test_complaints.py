@@ -1,7 +1,8 @@
 """What users of today's caches complain of most: what happens here, beside what happens there.
 
-There is diffusers 0.42.1 and cache-dit 1.5.3. What is asserted of them was seen on these models; where one of
-them is mended, the test says so by failing, and docs/coming-from.md may have to follow.
+There is diffusers 0.42.1 and cache-dit 1.5.3. What is asserted of them was seen on these models. Tests of
+their faults alone are run by `make test-foreign`: where one of them is mended, the test says so by failing,
+and docs/coming-from.md may have to follow.
 """
 
 import functools
@@ -41,6 +42,7 @@ WAN, CASE, STEPS = PIPELINES["wan"], CASES["wan"], 6
 PIXART = PIPELINES["pixart"]
 RATIOS = [1.0, 1.0, 1.01, 1.02, 1.0, 1.03]
 FORA = Plan.parse("plan steps=6 preset=none\n* #..#..")
+foreign_fault = pytest.mark.foreign_fault
 GRAPHS = 2
 """Computed, reused; what runs once per generation is not compiled."""
 
@@ -189,6 +191,7 @@ def test_a_cached_model_compiles_to_one_graph_a_phase_and_never_again() -> None:
         assert (counter.frame_count, breaks()) == (GRAPHS, 0)
 
 
+@foreign_fault
 @pytest.mark.parametrize("config", [first_block, magnitudes])
 def test_diffusers_hooks_break_the_graph(config: Callable[[], Any]) -> None:
     """At every decision; asked for a single graph, torch.compile fails."""
@@ -202,6 +205,7 @@ def test_diffusers_hooks_break_the_graph(config: Callable[[], Any]) -> None:
         generation(in_context(whole.call._orig_mod, whole.call), steps=1)
 
 
+@foreign_fault
 def test_pyramid_attention_broadcast_is_compiled_anew_at_every_step() -> None:
     """It counts the steps in Python; at the limit torch.compile gives up, by default at the ninth."""
     model = hooked(broadcast())
@@ -212,6 +216,7 @@ def test_pyramid_attention_broadcast_is_compiled_anew_at_every_step() -> None:
     assert compiled.graphs == 3
 
 
+@foreign_fault
 def test_cache_dit_breaks_the_graph(cache_dit: Any) -> None:
     compiled = Compiled(dbcache(cache_dit, CASE.make()))
     generation(compiled.call, steps=1)
@@ -254,6 +259,7 @@ def test_enabling_and_compiling_come_in_any_order() -> None:
     assert_same(*results)
 
 
+@foreign_fault
 def test_diffusers_hooks_fit_regional_compilation_in_no_order() -> None:
     """`compile_repeated_blocks(fullgraph=True)` is what diffusers' documentation advises."""
     for orders in ("enable compile", "compile enable"):
@@ -267,6 +273,7 @@ def test_diffusers_hooks_fit_regional_compilation_in_no_order() -> None:
             generation(in_context(model), steps=1)
 
 
+@foreign_fault
 def test_cache_dit_refuses_what_was_compiled_before(cache_dit: Any) -> None:
     compiled = torch.compile(CASE.make(), backend="eager")
     with pytest.raises(ValueError, match="OptimizedModule is not officially supported"):
@@ -304,6 +311,7 @@ def test_guidance_branches_are_kept_apart_or_refused() -> None:
         guided(undeclared, undeclared)
 
 
+@foreign_fault
 def test_magcache_mixes_guidance_branches_that_are_not_named(caplog: pytest.LogCaptureFixture) -> None:
     """Told apart as two models would, only inside of contexts; nothing is said outside."""
     apart = guided(in_context(hooked(magnitudes())), in_context(hooked(magnitudes())))
@@ -314,6 +322,7 @@ def test_magcache_mixes_guidance_branches_that_are_not_named(caplog: pytest.LogC
     assert warnings_of("diffusers", caplog) == []
 
 
+@foreign_fault
 def test_pyramid_attention_broadcast_mixes_guidance_branches_even_in_contexts() -> None:
     """Its state has no branches: at every step the second call is given the first one's attention."""
     apart = guided(hooked(broadcast()), hooked(broadcast()))
@@ -324,6 +333,7 @@ def test_pyramid_attention_broadcast_mixes_guidance_branches_even_in_contexts() 
     assert_same(guided(model, model), mixed)
 
 
+@foreign_fault
 def test_cache_dit_mixes_the_guidance_branches_of_flux(
     cache_dit: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -365,6 +375,7 @@ def test_one_plan_file_serves_several_models_and_numbers_of_steps(
         assert said == [f"the plan has 6 steps, this generation {steps}: {how}" for steps in (9, 4)]
 
 
+@foreign_fault
 def test_magcache_wants_ratios_of_the_model_and_the_number_of_steps() -> None:
     """At another number it says nothing and starts over in the middle of the generation, or ends early."""
     with pytest.raises(ValueError, match="`mag_ratios` must be provided"):
@@ -398,6 +409,7 @@ def test_a_loop_without_a_pipeline_may_be_given_up_too() -> None:
     assert_same(generation(model), fresh)
 
 
+@foreign_fault
 @pytest.mark.parametrize("config", [lambda: first_block(0.5), magnitudes, forecasts])
 def test_an_interrupted_generation_of_diffusers_hooks_is_in_the_next(config: Callable[[], Any]) -> None:
     """Pipelines reset the hooks at their end, which an interrupted one does not come to."""
@@ -408,6 +420,7 @@ def test_an_interrupted_generation_of_diffusers_hooks_is_in_the_next(config: Cal
     assert deviation(WAN.generate(pipe, STEPS), fresh) > 0.1
 
 
+@foreign_fault
 def test_cache_dit_without_a_pipeline_begins_with_the_last_requests_features(cache_dit: Any) -> None:
     """Even where it is told the number of steps, which it looks at a step too late.
 
@@ -430,6 +443,7 @@ def test_a_call_needs_no_context() -> None:
     assert_same(model(**CASE.kwargs()), CASE.make()(**CASE.kwargs()))
 
 
+@foreign_fault
 @pytest.mark.parametrize("config", [first_block, forecasts])
 def test_diffusers_hooks_need_a_context(config: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match="No cache context is set"):
@@ -481,6 +495,7 @@ def held_by_hooks(model: nn.Module) -> int:
     return bytes_of(*(value for hook in hooks_of(model) for value in vars(hook).values()))
 
 
+@foreign_fault
 @pytest.mark.parametrize("config", [first_block, magnitudes, broadcast, forecasts])
 def test_diffusers_hooks_hold_what_no_step_will_read(config: Callable[[], Any]) -> None:
     """After a loop of one's own, and after a pipeline that was stopped."""
@@ -493,6 +508,7 @@ def test_diffusers_hooks_hold_what_no_step_will_read(config: Callable[[], Any]) 
     assert held_by_hooks(pipe.transformer) > 0
 
 
+@foreign_fault
 def test_cache_dit_holds_what_no_step_will_read(cache_dit: Any) -> None:
     """Even after a pipeline that came to its end."""
     pipe = dbcache(cache_dit, local(WAN.make()), num_inference_steps=STEPS)
@@ -514,6 +530,7 @@ def test_ranks_run_the_same_phases_whatever_their_samples() -> None:
     assert followed == [[0, 1, 1, 0, 1, 1]] * 2
 
 
+@foreign_fault
 def test_ranks_of_a_first_block_cache_skip_different_steps(cache_dit: Any) -> None:
     """At the same threshold; where blocks communicate, one rank is in a collective and the other is not."""
     of_diffusers, of_cache_dit = [], []
@@ -570,6 +587,7 @@ def test_a_lora_and_other_samplers_in_the_middle_of_a_session() -> None:
     assert len({tuple(result.flatten().tolist()) for result in results}) == 2 * len(SAMPLERS)
 
 
+@foreign_fault
 def test_magcache_takes_the_evaluations_of_heun_for_steps() -> None:
     """It starts over at the seventh of eleven, in the middle of a step and of the video."""
     pipe = WAN.make()
@@ -586,6 +604,7 @@ def test_a_sample_does_not_depend_on_its_neighbour() -> None:
     assert deviation(generation(together)[:1], generation(alone, rows=slice(1))) < 1e-5
 
 
+@foreign_fault
 def test_a_sample_of_a_first_block_cache_depends_on_its_neighbour(cache_dit: Any) -> None:
     """One decision is made for the whole batch, from its mean."""
     makers = lambda: in_context(hooked(first_block())), lambda: dbcache(cache_dit, CASE.make())
@@ -630,6 +649,7 @@ def test_a_model_that_nobody_has_seen_is_cached_as_it_is() -> None:
     assert [step.forecast for step in made.summary().branches[0].steps] == [0, 2, 2, 0, 2, 2]
 
 
+@foreign_fault
 def test_a_model_that_nobody_has_seen_is_refused_or_left_alone_elsewhere(cache_dit: Any) -> None:
     model, steps = unseen()
     expected = model(**steps[0])
@@ -645,12 +665,14 @@ def test_a_model_that_nobody_has_seen_is_refused_or_left_alone_elsewhere(cache_d
     assert hooks_of(model) == []
 
 
+@foreign_fault
 @pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "sana"])
 def test_diffusers_has_models_without_its_caches(name: str) -> None:
     """Which are cached here as any other, see test_semantics.py."""
     assert not hasattr(CASES[name].make(), "enable_cache")
 
 
+@foreign_fault
 @pytest.mark.parametrize("name", ["wan", "cogvideox", "ltx", "mochi"])
 def test_taylorseer_of_diffusers_hooks_nothing_and_says_nothing(
     name: str, caplog: pytest.LogCaptureFixture

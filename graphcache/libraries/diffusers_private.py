@@ -1,0 +1,65 @@
+"""Every private name of diffusers that graphcache uses, and why.
+
+Where diffusers is not loaded nothing is looked for: no model can wear its hooks then.
+"""
+
+import sys
+from collections.abc import Hashable
+from typing import Any
+
+from torch import nn
+
+from graphcache.libraries.private import attribute, names_of
+
+REGISTRY = "_diffusers_hook"
+"""The attribute of a module that holds its hooks."""
+CLASS_NAME = "_class_name"
+"""The entry of a model's config.json that names its class."""
+
+
+def verify() -> None:
+    """Look for the names that modules and hooks have to have.
+
+    Raises:
+        MissingName: one is gone, so that hooks would be taken for something else.
+    """
+    if "diffusers.hooks" in sys.modules:
+        with names_of("diffusers"):
+            from diffusers.hooks import HookRegistry, ModelHook
+
+            module = nn.Module()
+            HookRegistry.check_if_exists_or_initialize(module)
+            attribute(module, REGISTRY)
+            is_stateful(ModelHook)
+
+
+def is_stateful(hook: Any) -> bool:
+    """Whether a hook keeps something from call to call, which a graph cannot."""
+    return bool(hook._is_stateful)
+
+
+def attention_backend() -> Hashable:
+    """The attention that models dispatch to at present, which tracing bakes in."""
+    dispatch: Any = sys.modules.get("diffusers.models.attention_dispatch")
+    if dispatch is None:
+        return None
+    try:
+        backend: Hashable = dispatch._AttentionBackendRegistry._active_backend
+    except AttributeError:  # another thread loads it just now, for which an import waits, or it is gone
+        with names_of("diffusers"):
+            from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+            backend = _AttentionBackendRegistry._active_backend
+    return backend
+
+
+def announced_steps(pipe: Any) -> int | None:
+    """How many steps a pipeline says that it runs, which may be fewer than its scheduler has; else None.
+
+    Others than diffusers' own may use the public name for something else.
+    """
+    count = getattr(pipe, "_num_timesteps", None)
+    if count is None and type(pipe).__module__.startswith("diffusers.") and hasattr(pipe, "num_timesteps"):
+        with names_of("diffusers"):
+            count = pipe._num_timesteps
+    return count if isinstance(count, int) else None
