@@ -223,7 +223,7 @@ class _Sized:
         except CaptureError as error:
             if isinstance(error.__cause__, (DataDependentOutputException, DynamicOutputShapeException)):
                 raise CaptureError(
-                    f"the model looks at values that its weights have a part in{user_line(error)}"
+                    f"the model looks at values that its weights have a part in{user_line(error.__cause__)}"
                 ) from error
             raise
 
