@@ -21,7 +21,9 @@ FIRST_BY_SCRIPTS = "2026-11-29"
 
 
 def passages(text: str) -> Iterator[str]:
-    """Paragraphs, and rows of tables one by one."""
+    """Paragraphs, and rows of tables one by one, links by reference spelt out."""
+    for name, target in re.findall(r"^\[([^\]]+)\]: (\S+)$", text, re.MULTILINE):
+        text = text.replace(f"[{name}]: {target}", "").replace(f"[{name}]", f"[{name}]({target})")
     for paragraph in re.split(r"\n\s*\n", text):
         yield from paragraph.splitlines() if paragraph.startswith("|") else [paragraph]
 
@@ -83,6 +85,7 @@ def test_figures_beside_a_link_to_a_record_stand_in_it(path: Path) -> None:
 def test_every_figure_of_what_it_gains_names_its_record() -> None:
     text = (ROOT / "README.md").read_text()
     gains = list(passages(text.partition("## What it gains")[2].partition("\n## ")[0]))
+    assert max(map(len, text.splitlines())) <= 100
     assert sum(map(bool, map(quoted, gains))) >= 4
     assert not [passage for passage in gains if figures(passage) and not quoted(passage)]
 
