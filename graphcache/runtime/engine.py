@@ -212,7 +212,7 @@ class Engine:
                 f"{generation.step}: what it had cached is dropped, and it begins anew"
             )
             state = None
-        elif state is None and not begins and branch[1]:
+        elif state is None and not generation.begins and branch[1]:
             self.spoken.once(
                 "a call of a later step fits none of the calls of the steps before, so that its caches begin "
                 "there; where inputs change from step to step, name the calls: model.cache_context(name)"
