@@ -21,6 +21,7 @@ from graphcache.ir.errors import StateError
 from graphcache.ir.opaque import Opaque
 from graphcache.ir.plan import Plan
 from graphcache.ir.schedule import Role
+from graphcache.ir.tree import take
 from graphcache.ir.versions import version
 from graphcache.runtime.caller import Caller
 from graphcache.runtime.guidance_role import role_of
@@ -100,7 +101,9 @@ class Engine:
                 begin_generation(state.program.backend)
             session.enter(generation, branch, state)
             try:
-                return self.evaluate(branch, state, tensors)
+                result = self.evaluate(branch, state, tensors)
+                take(state.program.captured.output.taken, bound)
+                return result
             except BaseException:
                 session.forget()
                 raise
