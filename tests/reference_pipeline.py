@@ -119,7 +119,7 @@ class StandIn:
         """An instance of a same-named subclass with the model's own attributes, and this as its forward."""
         kind = type(self.model)
         made: nn.Module = object.__new__(type(kind.__name__, (kind,), {"forward": staticmethod(self)}))
-        made.__dict__ = dict(self.model.__dict__)  # what a pipeline attaches to this must not stay on the model
+        made.__dict__ = dict(self.model.__dict__)  # what is attached to this must not stay there
         return made
 
 

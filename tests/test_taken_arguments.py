@@ -1,4 +1,4 @@
-"""Lists that forward takes items out of, as UNets and transformers do with what ControlNets and adapters add."""
+"""Lists that forward takes items out of: what ControlNets and adapters add is passed so."""
 
 from typing import Any
 
