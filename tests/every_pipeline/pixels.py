@@ -74,7 +74,7 @@ def image_vectors(batch: int, guided: bool, large: bool) -> dict[str, Any]:
 
 
 IF = {"unet": PIXELS_BY_TEXT, "requires_safety_checker": False}
-KANDINSKY = {"unet": BY_IMAGE_VECTOR, "movq": VQ}
+KANDINSKY = {"unet": BY_IMAGE_VECTOR, "movq": another(VQ, 310, latent_channels=4)}
 KANDINSKY_CALL = (image_vectors, guided_by(), sized(1))
 FROM = {"strength": STRENGTH}
 PIPELINES: dict[str, TinyPipeline] = {

@@ -4,19 +4,21 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from every_pipeline.images import changed, of_kind
 from every_pipeline.videos import EDM, HUNYUAN_VAE, Unchecked
 from every_pipeline.videos import HUNYUAN_CALL as HUNYUAN
 from tiny_pipelines import (
     FLOW,
+    SHIFTED,
     TEXT,
     TEXT_DIM,
     TinyPipeline,
     an_image,
     call_of,
     guided_by,
+    masked,
     model_of,
     pipeline_of,
     prompts,
@@ -95,6 +97,15 @@ COSMOS_VAE = model_of(
 )
 
 
+class Passing(nn.Module):
+    """Stands where prompts would be made ready for video and for sound: both get what is given."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def forward(self, embeds: Tensor, mask: Tensor, **_: Any) -> tuple[Tensor, ...]:
+        return embeds, embeds, mask
+
+
 def a_prompt(*_: Any) -> Tensor:
     return noise(1, TEXT, TEXT_DIM)
 
@@ -139,13 +150,39 @@ def hunyuan_i2v(condition: str, channels: int) -> TinyPipeline:
     )
 
 
+LTX_2 = {
+    "transformer": of_kind("LTX2VideoTransformer3DModel"),
+    "connectors": Passing,
+    "vae": model_of(
+        "AutoencoderKLLTX2Video",
+        415,
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1),
+    ),
+    "audio_vae": model_of(
+        "AutoencoderKLLTX2Audio",
+        416,
+        base_channels=4,
+        ch_mult=(1,),
+        num_res_blocks=1,
+        latent_channels=4,
+        mel_bins=4,
+        norm_type="pixel",
+    ),
+}
+LTX_2_CALL = (prompts, masked(torch.int64), guided_by(), sized(32))
+TWO_LATENTS = {"latents": ("hidden_states", "audio_hidden_states")}
+ONE_CALL = {"num_frames": 17, "stg_scale": 0.0, "modality_scale": 1.0}
 PIPELINES: dict[str, TinyPipeline] = {
     "stable_audio": TinyPipeline(
         set_on(
             pipeline_of(
                 "StableAudioPipeline",
                 scheduler_of("EDMDPMSolverMultistepScheduler"),
-                transformer=of_kind("StableAudioDiTModel"),
+                transformer=changed("StableAudioDiTModel", global_states_input_dim=2 * TEXT_DIM),
                 vae=OOBLECK,
                 projection_model=PROJECTION,
             ),
@@ -195,5 +232,26 @@ PIPELINES: dict[str, TinyPipeline] = {
         ),
         call_of(prompts, guided_by(), sized(8), ONE_IMAGE, num_frames=9),
         calls=2,
+    ),
+    "ltx2": TinyPipeline(
+        pipeline_of("LTX2Pipeline", SHIFTED, **LTX_2),
+        call_of(*LTX_2_CALL, **ONE_CALL),
+        options=TWO_LATENTS,
+    ),
+    "ltx2_three_calls": TinyPipeline(
+        pipeline_of("LTX2Pipeline", SHIFTED, **LTX_2),
+        call_of(
+            *LTX_2_CALL,
+            num_frames=17,
+            stg_scale=1.0,
+            modality_scale=3.0,
+            spatio_temporal_guidance_blocks=[1],
+        ),
+        options=TWO_LATENTS,
+    ),
+    "ltx2_i2v": TinyPipeline(
+        pipeline_of("LTX2ImageToVideoPipeline", SHIFTED, **LTX_2),
+        call_of(*LTX_2_CALL, an_image("image", 32, rows=1), **ONE_CALL),
+        options=TWO_LATENTS,
     ),
 }
