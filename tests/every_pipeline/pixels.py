@@ -73,6 +73,16 @@ def image_vectors(batch: int, guided: bool, large: bool) -> dict[str, Any]:
     return {"image_embeds": noise(batch, 16), "negative_image_embeds": noise(batch, 16, seed=2)}
 
 
+def marigold(kind: str, prediction: str) -> TinyPipeline:
+    unet = another(UNET, 308, in_channels=8)
+    build = pipeline_of(kind, DDIM, unet=unet, vae=image_vae(4), prediction_type=prediction)
+    return TinyPipeline(
+        set_on(build, empty_text_embedding=noise(1, TEXT, TEXT_DIM)),
+        call_of(a_picture, processing_resolution=0, output_type="pt"),
+        **TOLD,
+    )
+
+
 IF = {"unet": PIXELS_BY_TEXT, "requires_safety_checker": False}
 KANDINSKY = {"unet": BY_IMAGE_VECTOR, "movq": another(VQ, 310, latent_channels=4)}
 KANDINSKY_CALL = (image_vectors, guided_by(), sized(1))
@@ -90,20 +100,8 @@ PIPELINES: dict[str, TinyPipeline] = {
         call_of(IMAGE, output_type="pt"),
         **TOLD,
     ),
-    "marigold_depth": TinyPipeline(
-        set_on(
-            pipeline_of(
-                "MarigoldDepthPipeline",
-                DDIM,
-                unet=another(UNET, 308, in_channels=8),
-                vae=image_vae(4),
-                prediction_type="depth",
-            ),
-            empty_text_embedding=noise(1, TEXT, TEXT_DIM),
-        ),
-        call_of(a_picture, processing_resolution=0, output_type="pt"),
-        **TOLD,
-    ),
+    "marigold_depth": marigold("MarigoldDepthPipeline", "depth"),
+    "marigold_normals": marigold("MarigoldNormalsPipeline", "normals"),
     "deepfloyd_if": TinyPipeline(
         pipeline_of("IFPipeline", DDPM, **IF),
         call_of(prompts, guided_by(), sized(1), output_type="pt"),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from every_pipeline.images import changed, of_kind
+from every_pipeline.more_images import a_picture, qwen
 from every_pipeline.videos import EDM, HUNYUAN_VAE, Unchecked
 from every_pipeline.videos import HUNYUAN_CALL as HUNYUAN
 from tiny_pipelines import (
@@ -16,6 +17,7 @@ from tiny_pipelines import (
     TEXT_DIM,
     TinyPipeline,
     an_image,
+    another,
     call_of,
     guided_by,
     masked,
@@ -84,6 +86,7 @@ HUNYUAN_15_VAE = model_of(
     spatial_compression_ratio=2,
     temporal_compression_ratio=2,
 )
+HUNYUAN_15 = changed("HunyuanVideo15Transformer3DModel", in_channels=9, image_embed_dim=16)
 COSMOS_VAE = model_of(
     "AutoencoderKLCosmos",
     404,
@@ -114,6 +117,10 @@ def a_prompt_of_five(*_: Any) -> tuple[Tensor, Tensor]:
     return noise(1, TEXT, TEXT_DIM), torch.tensor([5])
 
 
+def picture_tokens(*_: Any, **__: Any) -> Tensor:
+    return noise(1, 4, 16, seed=3)
+
+
 def spoken(batch: int, guided: bool, large: bool) -> dict[str, Any]:
     mask = padded(batch, TEXT).long()
     return {"prompt_embeds": noise(batch, TEXT, TEXT_DIM), "encoder_attention_mask": mask, "duration": 3.0}
@@ -121,6 +128,10 @@ def spoken(batch: int, guided: bool, large: bool) -> dict[str, Any]:
 
 def a_sound(batch: int, guided: bool, large: bool) -> dict[str, Any]:
     return {"audio": noise(1, 2, 24)}
+
+
+def rough_latents(batch: int, guided: bool, large: bool) -> dict[str, Any]:
+    return {"image": noise(batch, 4, 1, 8, 8, seed=5)}
 
 
 def two_encoders(batch: int, guided: bool, large: bool) -> dict[str, Any]:
@@ -212,13 +223,53 @@ PIPELINES: dict[str, TinyPipeline] = {
             pipeline_of(
                 "HunyuanVideo15Pipeline",
                 FLOW,
-                transformer=changed("HunyuanVideo15Transformer3DModel", in_channels=9, image_embed_dim=16),
+                transformer=HUNYUAN_15,
                 vae=HUNYUAN_15_VAE,
                 guider=lambda: diffusers.ClassifierFreeGuidance(4.0),
             ),
             vision_num_semantic_tokens=4,
         ),
         call_of(two_encoders, sized(2), num_frames=5),
+    ),
+    "hunyuan_video_15_i2v": TinyPipeline(
+        set_on(
+            pipeline_of(
+                "HunyuanVideo15ImageToVideoPipeline",
+                FLOW,
+                transformer=another(HUNYUAN_15, 417, target_size=16),
+                vae=HUNYUAN_15_VAE,
+                guider=lambda: diffusers.ClassifierFreeGuidance(4.0),
+            ),
+            encode_image=picture_tokens,
+        ),
+        call_of(two_encoders, a_picture, num_frames=5),
+    ),
+    "framepack": TinyPipeline(
+        set_on(
+            pipeline_of(
+                "HunyuanVideoFramepackPipeline",
+                FLOW,
+                transformer=of_kind("HunyuanVideoFramepackTransformer3DModel"),
+                vae=HUNYUAN_VAE,
+            ),
+            encode_image=picture_tokens,
+        ),
+        call_of(*HUNYUAN, masked_negative, ONE_IMAGE, num_frames=9, latent_window_size=3, output_type="pt"),
+    ),
+    "hunyuan_image_refiner": TinyPipeline(
+        pipeline_of(
+            "HunyuanImageRefinerPipeline",
+            FLOW,
+            transformer=changed(
+                "HunyuanImageTransformer2DModel",
+                in_channels=8,
+                out_channels=4,
+                patch_size=(1, 1, 1),
+                rope_axes_dim=(4, 6, 6),
+                guidance_embeds=True,
+            ),
+        ),
+        call_of(qwen, sized(16), rough_latents),
     ),
     "hunyuan_video_i2v_beside": hunyuan_i2v("latent_concat", 9),
     "hunyuan_video_i2v_within": hunyuan_i2v("token_replace", 4),
@@ -236,6 +287,7 @@ PIPELINES: dict[str, TinyPipeline] = {
     "ltx2": TinyPipeline(
         pipeline_of("LTX2Pipeline", SHIFTED, **LTX_2),
         call_of(*LTX_2_CALL, **ONE_CALL),
+        calls=1,
         options=TWO_LATENTS,
     ),
     "ltx2_three_calls": TinyPipeline(
@@ -247,11 +299,13 @@ PIPELINES: dict[str, TinyPipeline] = {
             modality_scale=3.0,
             spatio_temporal_guidance_blocks=[1],
         ),
+        calls=3,
         options=TWO_LATENTS,
     ),
     "ltx2_i2v": TinyPipeline(
         pipeline_of("LTX2ImageToVideoPipeline", SHIFTED, **LTX_2),
-        call_of(*LTX_2_CALL, an_image("image", 32, rows=1), **ONE_CALL),
+        call_of(*LTX_2_CALL, an_image("image", 32, rows=1), image_crf=0, **ONE_CALL),
+        calls=1,
         options=TWO_LATENTS,
     ),
 }
