@@ -180,7 +180,7 @@ def take(taken: Taken, arguments: Any) -> None:
             items = (fields_of(items) if is_record(items) else items)[key]
         if _times(arguments, items) > 1:
             raise CaptureError(
-                f"the model's forward takes items out of its argument {keys[0]}, a list that is passed twice; "
+                f"the model's forward takes items out of its argument {keys[0]}, a list passed twice; "
                 "pass a copy"
             )
         items[:] = [items[place] for place in left]

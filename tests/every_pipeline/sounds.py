@@ -172,6 +172,8 @@ LTX_2 = {
         decoder_block_out_channels=(8, 8, 8),
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1),
+        spatial_compression_ratio=32,
+        temporal_compression_ratio=8,
     ),
     "audio_vae": model_of(
         "AutoencoderKLLTX2Audio",
@@ -184,7 +186,7 @@ LTX_2 = {
         norm_type="pixel",
     ),
 }
-LTX_2_CALL = (prompts, masked(torch.int64), guided_by(), sized(32))
+LTX_2_CALL = (prompts, masked(torch.int64), guided_by(), sized(16))
 TWO_LATENTS = {"latents": ("hidden_states", "audio_hidden_states")}
 ONE_CALL = {"num_frames": 17, "stg_scale": 0.0, "modality_scale": 1.0}
 PIPELINES: dict[str, TinyPipeline] = {
@@ -304,7 +306,7 @@ PIPELINES: dict[str, TinyPipeline] = {
     ),
     "ltx2_i2v": TinyPipeline(
         pipeline_of("LTX2ImageToVideoPipeline", SHIFTED, **LTX_2),
-        call_of(*LTX_2_CALL, an_image("image", 32, rows=1), image_crf=0, **ONE_CALL),
+        call_of(*LTX_2_CALL, an_image("image", 16, rows=1), image_crf=0, **ONE_CALL),
         calls=1,
         options=TWO_LATENTS,
     ),
