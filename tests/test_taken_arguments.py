@@ -79,5 +79,5 @@ def test_a_list_that_is_used_up_is_the_models_own_error(model: TinyDiT, residual
 def test_a_list_that_is_passed_twice_is_refused(model: TinyDiT, residuals: list[Tensor]) -> None:
     """The graph reads the second as it was, where forward would find it shorter."""
     cached: Any = graphcache.transform(model, PLANS[0])
-    with pytest.raises(CaptureError, match=r"takes items out of its argument down.*passed twice; pass a copy"):
+    with pytest.raises(CaptureError, match=r"takes items out of its argument down.*pass a copy"):
         cached(torch.ones(1, 3, 4), torch.ones(1), torch.ones(1, 4), down=residuals, more={"up": [residuals]})
