@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import inspect
+import itertools
 import numbers
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +17,14 @@ from graphcache.ir.graph import InputKind
 from graphcache.ir.roles import UNNAMED, Argument, Names, find_latents, find_times, may_be_time
 from graphcache.ir.tree import (
     INSTEAD_OF_A_CACHE,
+    Taken,
     fields_of,
     fill,
     is_record,
     made_anew,
-    refuse_filled,
     sequence_of,
     strip,
+    taken,
 )
 
 Signature = tuple[Hashable, ...]
@@ -259,8 +261,8 @@ class CallSpec:
         args = tuple(filled.pop(name) for name in list(filled) if name in self.positional_only)
         return args, filled
 
-    def run(self, model: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Any:
-        """The model's result for these leaves.
+    def run(self, model: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> tuple[Any, Taken]:
+        """The model's result for these leaves, and what the call has taken out of its arguments.
 
         Raises:
             CaptureError: the call has put something into one of its arguments.
@@ -269,22 +271,25 @@ class CallSpec:
         result = model(*given, **named)
         before, named_before = self.arguments(tensors)
         positional = [name for name in self.template if name in self.positional_only]
-        for name, old, new in zip(positional, before, given, strict=True):
-            refuse_filled(name, old, new)
-        for name, old in named_before.items():
-            refuse_filled(name, old, named[name])
-        return result
+        old = {**dict(zip(positional, before, strict=True)), **named_before}
+        new = {**dict(zip(positional, given, strict=True)), **named}
+        found = [taken(name, old[name], new[name], (name,)) for name in old]
+        return result, tuple(itertools.chain.from_iterable(found))
 
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """The structure of a model's result: tuples, dicts and dataclasses such as diffusers' outputs."""
+    """The structure of a model's result: tuples, dicts and dataclasses such as diffusers' outputs.
+
+    `taken` is what the model takes out of its arguments.
+    """
 
     count: int
     build: Callable[[Sequence[torch.Tensor]], Any]
+    taken: Taken = ()
 
     @staticmethod
-    def of(result: Any) -> tuple["OutputSpec", tuple[torch.Tensor, ...]]:
+    def of(result: Any, taken: Taken = ()) -> tuple["OutputSpec", tuple[torch.Tensor, ...]]:
         """Take a result apart.
 
         Raises:
@@ -294,7 +299,7 @@ class OutputSpec:
         build = _builder(result, leaves, "the model's result")
         if not leaves:
             raise CaptureError(f"the model returned {type(result).__name__} without a tensor in it")
-        return OutputSpec(len(leaves), build), tuple(leaves)
+        return OutputSpec(len(leaves), build, taken), tuple(leaves)
 
 
 def _builder(value: Any, leaves: list[torch.Tensor], where: str) -> Callable[[Sequence[torch.Tensor]], Any]:

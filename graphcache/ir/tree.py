@@ -127,28 +127,72 @@ def fill(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
     return value
 
 
-def refuse_filled(where: str, before: Any, after: Any) -> None:
+Taken = tuple[tuple[tuple[Any, ...], tuple[int, ...]], ...]
+"""What forward takes out of lists in its arguments: the keys that lead to each, and the items it leaves."""
+
+
+def taken(where: str, before: Any, after: Any, keys: tuple[Any, ...]) -> Taken:
     """Compare an argument with what forward left of it.
 
     It is made anew for the graph alone, so that nobody would see what forward puts into it.
 
     Raises:
-        CaptureError: forward has changed it.
+        CaptureError: forward has changed it, and not by taking items out of a list.
     """
     if is_record(before):
         before, after = fields_of(before), fields_of(after)
-    if isinstance(before, (dict, list, tuple)):
-        same = len(before) == len(after) and (not isinstance(before, dict) or [*before] == [*after])
-        pairs = zip(*((x.values() if isinstance(x, dict) else x) for x in (before, after)), strict=False)
+    inner: Sequence[Any] = ()
+    if isinstance(before, dict):
+        inner, same = [*before], [*before] == [*after]
+    elif isinstance(before, (list, tuple)):
+        left = _left(before, after)
+        if left is not None and isinstance(before, list):
+            return ((keys, left),)
+        inner, same = range(len(before)), len(before) == len(after)
     else:
-        same, pairs = before is after, zip((), (), strict=True)
+        same = before is after
     if not same:
         raise CaptureError(
             f"the model's forward changes its argument {where}, which only its first step would do; return "
             f"the tensors instead. If it is a cache of keys and values, {INSTEAD_OF_A_CACHE}"
         )
-    for one, other in pairs:
-        refuse_filled(where, one, other)
+    return tuple(one for key in inner for one in taken(where, before[key], after[key], (*keys, key)))
+
+
+def _left(before: Sequence[Any], after: Sequence[Any]) -> tuple[int, ...] | None:
+    """The places of the items that are left where some were taken out, and nothing else was done."""
+    left: list[int] = []
+    for place, item in enumerate(before):
+        if len(left) < len(after) and after[len(left)] is item:
+            left.append(place)
+    return tuple(left) if len(left) == len(after) < len(before) else None
+
+
+def take(taken: Taken, arguments: Any) -> None:
+    """Take out of a call's arguments what forward would take out of them.
+
+    Raises:
+        CaptureError: such a list stands in the arguments twice, and the graph knows of one.
+    """
+    for keys, left in taken:
+        items = arguments
+        for key in keys:
+            items = (fields_of(items) if is_record(items) else items)[key]
+        if _times(arguments, items) > 1:
+            raise CaptureError(
+                f"the model's forward takes items out of its argument {keys[0]}, a list passed twice; "
+                "pass a copy"
+            )
+        items[:] = [items[place] for place in left]
+
+
+def _times(value: Any, wanted: Any) -> int:
+    """How often an object stands in another."""
+    inner = fields_of(value) if is_record(value) else value
+    if not isinstance(inner, (dict, list, tuple)):
+        return 0
+    items = inner.values() if isinstance(inner, dict) else inner
+    return sum((item is wanted) + _times(item, wanted) for item in items)
 
 
 def sequence_of(kind: type, items: list[Any]) -> Any:

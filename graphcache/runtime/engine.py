@@ -27,6 +27,7 @@ from graphcache.ir.errors import StateError
 from graphcache.ir.opaque import Opaque
 from graphcache.ir.plan import Plan
 from graphcache.ir.schedule import Role
+from graphcache.ir.tree import take
 from graphcache.ir.versions import version
 from graphcache.runtime.caller import Caller
 from graphcache.runtime.guidance_role import role_of
@@ -123,7 +124,9 @@ class Engine:
                 begin_generation(state.program.backend)
             session.enter(generation, branch, state)
             try:
-                return self.evaluate(branch, state, tensors)
+                result = self.evaluate(branch, state, tensors)
+                take(state.program.captured.output.taken, bound)
+                return result
             except BaseException:
                 session.forget()
                 raise
@@ -235,7 +238,7 @@ class Engine:
                 f"{generation.step}: what it had cached is dropped, and it begins anew"
             )
             state = None
-        elif state is None and not begins and branch[1]:
+        elif state is None and not generation.begins and branch[1]:
             self.spoken.once(
                 "a call of a later step fits none of the calls of the steps before, so that its caches begin "
                 "there; where inputs change from step to step, name the calls: model.cache_context(name)"

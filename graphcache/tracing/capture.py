@@ -99,7 +99,7 @@ def capture(
             if call.numbers:
                 refuse_unlike_numbers(call, model, tensors)
             else:
-                OutputSpec.of(call.run(model, tensors))
+                OutputSpec.of(*call.run(model, tensors))
 
     def attempt(answers: Answers | None) -> Traced:
         return undisturbed(
@@ -219,8 +219,8 @@ class _FlatCall(nn.Module):
         self.begins()
         try:
             with self.answers.replay(self.values) if self.answers else contextlib.nullcontext():
-                result = run_as_tensors(self.call, self.model, tensors)
-            output, leaves = OutputSpec.of(result)
+                result, taken = run_as_tensors(self.call, self.model, tensors)
+            output, leaves = OutputSpec.of(result, taken)
         except CaptureError:
             raise
         except Exception as error:

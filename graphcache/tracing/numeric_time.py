@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import same_bits
+from graphcache.ir.tree import Taken
 from graphcache.tracing.explanation import user_line
 from graphcache.tracing.rehearsal import random_states_kept
 
@@ -40,8 +41,10 @@ class AsNumbers(TorchFunctionMode):
         return made if isinstance(data, (list, tuple)) else made[0]
 
 
-def run_as_tensors(call: CallSpec, model: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Any:
-    """The model's result for these leaves, those that stand for numbers included."""
+def run_as_tensors(
+    call: CallSpec, model: Callable[..., Any], tensors: Sequence[torch.Tensor]
+) -> tuple[Any, Taken]:
+    """What `CallSpec.run` gives for these leaves, those that stand for numbers included."""
     if not call.numbers:
         return call.run(model, tensors)
     with AsNumbers([tensors[index] for index in call.numbers]):
@@ -62,9 +65,9 @@ def refuse_unlike_numbers(call: CallSpec, model: Callable[..., Any], tensors: Se
     for index in call.numbers:
         numbers[index] = given[index].item()
     with random_states_kept(tensor.device for tensor in tensors):
-        expected = OutputSpec.of(call.run(model, numbers))[1]
+        expected = OutputSpec.of(*call.run(model, numbers))[1]
     try:
-        found = OutputSpec.of(run_as_tensors(call, model, given))[1]
+        found = OutputSpec.of(*run_as_tensors(call, model, given))[1]
     except CaptureError:
         raise
     except Exception as error:

@@ -452,9 +452,11 @@ def subject(name: str, batch: int = 2, dtype: torch.dtype = torch.float32, devic
     return Subject(case, model, capture_call(model, call, case.timestep), batch, dtype, device)
 
 
-def capture_call(model: nn.Module, kwargs: Mapping[str, Any], timestep: str | None) -> Captured:
+def capture_call(
+    model: nn.Module, kwargs: Mapping[str, Any], timestep: str | None, latents: tuple[str, ...] = ()
+) -> Captured:
     """The model's step for one call, before any plan."""
-    binder = Binder(forward_parameters(model), Names(timestep))
+    binder = Binder(forward_parameters(model), Names(timestep, latents))
     bound = binder.bind((), dict(kwargs))
     return Captured.of(model, CallSpec.of(binder, bound), binder.signature(bound)[1])
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import graphcache
 from graphcache import Plan
 from graphcache.ir.call import Binder
+from graphcache.ir.roles import Names
 from graphcache.tracing.capture import forward_parameters
 from pipelines import TinyPipeline
 from reference import Reference, capture_call
@@ -51,7 +52,8 @@ def reference(
 ) -> Tensor:
     """A generation of `steps` steps in which every evaluation of a transformer follows the plan."""
     pipe = untouched(tiny)
-    progress = Progress(pipe, tiny.start(steps), tiny.left_out, tiny.calls)
+    latents = tiny.options.get("latents", ())
+    progress = Progress(pipe, tiny.start(steps), tiny.left_out, tiny.calls, latents)
     models = parts(pipe, tiny.parts)
     with progress.counted(), _replaced(pipe, models, plan_for, progress, stand_in or StandIn):
         result = tiny.generate(pipe, steps, **call)
@@ -61,12 +63,16 @@ def reference(
 
 @dataclass
 class Progress:
-    """The step of the schedule that a pipeline is at; its scheduler moves on once a step."""
+    """The step of the schedule that a pipeline is at; its scheduler moves on once a step.
+
+    `latents` are the denoiser's arguments that move with it, if they are not the first one alone.
+    """
 
     pipe: Any
     step: int
     left_out: int = 0
     calls: int = 0
+    latents: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -105,12 +111,13 @@ class StandIn:
         self.calls[now] += 1
         if self.calls[now] == self.progress.calls:
             self.progress.step += 1
-        binder = Binder(forward_parameters(self.model))
+        latents = self.progress.latents
+        binder = Binder(forward_parameters(self.model), Names.of(None, latents))
         bound = binder.bind(args, kwargs)
         key, tensors = binder.signature(bound)
         before, run = self.branches.get(branch, (None, None))
         if run is None or before != key or run.now != now:
-            captured = capture_call(self.model, bound, "timestep" if "timestep" in bound else None)
+            captured = capture_call(self.model, bound, "timestep" if "timestep" in bound else None, latents)
             run = Reference(captured, self.plan_for(self.progress.steps), now)
             self.branches[branch] = key, run
         return run([laid(*pair) for pair in zip(tensors, run.captured.strides, strict=True)])
@@ -119,9 +126,7 @@ class StandIn:
         """An instance of a same-named subclass with the model's own attributes, and this as its forward."""
         kind = type(self.model)
         made: nn.Module = object.__new__(type(kind.__name__, (kind,), {"forward": staticmethod(self)}))
-        made.__dict__ = dict(
-            self.model.__dict__
-        )  # what a pipeline attaches to this must not stay on the model
+        made.__dict__ = dict(self.model.__dict__)  # what is attached to this must not stay there
         return made
 
 

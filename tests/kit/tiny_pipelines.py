@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -23,17 +23,26 @@ Arguments = Callable[[int, bool, bool], dict[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class Built:
-    """Builds `diffusers.<kind>` from makers and plain values; every other component that it wants is None."""
+    """Builds `diffusers.<kind>` from makers and plain values; every other component that it wants is None.
+
+    `attributes` are set on what was built: sizes and texts that a pipeline makes itself, and that are large.
+    """
 
     kind: str
     components: Mapping[str, Any]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> Any:
         cls = getattr(diffusers, self.kind)
         parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
         absent = {item.name: None for item in parameters if item.default is item.empty}
         made = {name: item() if callable(item) else item for name, item in self.components.items()}
-        return cls(**{**absent, **made})
+        pipe = cls(**{**absent, **made})
+        vars(pipe).update(self.attributes)
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.eval()  # models that a pipeline makes of others are in training mode
+        return pipe
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,10 @@ class TinyPipeline:
 
 def pipeline_of(kind: str, scheduler: Make, **components: Any) -> Built:
     return Built(kind, {**components, "scheduler": scheduler})
+
+
+def set_on(build: Built, **attributes: Any) -> Built:
+    return replace(build, attributes=attributes)
 
 
 def model_of(kind: str, seed: int, **config: Any) -> Make:

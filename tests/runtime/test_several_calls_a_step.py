@@ -92,8 +92,9 @@ DRIVERS = pytest.mark.parametrize(
 @pytest.mark.parametrize("remade", [False, True])
 @pytest.mark.parametrize("count", [2, 4, 18])
 def test_windows_of_one_prompt_are_kept_apart_when_declared(
-    model: Any, count: int, remade: bool, driver: Step | None
+    model: Any, count: int, remade: bool, driver: Step | None, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """And nothing is said, since nothing is lost."""
     clips, texts = made(count), [torch.randn(1, 4)] * count
     expected = alone(model, clips, texts)
     cached: Any = graphcache.transform(model, PLAN, branches=count)
@@ -103,6 +104,7 @@ def test_windows_of_one_prompt_are_kept_apart_when_declared(
             result = loop(cached, clips, texts, in_order(count), remade=remade, driver=driver)
             assert_same(result, expected)
             assert [step.reused for step in cached.summary().branches[-1].steps] == [0, 4, 0, 0, 4, 2]
+    assert not [record for record in caplog.records if record.name == "graphcache"]
 
 
 @DRIVERS

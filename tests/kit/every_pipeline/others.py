@@ -37,6 +37,7 @@ from tiny_pipelines import (
     pooled,
     prompts,
     scheduler_of,
+    set_on,
     sized,
     variant_of,
 )
@@ -107,11 +108,14 @@ PIPELINES: dict[str, TinyPipeline] = {
         call_of(two_prompts, sized(32)),
     ),
     "kandinsky5_image": TinyPipeline(
-        pipeline_of(
-            "Kandinsky5T2IPipeline",
-            FLOW,
-            transformer=of_kind("Kandinsky5Transformer3DModel"),
-            vae=image_vae(4),
+        set_on(
+            pipeline_of(
+                "Kandinsky5T2IPipeline",
+                FLOW,
+                transformer=of_kind("Kandinsky5Transformer3DModel"),
+                vae=image_vae(4),
+            ),
+            resolutions=[(64, 64)],
         ),
         call_of(kandinsky, guided_by(), sized(8)),
     ),

@@ -66,6 +66,16 @@ MAGVIT = model_of(
     spatial_group_norm=False,
 )
 HUNYUAN_CALL = (prompts, pooled, masked(torch.int64), guided_by("true_cfg_scale"), sized(8))
+EDM = scheduler_of(
+    "EDMEulerScheduler",
+    sigma_min=0.002,
+    sigma_max=80,
+    sigma_data=0.5,
+    sigma_schedule="karras",
+    prediction_type="epsilon",
+    rho=7.0,
+    final_sigmas_type="sigma_min",
+)
 
 
 class Unchecked(nn.Module):
@@ -223,16 +233,7 @@ PIPELINES: dict[str, TinyPipeline] = {
     "cosmos": TinyPipeline(
         pipeline_of(
             "CosmosTextToWorldPipeline",
-            scheduler_of(
-                "EDMEulerScheduler",
-                sigma_min=0.002,
-                sigma_max=80,
-                sigma_data=0.5,
-                sigma_schedule="karras",
-                prediction_type="epsilon",
-                rho=7.0,
-                final_sigmas_type="sigma_min",
-            ),
+            EDM,
             transformer=of_kind("CosmosTransformer3DModel"),
             safety_checker=Unchecked,
         ),
