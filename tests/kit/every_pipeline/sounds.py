@@ -188,7 +188,13 @@ LTX_2 = {
 }
 LTX_2_CALL = (prompts, masked(torch.int64), guided_by(), sized(16))
 TWO_LATENTS = {"latents": ("hidden_states", "audio_hidden_states")}
-ONE_CALL = {"num_frames": 17, "stg_scale": 0.0, "modality_scale": 1.0}
+ONE_CALL = {
+    "num_frames": 17,
+    "stg_scale": 0.0,
+    "audio_stg_scale": 0.0,
+    "modality_scale": 1.0,
+    "audio_modality_scale": 1.0,
+}
 PIPELINES: dict[str, TinyPipeline] = {
     "stable_audio": TinyPipeline(
         set_on(
