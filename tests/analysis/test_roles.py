@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AuraFlowTransformer2DModel
-from test_streams import STEPS, calls, captured, replaced
 from torch import Tensor, nn
 
 import graphcache
 from graphcache import Plan, presets
 from modulated import DIM, Mlp
 from reference import capture_call
+from tests.analysis.test_streams import STEPS, calls, captured, replaced
 from zoo.case import noise, randomise
 
 

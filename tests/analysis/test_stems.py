@@ -6,13 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_streams import STEPS, calls, captured, replaced
 from torch import Tensor, nn
 
 import graphcache
 from graphcache import Plan, PlanError, presets
 from graphcache.ir.selector import STEM
 from modulated import DIM, Attention, Mlp
+from tests.analysis.test_streams import STEPS, calls, captured, replaced
 
 
 class Convolved(nn.Module):

@@ -4,13 +4,13 @@ from functools import cache
 
 import pytest
 import torch
-from test_semantics import check_against_reference
-from test_tokens import assert_close, inputs, run
 
 from graphcache import Plan, PlanError
 from graphcache.compiler.program import Program
 from reference import Subject, assert_same, capture_call
 from seeding import own_numbers
+from tests.analysis.test_tokens import assert_close, inputs, run
+from tests.runtime.test_semantics import check_against_reference
 from token_models import ATTENTIONS, WIDTH, arguments, made
 from zoo import Case
 from zoo.case import unit

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from test_semantics import check_against_reference
 from torch import Tensor, fx
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch import config as functorch
@@ -27,6 +26,7 @@ from graphcache.runtime.selection import SiteTokens, choose
 from reference import Subject, assert_same, runner_tensors, subject
 from reference_selection import chosen
 from strategies import QUICK, plans
+from tests.runtime.test_semantics import check_against_reference
 from tiny import arguments, tiny
 from zoo import CASES
 

@@ -6,8 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from test_semantics import check_against_reference
-from test_tokens import assert_close
 
 import graphcache
 from graphcache import Plan, PlanError, presets
@@ -22,6 +20,8 @@ from graphcache.presets import clusca, duca, evaluate, toca
 from graphcache.presets.token_schedules import PUBLISHED, BranchKind, budgets, raw_budget, timetable
 from inside import only_program
 from reference import Subject, capture_call, subject
+from tests.analysis.test_tokens import assert_close
+from tests.runtime.test_semantics import check_against_reference
 
 B, C, LAYERS, HEADS, TOKENS, TEXT = 2, 1152, 28, 16, 256, 25
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_tokens import letter
 from torch import Tensor
 
 from graphcache.ir.history import History
@@ -13,6 +12,7 @@ from graphcache.ir.state import Choice
 from graphcache.runtime.selection import SiteTokens, choose
 from reference import assert_same
 from reference_selection import chosen
+from tests.analysis.test_tokens import letter
 
 STEPS = (1, 2, 3)
 SCORES = {

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_tokens import inputs, measured, naive_map
 
 import graphcache
 from examples.digits.model import ddim_scheduler, load_model
@@ -15,6 +14,7 @@ from graphcache import Plan, presets
 from graphcache.analysis.cost import graph_flops
 from graphcache.compiler.program import Program
 from reference import assert_same, subject
+from tests.analysis.test_tokens import inputs, measured, naive_map
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -20,7 +20,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from test_stateful import in_thread
 
 import graphcache
 from graphcache import Plan, presets
@@ -28,6 +27,7 @@ from graphcache.runtime import runner
 from pipelines import PIPELINES
 from reference import assert_same
 from reference_pipeline import fresh, parts, reference, untouched
+from tests.whole.test_stateful import in_thread
 
 ACTIONS = int(os.environ.get("PIPELINE_ACTIONS", "60"))
 LENGTH = 10
