@@ -138,7 +138,7 @@ class _Code:
         return InRegions(self.module.graph, parts, self._of_region)
 
     def _of_region(self, module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> Compiled:
-        key = f"{structure(module.graph, module)} {[*map(layout, tensors)]}"
+        key = f"{structure(module.graph, module)} {_arriving(tensors)}"
         known = self.kept.find(key, self.backend, True) if self.kept else None
         if known is not None:
             return known
@@ -179,6 +179,14 @@ def _pays(step: StepGraph, count: int) -> bool:
     """Whether calling so many regions costs little beside their work; on a CPU, where that was measured."""
     devices = {value_of(node).device.type for node in step.placeholders()}
     return devices == {"cpu"} and graph_flops(step) >= count * _WORTH_A_CALL * torch.get_num_threads()
+
+
+def _arriving(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    """What code is made for of a region's inputs, and which of them are one."""
+    met: dict[int, int] = {}
+    places = [met.setdefault(id(tensor), len(met)) for tensor in tensors]
+    kinds = [(layout(tensor), tensor.requires_grad, tensor.is_inference()) for tensor in tensors]
+    return [*zip(kinds, places, strict=True)]
 
 
 def _region_code(module: fx.GraphModule, tensors: Sequence[torch.Tensor], backend: Backend) -> Compiled:

@@ -67,6 +67,8 @@ def _is_view(node: fx.Node) -> bool:
         return _is_view(node.all_input_nodes[0])
     if not isinstance(target, OpOverload) or target.overloadpacket in _COPYING:
         return False
+    if len(node.all_input_nodes) != 1:
+        return False
     aliases = [result.alias_info for result in schema_of(target).returns]
     return any(alias is not None and not alias.is_write for alias in aliases)
 

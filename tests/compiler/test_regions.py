@@ -121,15 +121,52 @@ def test_strides_that_differ_are_compiled_for(backend: str) -> None:
         torch.testing.assert_close(cached(**call), model(**call), rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_are_those_of_the_model() -> None:
+@pytest.mark.parametrize("of", ["latents", "weights"])
+def test_gradients_are_those_of_the_model(of: str) -> None:
+    """The first block may get no gradient where those behind it do."""
     model, gradients = tiny(4), []
     for run in (graphcache.transform(model, presets.compute(1), backend="aot_eager", regions=True), model):
         call = arguments()
-        call["x"].requires_grad_()
+        asked = [call["x"].requires_grad_()] if of == "latents" else [*model.parameters()]
         with torch.enable_grad():
-            run(**call).square().sum().backward()
-        gradients.append(call["x"].grad)
+            gradients.append(torch.autograd.grad(run(**call).square().sum(), asked))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_autocast_is_that_of_whole_phases(backend: str) -> None:
+    model, results = tiny(5), []
+    for by_region in (True, False):
+        cached = graphcache.transform(model, FORA, backend=backend, regions=by_region)
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(generation(cached))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+
+
+class Passing(nn.Module):
+    """Blocks that hand on what they were given beside what they made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        kept = x
+        for block in self.blocks:
+            made = nn.functional.dropout(kept, 0.5, training=False)
+            x = x + (block(x).sin() * timestep).tanh().exp().log1p() * kept + made.cos().sigmoid()
+            kept = nn.functional.dropout(x, 0.5, training=False)
+        return x
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_inputs_that_are_one_tensor_in_one_region_need_not_be_in_another(backend: str) -> None:
+    model = Passing().eval()
+    cached: Any = graphcache.transform(model, presets.compute(2), backend=backend, regions=True)
+    for step in range(2):
+        call = {"x": torch.randn(2, 3, 4), "timestep": torch.tensor(1.0 - step / 2)}
+        torch.testing.assert_close(cached(**call), model(**call), rtol=1e-4, atol=1e-5)
 
 
 def modules(name: str, plan: graphcache.Plan = FORA) -> Iterator[fx.GraphModule]:
