@@ -75,6 +75,12 @@ def pytest_collection() -> Generator[None, object, object]:
     return result
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests begin first, so that no process is left alone with one in the end."""
+    items.sort(key=lambda item: item.path.parent.name != "whole")
+
+
 def pytest_collection_finish() -> None:
     """Tracing makes garbage by the million; looking through PyTorch for it took a twentieth of the time."""
     gc.freeze()

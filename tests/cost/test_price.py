@@ -1,6 +1,7 @@
 """What plans cost at other sizes: against runs there, counted by PyTorch, and the tensors that those hold."""
 
 import functools
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import graphcache
 from graphcache import CaptureError, Plan, PlanError, presets
 from graphcache.cost.pricing import Price, cheapest
 from reference import assert_same
-from seeding import own_numbers
+from seeding import Run, own_numbers
 from tiny import TinyDiT, tiny
 from zoo import CASES, DECIDING
 from zoo.case import padded
@@ -195,14 +196,22 @@ SIZES: dict[str, tuple[Sizes, Sizes]] = {
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_prices_are_what_runs_there_compute_and_hold(name: str) -> None:
-    plans = PLANS if name in ("pixart", "flux") else {"taylorseer": PLANS["taylorseer"]}
-    found = subject(name).priced(plans, *SIZES[name])
-    places = [(sizes, plan) for sizes in SIZES[name] for plan in plans]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Two models in each run, which SEED chooses; all with --every-model."""
+    if "priced" in metafunc.fixturenames:
+        names = sorted(SIZES)
+        if not metafunc.config.getoption("--every-model"):
+            names = random.Random(Run.seed).sample(names, 2)
+        metafunc.parametrize("priced", names)
+
+
+def test_prices_are_what_runs_there_compute_and_hold(priced: str) -> None:
+    plans = PLANS if priced in ("pixart", "flux") else {"taylorseer": PLANS["taylorseer"]}
+    found = subject(priced).priced(plans, *SIZES[priced])
+    places = [(sizes, plan) for sizes in SIZES[priced] for plan in plans]
     assert [item.plan for item in found] == [plan for _, plan in places]
     for price, (sizes, plan) in zip(found, places, strict=True):
-        check(subject(name), price, plans[plan], sizes)
+        check(subject(priced), price, plans[plan], sizes)
 
 
 GUIDED = {

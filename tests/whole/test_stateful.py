@@ -1,6 +1,6 @@
 """Whatever a user does in whatever order: the answer is the reference interpreter's, or a GraphCacheError.
 
-`ACTIONS=200000 pytest tests/test_stateful.py` does more of it.
+`ACTIONS=200000 pytest tests/whole/test_stateful.py` does more of it.
 """
 
 import asyncio
