@@ -1,6 +1,6 @@
 """Whatever is done with a pipeline in whatever order: the reference's answer.
 
-`PIPELINE_ACTIONS=2000 pytest tests/test_stateful_pipelines.py` does more of it.
+`PIPELINE_ACTIONS=2000 pytest tests/whole/test_stateful_pipelines.py` does more of it.
 """
 
 import contextlib
