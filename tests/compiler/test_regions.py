@@ -17,6 +17,7 @@ from graphcache import GraphCacheError, presets
 from graphcache.analysis.repeats import LEAST, Repeats, find_repeats
 from graphcache.compiler import compile as compiling
 from graphcache.compiler.compilations import EVERYONES
+from graphcache.compiler.flat import flattened, weights_of
 from graphcache.compiler.regions import regions
 from inside import programs_of
 from reference import assert_same, subject
@@ -178,7 +179,7 @@ def modules(name: str, plan: graphcache.Plan = FORA) -> Iterator[fx.GraphModule]
     schedule = program.schedule(plan)
     for index in range(len(schedule.phases)):
         step = program.phase(schedule, index).step
-        yield compiling._flattened(step, compiling.weights_of(step))
+        yield flattened(step, weights_of(step))
 
 
 @pytest.mark.parametrize("name", ["dit", "flux", "wan", "cogvideox"])
