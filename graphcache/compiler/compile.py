@@ -106,9 +106,13 @@ class _Code:
     by_region: Regions
 
     @cached_property
+    def takes_weights(self) -> bool:
+        return takes_weights(self.step, self.backend)
+
+    @cached_property
     def weights(self) -> dict[int, torch.Tensor]:
         """Those that the code is given."""
-        return weights_of(self.step) if takes_weights(self.step, self.backend) else {}
+        return weights_of(self.step) if self.takes_weights else {}
 
     @cached_property
     def module(self) -> fx.GraphModule:
@@ -119,7 +123,7 @@ class _Code:
         if self.backend is None:
             eager: Compiled = self.module.forward
             return eager
-        takes = takes_weights(self.step, self.backend)
+        takes = self.takes_weights
         key = structure(self.step.graph, self.step.root, takes)
         known = self.kept.find(key, self.backend, takes) if self.kept else None
         if known is not None:
@@ -131,10 +135,13 @@ class _Code:
 
     def regions(self) -> Compiled | None:
         """The code of its regions; None where it has none, or is not given its weights."""
-        if not self.by_region or not takes_weights(self.step, self.backend):
+        is_auto = self.by_region == "auto"
+        if not self.by_region or not self.takes_weights or has_symbolic_shapes(self.step):
             return None
-        parts = None if has_symbolic_shapes(self.step) else regions(self.module.graph)
-        if parts is None or (self.by_region == "auto" and not _pays(self.step, len(parts))):
+        if is_auto and not _pays(self.step, 2):  # nothing is looked for in vain
+            return None
+        parts = regions(self.module.graph)
+        if parts is None or (is_auto and not _pays(self.step, len(parts))):
             return None
         return InRegions(self.module.graph, parts, self._of_region)
 

@@ -1,7 +1,7 @@
 """Graphs over a flat table of their weights, or given them."""
 
 from collections.abc import Mapping
-from typing import Any
+from operator import attrgetter
 
 import torch
 from torch import fx, nn
@@ -11,7 +11,7 @@ from graphcache.ir.graph import StepGraph
 
 def weights_of(step: StepGraph) -> dict[int, torch.Tensor]:
     """The tensors that a graph names, each once, by identity."""
-    found = (_attribute(step.root, str(node.target)) for node in step.graph.find_nodes(op="get_attr"))
+    found = (attrgetter(str(node.target))(step.root) for node in step.graph.find_nodes(op="get_attr"))
     return {id(value): value for value in found if isinstance(value, torch.Tensor)}
 
 
@@ -25,7 +25,7 @@ def flattened(step: StepGraph, inputs: Mapping[int, torch.Tensor]) -> fx.GraphMo
         ports = {key: graph.placeholder(f"given_{i}") for i, key in enumerate(inputs)}
     root, names = nn.Module(), dict[str, str]()
     for node in list(graph.find_nodes(op="get_attr")):
-        value = _attribute(step.root, str(node.target))
+        value = attrgetter(str(node.target))(step.root)
         if id(value) in ports:
             node.replace_all_uses_with(ports[id(value)])
             graph.erase_node(node)
@@ -38,10 +38,3 @@ def flattened(step: StepGraph, inputs: Mapping[int, torch.Tensor]) -> fx.GraphMo
         else:
             setattr(root, node.target, value)
     return fx.GraphModule(root, graph)
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    value: Any = module
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value

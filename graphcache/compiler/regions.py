@@ -61,7 +61,7 @@ def _is_plain(node: fx.Node) -> bool:
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether a node looks at another one's memory, and is made again wherever it is read."""
+    """Whether a node looks at one other's memory, by its schema, and is made again wherever it is read."""
     target: Any = node.target
     if target is operator.getitem:
         return _is_view(node.all_input_nodes[0])
@@ -130,7 +130,8 @@ class InRegions:
         nodes = [*graph.find_nodes(op="placeholder"), *(node for part in parts for node in part.results)]
         self._places = {node: place for place, node in enumerate(nodes)}
         self._size = len(nodes)
-        self._results = [self._places[node] for node in graph.output_node().args[0]]  # type: ignore
+        results: Any = graph.output_node().args[0]
+        self._results = self._at(results)
         self._calls: list[_Call] = []
         last = {place: i for i, part in enumerate(parts) for place in self._at((*part.inputs, *part.results))}
         self._dropped = [

@@ -122,9 +122,9 @@ def transform(
         plan: what each site does at each step. For a generation with another number of steps a preset is
             evaluated anew, any other plan resampled; the log says so once.
         backend: None runs the graphs as they are, or compiles them with what the model was compiled with;
-            "inductor" or any torch.compile backend compiles each phase as one graph; a mapping holds
-            torch.compile's own keyword arguments. Under {"mode": "reduce-overhead"}, CUDA graphs, one
-            generation at a time: the next one overwrites what this one has cached.
+            "inductor" or any torch.compile backend compiles each phase without a break (see `regions`); a
+            mapping holds torch.compile's own keyword arguments. Under {"mode": "reduce-overhead"}, CUDA
+            graphs, one generation at a time: the next one overwrites what this one has cached.
         example_inputs: arguments of one call. With them the capture happens now, and a plan that does not
             fit is an error now; without, at the first call.
         timestep: the argument that tells the time, or its path: `batch.sigma` is an entry of a dict or
