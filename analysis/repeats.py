@@ -66,11 +66,12 @@ def _longest(kinds: np.ndarray) -> tuple[int, int, int] | None:
     best, most = None, 0
     for period in range(LEAST, len(kinds) // 2 + 1):
         same = np.concatenate(([False], kinds[period:] == kinds[:-period], [False]))
-        edges = np.flatnonzero(same[1:] != same[:-1])
-        for start, stop in zip(edges[::2], edges[1::2], strict=True):
-            spared = (stop - start) // period * period
-            if spared > most:
-                best, most = (period, int(start), int(stop - start) + period), spared
+        starts, stops = np.flatnonzero(same[1:] != same[:-1]).reshape(-1, 2).T
+        spared = (stops - starts) // period * period
+        if spared.size and spared.max() > most:
+            longest = int(spared.argmax())
+            span = int(stops[longest] - starts[longest]) + period
+            best, most = (period, int(starts[longest]), span), int(spared[longest])
     return best
 
 
