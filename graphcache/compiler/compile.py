@@ -5,16 +5,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
 
-from graphcache.analysis.cost import graph_flops
 from graphcache.compiler.flat import flattened, weights_of
 from graphcache.compiler.regions import InRegions, regions
 from graphcache.ir.errors import CaptureError, GraphCacheError
-from graphcache.ir.graph import StepGraph, has_symbolic_shapes, layout, value_of
+from graphcache.ir.graph import StepGraph, has_symbolic_shapes, layout
 from graphcache.ir.opaque import Opaque
 from graphcache.ir.structure import structure
 from graphcache.libraries.exclusive import COMPILING
@@ -40,10 +39,6 @@ Backend = str | Callable[..., Any] | Mapping[str, Any] | None
 torch.compile's keyword arguments, such as {"backend": "inductor", "options": {"cpp_wrapper": True}}."""
 
 Compiled = Callable[..., Sequence[torch.Tensor]]
-Regions = Literal["auto"] | bool
-
-_WORTH_A_CALL = 1e8
-"""FLOPs a thread beside which the 30 µs of calling a region are about a hundredth, on a CPU."""
 
 
 class Kept(Protocol):
@@ -63,14 +58,12 @@ class Kept(Protocol):
         """Note what a graph was compiled to, and the opaque calls in it."""
 
 
-def build(
-    step: StepGraph, backend: Backend, kept: Kept | None = None, by_region: Regions = False
-) -> Compiled:
+def build(step: StepGraph, backend: Backend, kept: Kept | None = None, by_region: bool = False) -> Compiled:
     """Make a graph callable with its input ports' tensors, in order.
 
     Code is generated and compiled in the first call, which waits until no other thread does so: plans are
     also made to be checked or priced alone. What is `kept` is not compiled again. `by_region`: what repeats
-    in the graph is compiled once; "auto" where calling its regions costs little.
+    in the graph is compiled once.
     """
     made: Compiled | None = None
     weights: tuple[torch.Tensor, ...] = ()
@@ -103,7 +96,7 @@ class _Code:
     step: StepGraph
     backend: Backend
     kept: Kept | None
-    by_region: Regions
+    by_region: bool
 
     @cached_property
     def takes_weights(self) -> bool:
@@ -135,15 +128,10 @@ class _Code:
 
     def regions(self) -> Compiled | None:
         """The code of its regions; None where it has none, or is not given its weights."""
-        is_auto = self.by_region == "auto"
         if not self.by_region or not self.takes_weights or has_symbolic_shapes(self.step):
             return None
-        if is_auto and not _pays(self.step, 2):  # nothing is looked for in vain
-            return None
         parts = regions(self.module.graph)
-        if parts is None or (is_auto and not _pays(self.step, len(parts))):
-            return None
-        return InRegions(self.module.graph, parts, self._of_region)
+        return None if parts is None else InRegions(self.module.graph, parts, self._of_region)
 
     def _of_region(self, module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> Compiled:
         key = f"{structure(module.graph, module)} {_arriving(tensors)}"
@@ -181,12 +169,6 @@ def refuse_unknown(backend: Backend) -> None:
         _compiled(nn.Identity(), backend, guarded=True)
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         raise GraphCacheError(f"backend={backend!r} is nothing that torch.compile takes: {error}") from error
-
-
-def _pays(step: StepGraph, count: int) -> bool:
-    """Whether calling so many regions costs little beside their work; on a CPU, where that was measured."""
-    devices = {value_of(node).device.type for node in step.placeholders()}
-    return devices == {"cpu"} and graph_flops(step) >= count * _WORTH_A_CALL * torch.get_num_threads()
 
 
 def _arriving(tensors: Sequence[torch.Tensor]) -> list[Any]:

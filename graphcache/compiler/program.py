@@ -16,7 +16,7 @@ from graphcache.analysis.ranges import cut_range
 from graphcache.analysis.tokens import TokenCut, memories, token_cuts
 from graphcache.compiler import pipeline
 from graphcache.compiler.captured import Captured, laid
-from graphcache.compiler.compile import Backend, Kept, Regions, build
+from graphcache.compiler.compile import Backend, Kept, build
 from graphcache.compiler.guidance_half import Half, capture_half
 from graphcache.compiler.histories import entries
 from graphcache.compiler.phase_code import Runnable
@@ -45,7 +45,7 @@ class Program:
         offload: whether caches are kept in host memory.
         observers: told of every pass.
         kept: compiled code of graphs that were captured before.
-        by_region: whether what repeats in a phase is compiled once; "auto" where that costs little.
+        by_region: whether what repeats in a phase is compiled once.
         half: the step for the conditional half of a doubled batch, once a plan needs it.
         tokens: rows and tokens of the sites that have had budgets.
         phases: the code of those that were needed so far.
@@ -57,7 +57,7 @@ class Program:
     offload: bool = False
     observers: Sequence[Observer] = ()
     kept: Kept | None = None
-    by_region: Regions = False
+    by_region: bool = False
     half: Half | None = None
     tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
     phases: dict[PhaseKey, Runnable] = field(default_factory=dict)

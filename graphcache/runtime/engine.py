@@ -11,7 +11,6 @@ from torch import nn
 from graphcache.compiler.captured import Captured
 from graphcache.compiler.compile import (
     Backend,
-    Regions,
     begin_generation,
     compiled_by_blocks,
     prior_compilation,
@@ -334,13 +333,13 @@ class Engine:
             offload=self.options.offload,
             observers=self.options.observers,
             kept=self.programs.compilations.under(bare(key)[1:]),
-            by_region=self._regions(),
+            by_region=self._by_region(),
         ).prepared()
 
-    def _regions(self) -> Regions:
+    def _by_region(self) -> bool:
         """Whether phases are compiled by regions: as was asked for, or as the model was compiled."""
-        regions = self.options.regions
-        return True if regions == "auto" and compiled_by_blocks(self.model) else regions
+        asked = self.options.regions
+        return compiled_by_blocks(self.model) if asked == "auto" else asked
 
     def compilation(self) -> Backend:
         """What phases are compiled with: what was asked for, or what the model was compiled with."""

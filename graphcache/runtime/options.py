@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from graphcache.compiler.compile import Backend, Regions
+from graphcache.compiler.compile import Backend
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import UNNAMED, Names
 from graphcache.passes.base import Observer
@@ -24,5 +25,5 @@ class Options:
     observers: Sequence[Observer] = ()
     signatures: int = SIGNATURES
     watches_all: bool = False
-    regions: Regions = "auto"
+    regions: Literal["auto"] | bool = "auto"
     names: Names = UNNAMED

@@ -150,10 +150,10 @@ def transform(
             "everything" that a capture bakes in, which takes a microsecond a module. At the beginning of a
             generation everything is looked at.
         regions: True compiles what repeats in a phase, as a model's blocks, once, and calls it as often as it
-            is there: a start of seconds whatever the depth, and 30 µs more for each block and step. False
-            compiles each phase whole. "auto" takes regions where they are large enough on a CPU for that to
-            be about a hundredth of the time, or where the model's blocks were compiled one by one before.
-            Under CUDA graphs, with frozen weights or by other compilers than PyTorch's a phase is whole.
+            is there: the start takes no longer for a deeper model, and each step a little longer (1 to 16 %
+            were measured: docs/design.md). False compiles each phase whole, and "auto" does what was done
+            before: regions where the model's blocks were compiled one by one. Under CUDA graphs, with frozen
+            weights or by other compilers than PyTorch's a phase is whole.
 
     Returns:
         An instance of the model's class, or the pipeline.
