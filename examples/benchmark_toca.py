@@ -20,7 +20,7 @@ from examples.digits.model import ddim_scheduler, load_model
 from examples.digits.sample import sample
 from examples.records import TIMES, Cell, Column, add_json_option, report, time_rows
 from graphcache import Plan, presets
-from graphcache.compiler.compile import Backend
+from graphcache.compiler.backends import Backend
 from graphcache.planning.bench import benchmark
 from graphcache.planning.metrics import psnr
 from graphcache.presets import clusca, duca, toca

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
-from graphcache.compiler.compile import Backend, Compiled, Kept, arguments
+from graphcache.compiler.any_size import Family
+from graphcache.compiler.backends import Backend, Compiled, arguments
+from graphcache.compiler.code import Kept
 from graphcache.ir.opaque import Opaque
 
 
 class _Key(NamedTuple):
-    circumstances: Hashable
+    modes: Hashable
     backend: Hashable
     structure: str
     takes_weights: bool
@@ -26,10 +28,23 @@ class Compilations:
     def __init__(self, most: int) -> None:
         self._most = most
         self._made: OrderedDict[_Key, tuple[Compiled, tuple[Opaque, ...]]] = OrderedDict()
+        self._families: OrderedDict[Hashable, Family] = OrderedDict()
 
-    def under(self, circumstances: Hashable) -> Kept:
-        """Those compiled for the same signature and modes, such as autocast: code depends on them."""
-        return _Under(self, circumstances)
+    def under(self, signature: Hashable, modes: Hashable) -> Kept:
+        """Those compiled under the same modes, such as autocast, on which code depends.
+
+        `signature` tells the calls apart that graphs were made for.
+        """
+        return _Under(self, signature, modes)
+
+    def family(self, key: Hashable) -> Family:
+        """Code of graphs of one form, whatever the signature."""
+        found = self._families.get(key) or EVERYONES_FAMILIES.get(key) or Family()
+        EVERYONES_FAMILIES[key] = self._families[key] = found
+        self._families.move_to_end(key)
+        while len(self._families) > self._most:
+            self._families.popitem(last=False)
+        return found
 
     def find(self, key: _Key) -> Compiled | None:
         if key in self._made:
@@ -46,6 +61,7 @@ class Compilations:
     def clear(self) -> None:
         """Forget all."""
         self._made.clear()
+        self._families.clear()
 
     def forget_weights(self) -> None:
         """Forget code that holds weights."""
@@ -56,11 +72,15 @@ class Compilations:
 EVERYONES: WeakValueDictionary[_Key, Any] = WeakValueDictionary()
 """Code that is given its weights, as long as some model keeps it."""
 
+EVERYONES_FAMILIES: WeakValueDictionary[Hashable, Family] = WeakValueDictionary()
+"""Code that is given its weights and sizes, as long as some model keeps it."""
+
 
 @dataclass(frozen=True)
-class _Under(Kept):
+class _Under:
     compilations: Compilations
-    circumstances: Hashable
+    signature: Hashable
+    modes: Hashable
 
     def find(self, structure: str, backend: Backend, takes_weights: bool) -> Compiled | None:
         key = self._key(structure, backend, takes_weights)
@@ -85,8 +105,11 @@ class _Under(Kept):
         if takes_weights:
             EVERYONES[key] = code
 
+    def family(self, form: str, backend: Backend) -> Family:
+        return self.compilations.family((self.modes, _frozen(arguments(backend)), form))
+
     def _key(self, structure: str, backend: Backend, takes_weights: bool) -> _Key:
-        return _Key(self.circumstances, _frozen(arguments(backend)), structure, takes_weights)
+        return _Key(self.modes, _frozen(arguments(backend)), structure, takes_weights)
 
 
 def _frozen(value: Any) -> Hashable:

@@ -9,7 +9,7 @@ import torch
 
 from graphcache.analysis.cost import computed_bytes, graph_flops
 from graphcache.analysis.frequency import basis, disc
-from graphcache.compiler.compile import Compiled
+from graphcache.compiler.backends import Compiled
 from graphcache.compiler.guidance_half import Half
 from graphcache.ir.graph import (
     CacheRead,

@@ -15,8 +15,9 @@ from graphcache.analysis.liveness import lower
 from graphcache.analysis.ranges import cut_range
 from graphcache.analysis.tokens import TokenCut, memories, token_cuts
 from graphcache.compiler import pipeline
+from graphcache.compiler.backends import Backend
 from graphcache.compiler.captured import Captured, laid
-from graphcache.compiler.compile import Backend, Kept, build
+from graphcache.compiler.code import FIXED, Kept, Ways, build
 from graphcache.compiler.guidance_half import Half, capture_half
 from graphcache.compiler.histories import entries
 from graphcache.compiler.phase_code import Runnable
@@ -45,7 +46,7 @@ class Program:
         offload: whether caches are kept in host memory.
         observers: told of every pass.
         kept: compiled code of graphs that were captured before.
-        by_region: whether what repeats in a phase is compiled once.
+        ways: how phases are compiled.
         half: the step for the conditional half of a doubled batch, once a plan needs it.
         tokens: rows and tokens of the sites that have had budgets.
         phases: the code of those that were needed so far.
@@ -57,7 +58,7 @@ class Program:
     offload: bool = False
     observers: Sequence[Observer] = ()
     kept: Kept | None = None
-    by_region: bool = False
+    ways: Ways = FIXED
     half: Half | None = None
     tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
     phases: dict[PhaseKey, Runnable] = field(default_factory=dict)
@@ -186,9 +187,8 @@ class Program:
     def _made(self, phase: Phase, schedule: Schedule, moved: frozenset[History]) -> Runnable:
         step = self.half_step if phase.half else self.step
         step = pipeline.specialised(step, phase, schedule, moved, self.backend is not None, self.observers)
-        return Runnable(
-            step, build(step, self.backend, self.kept, self.by_region), self.half if phase.half else None
-        )
+        code = build(step, self.backend, self.kept, self.ways)
+        return Runnable(step, code, self.half if phase.half else None)
 
     def moved(self, schedule: Schedule) -> frozenset[History]:
         """Histories that are kept in host memory."""

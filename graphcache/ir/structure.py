@@ -24,7 +24,7 @@ def structure(graph: fx.Graph, root: nn.Module, anyones: bool = False) -> str:
     met: dict[int, int] | None = {} if anyones else None
     for node in graph.nodes:
         numbers[node] = len(numbers)
-        arguments = fx.node.map_arg((node.args, node.kwargs), lambda other: cast(Any, _Place(numbers[other])))
+        arguments = fx.node.map_arg((node.args, node.kwargs), lambda other: cast(Any, Place(numbers[other])))
         digest.update(repr((node.op, _target(root, node, met), arguments, _fed(node))).encode())
     return digest.hexdigest()
 
@@ -45,7 +45,7 @@ def _target(root: nn.Module, node: fx.Node, met: dict[int, int] | None) -> Any:
     return id(value) if met is None else met.setdefault(id(value), len(met)), type(value).__name__, kind
 
 
-class _Place:
+class Place:
     """Stands for a node among another one's arguments."""
 
     def __init__(self, number: int) -> None:

@@ -32,6 +32,9 @@ with names_of("torch"):
     # the backend that a user chose, behind what Dynamo puts around it
     from torch._dynamo.eval_frame import innermost_backend as innermost_backend
 
+    # where the symbol of a size comes from
+    from torch._dynamo.source import ConstantSource as ConstantSource
+
     # operations with inner graphs, which are refused or inlined
     from torch._ops import HigherOrderOperator as HigherOrderOperator
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from graphcache.analysis.cost import graph_flops
-from graphcache.compiler.compile import Backend, compile_plainly
+from graphcache.compiler.backends import Backend, compile_plainly
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names, find_times

@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 
 from graphcache.analysis.branches import branch_members
+from graphcache.compiler.backends import Backend, compile_plainly
 from graphcache.compiler.captured import laid
-from graphcache.compiler.compile import Backend, compile_plainly
 from graphcache.compiler.phase_code import Runnable
 from graphcache.compiler.program import Program
 from graphcache.ir.graph import StepGraph

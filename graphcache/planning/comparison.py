@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from graphcache.compiler.compile import Backend, compile_plainly
+from graphcache.compiler.backends import Backend, compile_plainly
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import read_rows

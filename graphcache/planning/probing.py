@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graphcache.compiler.captured import laid
-from graphcache.compiler.compile import build
+from graphcache.compiler.code import build
 from graphcache.compiler.phase_code import Runnable
 from graphcache.compiler.pipeline import observed
 from graphcache.compiler.program import Program

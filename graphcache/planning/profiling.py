@@ -17,7 +17,7 @@ from graphcache.analysis.branches import branch_flops
 from graphcache.analysis.cost import graph_flops
 from graphcache.analysis.dataflow import Dataflow
 from graphcache.analysis.tokens import cut_tokens
-from graphcache.compiler.compile import Backend, refuse_unknown
+from graphcache.compiler.backends import Backend, refuse_unknown
 from graphcache.compiler.guidance_half import is_doubled
 from graphcache.compiler.program import Program
 from graphcache.ir.errors import GraphCacheError, PlanError

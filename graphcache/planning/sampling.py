@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from graphcache.compiler.compile import Backend, unwrapped
+from graphcache.compiler.backends import Backend, unwrapped
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import UNNAMED, Names

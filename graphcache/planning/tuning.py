@@ -11,7 +11,7 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.checkpoint import checkpoint
 
-from graphcache.compiler.compile import Backend
+from graphcache.compiler.backends import Backend
 from graphcache.compiler.phase_code import Runnable
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.graph import Coefficients

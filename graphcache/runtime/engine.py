@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphcache.compiler.captured import Captured
-from graphcache.compiler.compile import (
+from graphcache.compiler.backends import (
     Backend,
     begin_generation,
     compiled_by_blocks,
     prior_compilation,
 )
-from graphcache.compiler.decisions import Decisions, bare
+from graphcache.compiler.captured import Captured
+from graphcache.compiler.code import Ways
+from graphcache.compiler.decisions import Decisions
 from graphcache.compiler.guidance_half import is_doubled
 from graphcache.compiler.modes import ambient, refuse_conversion, refuse_export, what_changed
 from graphcache.compiler.program import Program
@@ -327,19 +328,21 @@ class Engine:
         signature = self.binder.signature(bound)[0]
         asks = self.decisions.knows(key)
         captured = twin.captured if twin else self._captured(self._spec(signature, bound), tensors, asks)
+        modes = *ambient(), tuple([tensor.requires_grad for tensor in tensors])
         return Program(
             captured,
             self.compilation(),
             offload=self.options.offload,
             observers=self.options.observers,
-            kept=self.programs.compilations.under(bare(key)[1:]),
-            by_region=self._by_region(),
+            kept=self.programs.compilations.under(signature, modes),
+            ways=self._ways(),
         ).prepared()
 
-    def _by_region(self) -> bool:
-        """Whether phases are compiled by regions: as was asked for, or as the model was compiled."""
+    def _ways(self) -> Ways:
+        """How phases are compiled: as was asked for, or by regions as the model was."""
         asked = self.options.regions
-        return compiled_by_blocks(self.model) if asked == "auto" else asked
+        by_region = compiled_by_blocks(self.model) if asked == "auto" else asked
+        return Ways(by_region, self.options.sizes == "auto")
 
     def compilation(self) -> Backend:
         """What phases are compiled with: what was asked for, or what the model was compiled with."""

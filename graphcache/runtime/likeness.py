@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphcache.compiler.compile import active_compilation
+from graphcache.compiler.backends import active_compilation
 from graphcache.ir.errors import GraphCacheError
 from graphcache.libraries.torch_private import MODULE_CALL, skip
 from graphcache.runtime.engine import Engine

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from graphcache.compiler.compile import Backend
+from graphcache.compiler.backends import Backend
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import UNNAMED, Names
 from graphcache.passes.base import Observer
@@ -26,4 +26,5 @@ class Options:
     signatures: int = SIGNATURES
     watches_all: bool = False
     regions: Literal["auto"] | bool = "auto"
+    sizes: Literal["auto", "fixed"] = "auto"
     names: Names = UNNAMED

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from graphcache.compiler.compile import unwrapped
+from graphcache.compiler.backends import unwrapped
 from graphcache.ir.errors import GraphCacheError
 from graphcache.tracing.capture import forward_parameters
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from graphcache.compiler.compile import Backend, refuse_unknown, unwrapped
+from graphcache.compiler.backends import Backend, refuse_unknown, unwrapped
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
@@ -111,6 +111,7 @@ def transform(
     signatures: int = SIGNATURES,
     watch: Literal["adapters", "everything"] = "adapters",
     regions: Literal["auto"] | bool = "auto",
+    sizes: Literal["auto", "fixed"] = "auto",
 ) -> Target:
     """Make a model, or the denoisers of a diffusers pipeline, run under a plan.
 
@@ -154,6 +155,9 @@ def transform(
             were measured: docs/design.md). False compiles each phase whole, and "auto" does what was done
             before: regions where the model's blocks were compiled one by one. Under CUDA graphs, with frozen
             weights or by other compilers than PyTorch's a phase is whole.
+        sizes: "auto" compiles the phases for the first size as fixed ones, and from the second on phases that
+            serve every further size, prompt length and batch; "fixed" compiles each size anew. As with
+            regions, CUDA graphs, frozen weights and other compilers have fixed ones, and so do gradients.
 
     Returns:
         An instance of the model's class, or the pipeline.
@@ -165,7 +169,7 @@ def transform(
         raise PlanError(
             f"plan is a {type(plan).__name__}, not a Plan; use graphcache.presets, Plan.parse or Plan.load"
         )
-    _check_options(branches, wait, signatures, watch, regions)
+    _check_options(branches, wait, signatures, watch, regions, sizes)
     refuse_unknown(backend)
     options = Options(
         plan,
@@ -176,6 +180,7 @@ def transform(
         signatures=signatures,
         watches_all=watch == "everything",
         regions=regions,
+        sizes=sizes,
         names=Names.of(timestep, latents),
     )
     named = (parts,) if isinstance(parts, str) else tuple(parts)
@@ -213,7 +218,9 @@ def restore(model_or_pipe: Target) -> Target:
     return model_or_pipe
 
 
-def _check_options(branches: int | None, wait: str, signatures: int, watch: str, regions: Any) -> None:
+def _check_options(
+    branches: int | None, wait: str, signatures: int, watch: str, regions: Any, sizes: str
+) -> None:
     if branches is not None and not _is_count(branches):
         raise GraphCacheError(f"branches={branches}: say how many calls a step makes, at least 1")
     if not _is_count(signatures):
@@ -222,6 +229,8 @@ def _check_options(branches: int | None, wait: str, signatures: int, watch: str,
         raise GraphCacheError(f"watch={watch!r}: must be 'adapters' or 'everything'")
     if not isinstance(regions, bool) and regions != "auto":
         raise GraphCacheError(f"regions={regions!r}: must be True, False or 'auto'")
+    if sizes not in ("auto", "fixed"):
+        raise GraphCacheError(f"sizes={sizes!r}: must be 'auto' or 'fixed'")
     if wait not in ("step", "never"):
         raise GraphCacheError(f"wait={wait!r}: must be 'step' or 'never'")
     if wait == "never" and (branches or 1) > 1:

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 import graphcache
 from graphcache import GraphCacheError, presets
 from graphcache.analysis.repeats import LEAST, Repeats, find_repeats
-from graphcache.compiler import compile as compiling
+from graphcache.compiler import backends
 from graphcache.compiler.compilations import EVERYONES
 from graphcache.compiler.flat import flattened, weights_of
 from graphcache.compiler.regions import regions
@@ -50,7 +50,7 @@ def compiled(run: Any) -> tuple[Any, int]:
 
 def counted() -> Any:
     """Inductor's calls for single regions."""
-    return patch.object(compiling, "standalone_compile", wraps=compiling.standalone_compile)
+    return patch.object(backends, "standalone_compile", wraps=backends.standalone_compile)
 
 
 PLANS = {

@@ -16,8 +16,8 @@ from torch._dynamo.utils import counters
 
 import graphcache
 from graphcache import presets
+from graphcache.compiler.code import takes_weights
 from graphcache.compiler.compilations import EVERYONES
-from graphcache.compiler.compile import takes_weights
 from inside import only_program
 from pipelines import PIPELINES
 from reference import assert_same

@@ -1,0 +1,200 @@
+"""From a specialised graph to something to call, compiled or found among what was."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import torch
+from torch import fx, nn
+
+from graphcache.compiler.any_size import Family
+from graphcache.compiler.backends import (
+    Backend,
+    Compiled,
+    arguments,
+    as_one_graph,
+    compiled,
+    freezes,
+    inductor,
+    replays_cuda_graphs,
+)
+from graphcache.compiler.flat import flattened, weights_of
+from graphcache.compiler.regions import InRegions, regions
+from graphcache.ir.graph import StepGraph, has_symbolic_shapes, layout, value_of
+from graphcache.ir.opaque import Opaque
+from graphcache.ir.sizes import skeleton
+from graphcache.ir.structure import structure
+from graphcache.libraries.exclusive import COMPILING
+
+_ORDINARY = (torch.Tensor, nn.Parameter, nn.Buffer)
+
+
+class Kept(Protocol):
+    """Code of graphs that were compiled before, by their structure."""
+
+    def find(self, structure: str, backend: Backend, takes_weights: bool) -> Compiled | None:
+        """The code of a graph that computes the same: with the same weights, unless it is given them."""
+
+    def keep(
+        self,
+        structure: str,
+        backend: Backend,
+        takes_weights: bool,
+        code: Compiled,
+        opaque: tuple[Opaque, ...] = (),
+    ) -> None:
+        """Note what a graph was compiled to, and the opaque calls in it."""
+
+    @property
+    def signature(self) -> Hashable:
+        """Of the calls that the graphs are for."""
+
+    def family(self, form: str, backend: Backend) -> Family:
+        """Graphs that differ in their sizes alone."""
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How graphs are compiled.
+
+    Attributes:
+        by_region: whether what repeats in a graph is compiled once.
+        any_size: whether graphs that differ in their sizes alone share code, from the second signature on.
+    """
+
+    by_region: bool = False
+    any_size: bool = False
+
+
+FIXED = Ways()
+
+
+def build(step: StepGraph, backend: Backend, kept: Kept | None = None, ways: Ways = FIXED) -> Compiled:
+    """Make a graph callable with its input ports' tensors, in order.
+
+    Code is generated and compiled in the first call, which waits until no other thread does so: plans are
+    also made to be checked or priced alone. What is `kept` is not compiled again.
+    """
+    made: Compiled | None = None
+    weights: tuple[torch.Tensor, ...] = ()
+
+    def call(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        return first(tensors) if made is None else made(*tensors, *weights)
+
+    def first(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        nonlocal made, weights
+        with COMPILING:
+            if made is None:
+                code = _Code(step, backend, kept, ways)
+                weights = tuple(code.weights.values())
+                ready = code.regions() or code.whole()
+                if backend is not None:
+                    with as_one_graph():
+                        results = ready(*tensors, *weights)
+                    made = ready
+                    return results
+                made = ready
+        return made(*tensors, *weights)
+
+    return call
+
+
+@dataclass(frozen=True)
+class _Code:
+    """How a graph is compiled, or found among what was."""
+
+    step: StepGraph
+    backend: Backend
+    kept: Kept | None
+    ways: Ways
+
+    @cached_property
+    def takes_weights(self) -> bool:
+        return takes_weights(self.step, self.backend)
+
+    @cached_property
+    def weights(self) -> dict[int, torch.Tensor]:
+        """Those that the code is given."""
+        return weights_of(self.step) if self.takes_weights else {}
+
+    @cached_property
+    def module(self) -> fx.GraphModule:
+        return flattened(self.step, self.weights)
+
+    def whole(self) -> Compiled:
+        """The graph's code."""
+        if self.backend is None:
+            eager: Compiled = self.module.forward
+            return eager
+        takes = self.takes_weights
+        key = structure(self.step.graph, self.step.root, takes)
+        known = self.kept.find(key, self.backend, takes) if self.kept else None
+        if known is not None:
+            return known
+        fed = [*map(value_of, self.step.placeholders()), *self.weights.values()]
+        code = self._of_any_size(self.module, fed)
+        code = code or compiled(self.module, self.backend, has_symbolic_shapes(self.step))
+        if self.kept:
+            self.kept.keep(key, self.backend, takes, code, self.step.opaque)
+        return code
+
+    def _of_any_size(self, module: fx.GraphModule, fed: Sequence[torch.Tensor]) -> Compiled | None:
+        """Code that also serves graphs of other sizes; None where that is not wanted, or not yet."""
+        if not (self.ways.any_size and self.kept and self.takes_weights and _is_bare(self.backend)):
+            return None
+        form, sizes = skeleton(module.graph, fed)
+        family = self.kept.family(form, self.backend)
+        return family.code(
+            sizes, self.kept.signature, module, fed, partial(inductor, self.backend, "from_graph")
+        )
+
+    def regions(self) -> Compiled | None:
+        """The code of its regions; None where it has none, or is not given its weights."""
+        if not self.ways.by_region or not self.takes_weights or has_symbolic_shapes(self.step):
+            return None
+        parts = regions(self.module.graph)
+        return None if parts is None else InRegions(self.module.graph, parts, self._of_region)
+
+    def _of_region(self, module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> Compiled:
+        key = f"{structure(module.graph, module)} {_arriving(tensors)}"
+        known = self.kept.find(key, self.backend, True) if self.kept else None
+        if known is not None:
+            return known
+        code = self._of_any_size(module, tensors) or _region_code(module, tensors, self.backend)
+        if self.kept:
+            self.kept.keep(key, self.backend, True, code)
+        return code
+
+
+def takes_weights(step: StepGraph, backend: Backend) -> bool:
+    """Whether code is given the weights at every call, so that it serves whatever else has the same graph.
+
+    Code of CUDA graphs and frozen code depend on where weights lie and what they are, code for packed weights
+    on what is in them; other compilers than PyTorch's may look for weights among a module's attributes; and
+    opaque calls are of one model.
+    """
+    if backend is None or step.opaque or replays_cuda_graphs(backend):
+        return False
+    if any(type(weight) not in _ORDINARY for weight in weights_of(step).values()):
+        return False
+    return arguments(backend)["backend"] in ("inductor", "eager", "aot_eager") and not freezes(backend)
+
+
+def _arriving(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    """What code is made for of a region's inputs, and which of them are one."""
+    met: dict[int, int] = {}
+    places = [met.setdefault(id(tensor), len(met)) for tensor in tensors]
+    kinds = [(layout(tensor), tensor.requires_grad, tensor.is_inference()) for tensor in tensors]
+    return [*zip(kinds, places, strict=True)]
+
+
+def _region_code(module: fx.GraphModule, tensors: Sequence[torch.Tensor], backend: Backend) -> Compiled:
+    if _is_bare(backend):
+        return inductor(backend, "from_example_inputs", module, tensors)
+    return compiled(module, backend, guarded=False)
+
+
+def _is_bare(backend: Backend) -> bool:
+    """Whether Inductor's own code serves, without torch.compile around it: where nothing has a gradient."""
+    return arguments(backend)["backend"] == "inductor" and not torch.is_grad_enabled()
