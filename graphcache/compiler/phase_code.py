@@ -14,6 +14,7 @@ from graphcache.compiler.guidance_half import Half
 from graphcache.ir.graph import (
     CacheRead,
     CacheWrite,
+    Chosen,
     Coefficients,
     InPort,
     StepGraph,
@@ -92,7 +93,7 @@ class Runnable:
         kind = self._kinds[port]
         return tensor.dtype == kind.dtype and may_be_same_sizes(tensor.shape, kind.shape)
 
-    def blank(self, port: CacheRead) -> torch.Tensor:
+    def blank(self, port: CacheRead | Chosen) -> torch.Tensor:
         """What is read where nothing was stored yet."""
         kind = self._kinds[port]
         return torch.zeros(kind.shape, dtype=kind.dtype, device=kind.device)

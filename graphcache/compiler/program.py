@@ -69,6 +69,11 @@ class Program:
         varying = self.varying | changed
         return replace(self, varying=varying, half=None, phases={}, _schedules={})
 
+    @cached_property
+    def offloaded(self) -> "Program":
+        """The same, with its caches in host memory."""
+        return self if self.offload else replace(self, offload=True).prepared()
+
     def halve(self, model: nn.Module, tensors: Sequence[torch.Tensor], conditional: str) -> None:
         """Capture the step for the conditional half of these inputs as well.
 

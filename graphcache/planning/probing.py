@@ -166,8 +166,7 @@ class ProbeEngine(Engine):
         """One with sessions of its own that shares what was captured; in the end it holds nothing."""
         kind, given = self.__reduce__()
         made = kind(*given)
-        made.programs, made._probes, made.variants = self.programs, self._probes, self.variants
-        made._lock, made.observer = self._lock, observer
+        made.maker, made._probes, made.observer = self.maker, self._probes, observer
         try:
             yield made
         finally:
@@ -233,7 +232,7 @@ class ProbeEngine(Engine):
             with COMPILING:
                 step = observed(program.step, branches, self.ranges)
                 made = Runnable(step, build(step, None))
-            live = set(map(id, self.programs.values()))
+            live = set(map(id, self.maker.programs.values()))
             for place in self._probes.keys() - live:
                 self._probes.pop(place, None)
             known = self._probes.setdefault(id(program), _Probed(program, made))

@@ -11,7 +11,6 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.checkpoint import checkpoint
 
-from graphcache.compiler.backends import Backend
 from graphcache.compiler.phase_code import Runnable
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.graph import Coefficients
@@ -241,6 +240,8 @@ class TuningEngine(Engine):
 
     def __init__(self, model: nn.Module, weights: Weights, names: Names, pipe: Any = None) -> None:
         super().__init__(model, Options(weights.given, names=names), pipe)
+        # code that is compiled without gradients has none later
+        self.maker.adopts = False
         self.weights = weights
         self.budget = GradientMemory(0)
         self._keys: dict[tuple[Phase, int], dict[int, Key]] = {}
@@ -250,16 +251,12 @@ class TuningEngine(Engine):
             return super().__call__(args, kwargs)
         bound = self.binder.bind(args, kwargs)
         key, tensors = self.binder.signature(bound)
-        spec = self._spec(key, bound)
+        spec = self.maker.spec(key, bound)
         latent = spec.leaf_names[spec.sole_latent(tensors, "tune")]
         if not bound[latent].requires_grad:
             # whether a gradient is needed is part of a signature, and at later steps it is
             bound[latent] = bound[latent].clone().requires_grad_()
         return super().__call__((), bound)
-
-    def compilation(self) -> Backend:
-        """None: code that is compiled without gradients has none later."""
-        return None
 
     def evaluate(self, branch: CallSlot, state: BranchState, tensors: Sequence[Tensor]) -> Any:
         keys, count = self._groups(state), state.program.captured.output.count

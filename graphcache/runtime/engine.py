@@ -1,6 +1,5 @@
 """Finds the program and the branch's state of a call, and runs it: what is behind a transformed model."""
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,39 +8,30 @@ import torch
 from torch import nn
 
 from graphcache.compiler.backends import (
-    Backend,
     begin_generation,
-    compiled_by_blocks,
-    prior_compilation,
 )
-from graphcache.compiler.captured import Captured
-from graphcache.compiler.code import Ways
-from graphcache.compiler.decisions import Decisions
 from graphcache.compiler.guidance_half import is_doubled
-from graphcache.compiler.modes import ambient, refuse_conversion, refuse_export, what_changed
+from graphcache.compiler.modes import refuse_conversion, refuse_export, what_changed
 from graphcache.compiler.program import Program
-from graphcache.compiler.programs import Programs
-from graphcache.compiler.variants import Variants
-from graphcache.ir.call import Binder, CallSpec, Key, Signature
+from graphcache.ir.call import Key
 from graphcache.ir.errors import StateError
-from graphcache.ir.opaque import Opaque
 from graphcache.ir.plan import Plan
-from graphcache.ir.schedule import Role
+from graphcache.ir.schedule import Role, Schedule
 from graphcache.ir.tree import take
 from graphcache.ir.versions import version
+from graphcache.runtime.cache_limit import keep_within
 from graphcache.runtime.caller import Caller
 from graphcache.runtime.guidance_role import role_of
 from graphcache.runtime.matching import Call
 from graphcache.runtime.options import Options
 from graphcache.runtime.plans import Plans
+from graphcache.runtime.program_maker import ProgramMaker
 from graphcache.runtime.runner import BranchState, begun, carried, changed_inputs, halved, hand_over, run_step
 from graphcache.runtime.schedulers import Driver
 from graphcache.runtime.session import CallSlot, Generation, Session
 from graphcache.runtime.spoken import Spoken
 from graphcache.runtime.step_tracking import Turn, place
 from graphcache.runtime.surroundings import Around, OpenSession, Scopes, Surroundings
-from graphcache.tracing.capture import forward_parameters
-from graphcache.tracing.untraceable import told
 
 
 class Engine:
@@ -51,14 +41,12 @@ class Engine:
 
     Attributes:
         model: the original.
-        options: what `transform` was told; `backend` is its backend.
+        options: what `transform` was told.
+        maker: finds programs, or makes them.
         binder: reads calls of the model's forward.
         caller: finds the pipeline that calls.
         driver: tells the step, where nothing else does.
         scopes: the session, context and other surroundings of each thread and task.
-        variants: numbers the forms that adapters and hooks give the model.
-        programs: what was captured, by signature.
-        decisions: which answers of forward a call needs.
         plans: the plan, for each number of steps.
         given: what `restore` gives back.
         timesteps_before: those of the scheduler when the pipeline was transformed.
@@ -70,23 +58,17 @@ class Engine:
     def __init__(self, model: nn.Module, options: Options, pipe: Any = None) -> None:
         self.model = model
         self.options = options
-        self.backend = options.backend
-        self.binder = Binder(forward_parameters(model), options.names)
+        self.spoken = Spoken()
+        self.maker = ProgramMaker(model, options, self.spoken)
+        self.binder = self.maker.binder
         self.caller = Caller()
         self.driver = Driver(pipe=pipe, caller=self.caller)
         self.scopes = Scopes(Surroundings(self.new_session(self.driver)))
-        self.variants = Variants(model, options.watches_all)
-        self.programs = Programs(options.signatures)
-        self.decisions = Decisions()
         self.plans = Plans(options.plan)
         self.given = model
         self.timesteps_before: Any = None
         self.outer: Any = None
         self.calls = 0
-        self.spoken = Spoken()
-        self._opaque: Sequence[Opaque] = ()
-        self._specs: dict[Key, CallSpec] = {}
-        self._lock = threading.RLock()
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         around = self.surroundings
@@ -100,12 +82,12 @@ class Engine:
             bound = self.binder.bind(args, kwargs)
             signature, tensors = self.binder.signature(bound)
             refuse_export(tensors)
-            spec = self._spec(signature, bound)
+            spec = self.maker.spec(signature, bound)
             constants = spec.constants(tensors)
             call = Call(
                 around.name,
                 around.fields,
-                self._key(signature, tensors, begins=False),
+                self.maker.key(signature, tensors, begins=False),
                 constants,
                 spec.timestep(tensors),
                 spec.given_latents(tensors),
@@ -116,7 +98,7 @@ class Engine:
             )
             generation, branch = self._placed(session, call)
             if generation.untouched:
-                call = call._replace(key=self._key(signature, tensors, begins=True))
+                call = call._replace(key=self.maker.key(signature, tensors, begins=True))
             state = self._state(session, generation, branch, call)
             if state.role == "uncond":
                 hand_over(session.states.get(("cond", branch[1])), state)
@@ -142,18 +124,6 @@ class Engine:
         session.refuse_others(found[0])
         return found
 
-    def _key(self, signature: Signature, tensors: Sequence[torch.Tensor], begins: bool) -> Key:
-        """What a program depends on: the form of the model, the call's signature, modes around it, and
-        values that forward decides on.
-        """
-        number = self.variants.look(begins)
-        if begins:
-            with self._lock:
-                self.programs.forget_others(self.variants.numbers)
-                self.decisions.forget_others(self.variants.numbers)
-        key = number, *signature, *ambient()
-        return self.decisions.completed(key, tensors, begins) if self.decisions else key
-
     def evaluate(self, branch: CallSlot, state: BranchState, tensors: Sequence[torch.Tensor]) -> Any:
         """Run the step that a branch's state is at."""
         return run_step(state, tensors)
@@ -161,7 +131,7 @@ class Engine:
     @property
     def as_given(self) -> Options:
         """Options that make another such engine, compiled alike."""
-        return replace(self.options, backend=self.backend)
+        return replace(self.options, backend=self.maker.backend)
 
     @property
     def surroundings(self) -> Surroundings:
@@ -194,36 +164,27 @@ class Engine:
 
     def prepare(self, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> Program:
         """Capture for these keywords or positions and check the plan against the model."""
+        return self.prepared(example_inputs, self.options.plan, self.surroundings.name)[0]
+
+    def prepared(
+        self, example_inputs: Mapping[str, Any] | tuple[Any, ...], plan: Plan, name: str
+    ) -> tuple[Program, Schedule, list[torch.Tensor]]:
+        """The program of a call in a cache context, its schedule under a plan, and the call's tensors."""
         if isinstance(example_inputs, Mapping):
             bound = self.binder.bind((), dict(example_inputs))
         else:
             bound = self.binder.bind(example_inputs, {})
         signature, tensors = self.binder.signature(bound)
-        key, program = self._program(self._key(signature, tensors, begins=True), bound, tensors)
-        plan, name = self.options.plan, self.surroundings.name
-        program.check(plan, self._role(plan, name, program, tensors, key))
+        key, program = self.maker.find(self.maker.key(signature, tensors, begins=True), bound, tensors)
+        role = self._role(plan, name, program, tensors, key)
+        program.check(plan, role)
         self.spoken.of_coverage(plan, program.captured.step)
-        return program
+        latents = program.captured.call.given_latents(tensors)
+        return program, program.schedule(plan, 0, role, self._shares(plan, role, latents)), tensors
 
     def flat(self, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
         """The tensors of a call's keyword arguments, in signature order."""
         return self.binder.signature(self.binder.bind((), dict(inputs)))[1]
-
-    def compile(self, backend: Backend) -> None:
-        """Compile the phases from now on; what was captured stays."""
-        with self._lock:
-            self.backend = backend
-            self.programs.compilations.clear()
-            for key, program in self.programs.items():
-                self.programs[key] = replace(program, backend=backend, phases={}).prepared()
-
-    def _spec(self, signature: Signature, bound: Mapping[str, Any]) -> CallSpec:
-        spec = self._specs.get(signature)
-        if spec is None:
-            if len(self._specs) >= 8 * self.options.signatures:
-                self._specs.clear()
-            spec = self._specs[signature] = CallSpec.of(self.binder, bound)
-        return spec
 
     def _state(self, session: Session, generation: Generation, branch: CallSlot, call: Call) -> BranchState:
         """The branch's state at this step; one that did not run the step before begins empty."""
@@ -245,6 +206,7 @@ class Engine:
             )
         if state is None:
             state = self._begun(plan, generation.step, call)
+            self._keep_within(session, generation, branch, state, plan)
         elif state.key != call.key:
             state = self._changed(state, plan, generation.step, call)
         elif changed := changed_inputs(state, call.tensors):
@@ -253,12 +215,24 @@ class Engine:
         state.note(call.constants, call.versions)
         return state
 
+    def _keep_within(
+        self, session: Session, generation: Generation, branch: CallSlot, state: BranchState, plan: Plan
+    ) -> None:
+        """Let a branch that begins take no more bytes than were allowed."""
+        limit = self.options.max_cache_bytes
+        if limit is None:
+            return
+        states = {} if generation.untouched else session.states
+        others = [other for slot, other in states.items() if slot != branch]
+        if keep_within(limit, others, state, plan):
+            self.spoken.once("max_cache_bytes= leaves too little for caches: they are kept in host memory")
+
     def _changed(self, state: BranchState, plan: Plan, step: int, call: Call) -> BranchState:
         """The state for another signature, other values or another form of the model, in the middle of a
         generation.
         """
         refuse_conversion(state.key, call.key)
-        key, program = self._program(call.key, call.bound, call.tensors)
+        key, program = self.maker.find(call.key, call.bound, call.tensors)
         call = call._replace(key=key)
         if state.key[1:] == call.key[1:]:
             role, shared = self._lowered_for(plan, call, program)
@@ -275,7 +249,7 @@ class Engine:
 
     def _begun(self, plan: Plan, step: int, call: Call) -> BranchState:
         """A state whose history begins with this call."""
-        key, program = self._program(call.key, call.bound, call.tensors)
+        key, program = self.maker.find(call.key, call.bound, call.tensors)
         call = call._replace(key=key)
         role, shared = self._lowered_for(plan, call, program)
         state = begun(call.key, program, plan, step, role, shared)
@@ -285,8 +259,11 @@ class Engine:
     def _lowered_for(self, plan: Plan, call: Call, program: Program) -> tuple[Role, bool]:
         """Which calls of guidance these are, and whether tokens are chosen for both halves of a batch."""
         role = self._role(plan, call.name, program, call.tensors, call.key)
-        shares = role == "only" and any(item.is_measured for item in plan.letters)
-        return role, shares and is_doubled(call.latents)
+        return role, self._shares(plan, role, call.latents)
+
+    def _shares(self, plan: Plan, role: Role, latents: Sequence[torch.Tensor]) -> bool:
+        """Whether tokens are chosen for both halves of a batch."""
+        return role == "only" and any(item.is_measured for item in plan.letters) and is_doubled(latents)
 
     def _role(
         self, plan: Plan, name: str, program: Program, tensors: Sequence[torch.Tensor], key: Key
@@ -295,78 +272,12 @@ class Engine:
         role = role_of(plan, name, program.captured.call.given_latents(tensors), self.spoken)
         if role == "doubled":
             assert plan.conditional is not None
-            self._halve(program, tensors, plan.conditional, key)
+            self.maker.halve(program, tensors, plan.conditional, key)
         return role
-
-    def _halve(self, program: Program, tensors: Sequence[torch.Tensor], conditional: str, key: Key) -> None:
-        with self._lock:
-            if program.half is None:
-                program.halve(self.model, tensors, conditional)
-                half = program.half
-                if half is not None and half.conditions is not None:
-                    self.decisions.note(key, half.conditions, tensors, half.rows)
-
-    def _program(
-        self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]
-    ) -> tuple[Key, Program]:
-        """The program of a signature, of a form of the model and of values; its key, once these are known."""
-        with self._lock:
-            if self.decisions:
-                key = self.decisions.completed(key, tensors)
-            if key not in self.programs:
-                program = self._made(key, bound, tensors)
-                if program.captured.conditions is not None:
-                    key = self.decisions.note(key, program.captured.conditions, tensors)
-                self.programs.add(key, program)
-                self.variants.keep({known[0] for known in self.programs})
-            self.programs.move_to_end(key)
-            return key, self.programs[key]
-
-    def _made(self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> Program:
-        """A program; its capture is shared with the same signature's in the other gradient mode."""
-        twin = self.programs.get((*key[:-1], not key[-1]))
-        signature = self.binder.signature(bound)[0]
-        asks = self.decisions.knows(key)
-        captured = twin.captured if twin else self._captured(self._spec(signature, bound), tensors, asks)
-        modes = *ambient(), tuple([tensor.requires_grad for tensor in tensors])
-        return Program(
-            captured,
-            self.compilation(),
-            offload=self.options.offload,
-            observers=self.options.observers,
-            kept=self.programs.compilations.under(signature, modes),
-            ways=self._ways(),
-        ).prepared()
-
-    def _ways(self) -> Ways:
-        """How phases are compiled: as was asked for, or by regions as the model was."""
-        asked = self.options.regions
-        by_region = compiled_by_blocks(self.model) if asked == "auto" else asked
-        return Ways(by_region, self.options.sizes == "auto")
-
-    def compilation(self) -> Backend:
-        """What phases are compiled with: what was asked for, or what the model was compiled with."""
-        return prior_compilation(self.model) if self.backend is None else self.backend
-
-    def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor], asks: bool) -> Captured:
-        split = self.options.plan.splits_parallel
-        captured = Captured.of(self.model, spec, tensors, self.options.observers, split, asks, self._opaque)
-        self._opaque = captured.step.opaque
-        for text in told(captured.step.opaque):
-            self.spoken.once(text)
-        self.variants.captured()
-        return captured
 
     def _leave_prologue(self, state: BranchState, changed: set[int], tensors: Sequence[torch.Tensor]) -> None:
         """An input seen changing within a generation is computed with at every step, from now on."""
-        program = state.program.without(changed).prepared()
-        if state.program.half is not None:
-            conditional = "first" if state.program.half.rows.first else "last"
-            self._halve(program, tensors, conditional, state.key)
-        with self._lock:
-            if self.programs.get(state.key) is state.program:
-                self.programs[state.key] = program
-        state.program = program
+        state.program = self.maker.leave_prologue(state.key, state.program, changed, tensors)
         state.watched = None
         state.ready.clear()
 

@@ -98,8 +98,8 @@ def _called(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     backend = active_compilation()
     if backend is None:
         return engine(args, kwargs)
-    if engine.backend is None:
-        engine.compile(backend)
+    if engine.maker.backend is None:
+        engine.maker.compile(backend)
     outside: Any = torch.compiler.disable(engine.__call__)  # type: ignore[no-untyped-call]
     return outside(args, kwargs)
 

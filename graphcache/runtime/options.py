@@ -27,4 +27,5 @@ class Options:
     watches_all: bool = False
     regions: Literal["auto"] | bool = "auto"
     sizes: Literal["auto", "fixed"] = "auto"
+    max_cache_bytes: int | None = None
     names: Names = UNNAMED

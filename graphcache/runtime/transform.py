@@ -19,6 +19,7 @@ from graphcache.runtime.parts import denoisers, modules
 from graphcache.runtime.passed_by import say_if_passed_by, timesteps_of
 from graphcache.runtime.summary import Summary, summarise
 from graphcache.runtime.surroundings import Around, OpenSession
+from graphcache.runtime.warmup import warm_up
 
 Target = TypeVar("Target")
 
@@ -78,10 +79,30 @@ class Transformed:
         say_if_passed_by([self._graphcache])
         return summarise(self._graphcache.surroundings.session)
 
+    def warmup(
+        self, *calls: Mapping[str, Any] | tuple[Any, ...], steps: int | None = None, progress: bool = True
+    ) -> None:
+        """Capture and compile before the first request everything that calls like these need.
+
+        Every phase runs once for each call, so that this takes about as long as so many evaluations, beside
+        capturing and compiling. Caches of generations in progress stay as they are.
+
+        Args:
+            calls: arguments of one call, as keywords or positions, for each size that is to come. The first
+                is compiled as a fixed one, and from the second on code serves other sizes too (`sizes=`).
+            steps: evaluations of a generation, if they are not the plan's.
+            progress: draw a bar on the error output.
+
+        Raises:
+            GraphCacheError: the model cannot be captured, or the plan does not fit it.
+        """
+        engine = self._graphcache
+        warm_up(engine, calls, engine.plans[engine.options.plan.steps if steps is None else steps], progress)
+
     def compile(self, **arguments: Any) -> None:
         """Compile every phase with torch.compile's arguments; each becomes one graph of static shapes."""
         refuse_unknown(arguments)
-        self._graphcache.compile(arguments)
+        self._graphcache.maker.compile(arguments)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copy with weights of its own, under the same plan and with an empty cache."""
@@ -112,6 +133,7 @@ def transform(
     watch: Literal["adapters", "everything"] = "adapters",
     regions: Literal["auto"] | bool = "auto",
     sizes: Literal["auto", "fixed"] = "auto",
+    max_cache_bytes: int | None = None,
 ) -> Target:
     """Make a model, or the denoisers of a diffusers pipeline, run under a plan.
 
@@ -158,6 +180,9 @@ def transform(
         sizes: "auto" compiles the phases for the first size as fixed ones, and from the second on phases that
             serve every further size, prompt length and batch; "fixed" compiles each size anew. As with
             regions, CUDA graphs, frozen weights and other compilers have fixed ones, and so do gradients.
+        max_cache_bytes: how much the caches of a generation may take on the device, all its branches
+            together. A branch for which too little is left keeps its cache in host memory, as by `offload`;
+            where that does not help, its first call is refused, and told a plan that would fit.
 
     Returns:
         An instance of the model's class, or the pipeline.
@@ -169,7 +194,7 @@ def transform(
         raise PlanError(
             f"plan is a {type(plan).__name__}, not a Plan; use graphcache.presets, Plan.parse or Plan.load"
         )
-    _check_options(branches, wait, signatures, watch, regions, sizes)
+    _check_options(branches, wait, signatures, watch, regions, sizes, max_cache_bytes)
     refuse_unknown(backend)
     options = Options(
         plan,
@@ -181,6 +206,7 @@ def transform(
         watches_all=watch == "everything",
         regions=regions,
         sizes=sizes,
+        max_cache_bytes=max_cache_bytes,
         names=Names.of(timestep, latents),
     )
     named = (parts,) if isinstance(parts, str) else tuple(parts)
@@ -219,7 +245,13 @@ def restore(model_or_pipe: Target) -> Target:
 
 
 def _check_options(
-    branches: int | None, wait: str, signatures: int, watch: str, regions: Any, sizes: str
+    branches: int | None,
+    wait: str,
+    signatures: int,
+    watch: str,
+    regions: Any,
+    sizes: str,
+    max_cache_bytes: int | None,
 ) -> None:
     if branches is not None and not _is_count(branches):
         raise GraphCacheError(f"branches={branches}: say how many calls a step makes, at least 1")
@@ -229,6 +261,8 @@ def _check_options(
         raise GraphCacheError(f"watch={watch!r}: must be 'adapters' or 'everything'")
     if not isinstance(regions, bool) and regions != "auto":
         raise GraphCacheError(f"regions={regions!r}: must be True, False or 'auto'")
+    if max_cache_bytes is not None and not _is_count(max_cache_bytes):
+        raise GraphCacheError(f"max_cache_bytes={max_cache_bytes!r}: say how many bytes, at least 1")
     if sizes not in ("auto", "fixed"):
         raise GraphCacheError(f"sizes={sizes!r}: must be 'auto' or 'fixed'")
     if wait not in ("step", "never"):

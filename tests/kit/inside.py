@@ -18,7 +18,7 @@ def engine_of(model: nn.Module) -> Engine:
 
 def programs_of(model: nn.Module) -> list[Program]:
     """What was captured for a model, each with its phases."""
-    return list(engine_of(model).programs.values())
+    return list(engine_of(model).maker.programs.values())
 
 
 def only_program(model: nn.Module) -> Program:

@@ -418,10 +418,10 @@ class Subject:
         engine = engine_of(made)
         kwargs = self.call(self.static(), self.latents(), 1.0)
         key, _ = engine.binder.signature(engine.binder.bind((), kwargs))
-        program = Program(self.captured, engine.backend)
+        program = Program(self.captured, engine.maker.backend)
         program.check(plan)
-        engine.programs.add(engine._key(key, (), begins=True), program)
-        engine.variants.captured()
+        engine.maker.programs.add(engine.maker.key(key, (), begins=True), program)
+        engine.maker.variants.captured()
         return made
 
     def reference(self, plan: Plan, start: int = 0) -> Callable[..., Any]:

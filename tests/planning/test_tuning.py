@@ -184,7 +184,7 @@ def test_memory_is_for_evaluations_on_the_way_to_a_coefficient() -> None:
     engine = TuningEngine(sampling.model, Weights(PLAN), Names())
     engine.budget = GradientMemory(memory)
     sampling.generate(wrapped(sampling.model, engine), 1, 6, gradients=True)
-    ((_, program),) = engine.programs.items()
+    ((_, program),) = engine.maker.programs.items()
     computed, forecast = sorted(runnable.computed_bytes for runnable in program.phases.values())
     # the first coefficient is that of step 2
     assert memory - engine.budget.left == computed + 3 * forecast

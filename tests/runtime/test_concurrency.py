@@ -65,7 +65,7 @@ def cached(request: pytest.FixtureRequest) -> Iterator[Any]:
 def test_five_hundred_generations_in_eight_threads(cached: Any) -> None:
     seeds = [[100 * thread + i % 10 for i in range(GENERATIONS)] for thread in range(THREADS)]
     serial = {seed: generation(cached, seed) for seed in sorted({seed for row in seeds for seed in row})}
-    graphs = {key: program.graphs for key, program in engine_of(cached).programs.items()}
+    graphs = {key: program.graphs for key, program in engine_of(cached).maker.programs.items()}
     barrier = threading.Barrier(THREADS + 1)
     wrong: list[int] = []
 
@@ -91,7 +91,7 @@ def test_five_hundred_generations_in_eight_threads(cached: Any) -> None:
     gc.collect()
     assert wrong == []
     assert resident() - warm < 8 * 2**20
-    assert {key: program.graphs for key, program in engine_of(cached).programs.items()} == graphs
+    assert {key: program.graphs for key, program in engine_of(cached).maker.programs.items()} == graphs
 
 
 @pytest.mark.usefixtures("captured_anew")
@@ -324,7 +324,7 @@ def test_where_a_graphs_inputs_lie_is_known_while_another_thread_traces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model: Any = graphcache.transform(tiny(2), PLAN, example_inputs=arguments())
-    ((_, program),) = engine_of(model).programs.items()
+    ((_, program),) = engine_of(model).maker.programs.items()
     monkeypatch.setattr(fake_mode(value_of(program.step.placeholders()[0])), "in_kernel_invocation", True)
     made = []
     for runnable in program.phases.values():

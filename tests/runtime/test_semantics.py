@@ -417,7 +417,7 @@ def test_another_signature_is_captured_again_and_the_oldest_forgotten() -> None:
     for shape in ({"batch": 1}, {"batch": 2}, {"tokens": 5}):
         kwargs = arguments(**shape)
         assert_same(cached(**kwargs), model(**kwargs))
-    programs = engine_of(cached).programs
+    programs = engine_of(cached).maker.programs
     kept = list(programs.values())
     assert len(kept) == 2
     cached(**arguments(batch=2))

@@ -456,7 +456,7 @@ def test_a_model_that_asks_for_nothing_is_called_and_traced_once() -> None:
     exact: Any = graphcache.transform(asking(plain), presets.compute(2))
     generation(exact, text_of(), mask_of(3, 5))
     assert next(calls) == 2
-    assert not engine_of(exact).decisions
+    assert not engine_of(exact).maker.decisions
 
 
 @pytest.mark.parametrize("name", DECIDING)

@@ -1,0 +1,155 @@
+"""Finds the program of a call, or makes it: captures, and how their phases are compiled."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphcache.compiler.backends import Backend, compiled_by_blocks, prior_compilation
+from graphcache.compiler.captured import Captured
+from graphcache.compiler.code import Ways
+from graphcache.compiler.decisions import Decisions
+from graphcache.compiler.modes import ambient
+from graphcache.compiler.program import Program
+from graphcache.compiler.programs import Programs
+from graphcache.compiler.variants import Variants
+from graphcache.ir.call import Binder, CallSpec, Key, Signature
+from graphcache.ir.opaque import Opaque
+from graphcache.runtime.options import Options
+from graphcache.runtime.spoken import Spoken
+from graphcache.tracing.capture import forward_parameters
+from graphcache.tracing.untraceable import told
+
+
+class ProgramMaker:
+    """The programs of one model, for all its sessions.
+
+    Attributes:
+        model: the original.
+        options: what `transform` was told.
+        backend: compiles the phases; None adopts what the model was compiled with, where `adopts`.
+        binder: reads calls of the model's forward.
+        variants: numbers the forms that adapters and hooks give the model.
+        programs: what was captured, by key.
+        decisions: which answers of forward a call needs.
+        spoken: what was said once and is not said again.
+    """
+
+    adopts = True
+
+    def __init__(self, model: nn.Module, options: Options, spoken: Spoken) -> None:
+        self.model = model
+        self.options = options
+        self.backend = options.backend
+        self.binder = Binder(forward_parameters(model), options.names)
+        self.variants = Variants(model, options.watches_all)
+        self.programs = Programs(options.signatures)
+        self.decisions = Decisions()
+        self.spoken = spoken
+        self._opaque: Sequence[Opaque] = ()
+        self._specs: dict[Key, CallSpec] = {}
+        self._lock = threading.RLock()
+
+    def spec(self, signature: Signature, bound: Mapping[str, Any]) -> CallSpec:
+        spec = self._specs.get(signature)
+        if spec is None:
+            if len(self._specs) >= 8 * self.options.signatures:
+                self._specs.clear()
+            spec = self._specs[signature] = CallSpec.of(self.binder, bound)
+        return spec
+
+    def key(self, signature: Signature, tensors: Sequence[torch.Tensor], begins: bool) -> Key:
+        """What a program depends on: the form of the model, the call's signature, modes around it, and
+        values that forward decides on.
+        """
+        number = self.variants.look(begins)
+        if begins:
+            with self._lock:
+                self.programs.forget_others(self.variants.numbers)
+                self.decisions.forget_others(self.variants.numbers)
+        key = number, *signature, *ambient()
+        return self.decisions.completed(key, tensors, begins) if self.decisions else key
+
+    def find(
+        self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]
+    ) -> tuple[Key, Program]:
+        """The program of a signature, of a form of the model and of values; its key, once these are known."""
+        with self._lock:
+            if self.decisions:
+                key = self.decisions.completed(key, tensors)
+            if key not in self.programs:
+                program = self._made(key, bound, tensors)
+                if program.captured.conditions is not None:
+                    key = self.decisions.note(key, program.captured.conditions, tensors)
+                self.programs.add(key, program)
+                self.variants.keep({known[0] for known in self.programs})
+            self.programs.move_to_end(key)
+            return key, self.programs[key]
+
+    def _made(self, key: Key, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> Program:
+        """A program; its capture is shared with the same signature's in the other gradient mode."""
+        twin = self.programs.get((*key[:-1], not key[-1]))
+        signature = self.binder.signature(bound)[0]
+        asks = self.decisions.knows(key)
+        captured = twin.captured if twin else self._captured(self.spec(signature, bound), tensors, asks)
+        modes = *ambient(), tuple([tensor.requires_grad for tensor in tensors])
+        return Program(
+            captured,
+            self.compilation(),
+            offload=self.options.offload,
+            observers=self.options.observers,
+            kept=self.programs.compilations.under(signature, modes),
+            ways=self._ways(),
+        ).prepared()
+
+    def _ways(self) -> Ways:
+        """How phases are compiled: as was asked for, or by regions as the model was."""
+        asked = self.options.regions
+        by_region = compiled_by_blocks(self.model) if asked == "auto" else asked
+        return Ways(by_region, self.options.sizes == "auto")
+
+    def compilation(self) -> Backend:
+        """What phases are compiled with: what was asked for, or what the model was compiled with."""
+        adopted = prior_compilation(self.model) if self.adopts else None
+        return adopted if self.backend is None else self.backend
+
+    def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor], asks: bool) -> Captured:
+        split = self.options.plan.splits_parallel
+        captured = Captured.of(self.model, spec, tensors, self.options.observers, split, asks, self._opaque)
+        self._opaque = captured.step.opaque
+        for text in told(captured.step.opaque):
+            self.spoken.once(text)
+        self.variants.captured()
+        return captured
+
+    def halve(self, program: Program, tensors: Sequence[torch.Tensor], conditional: str, key: Key) -> None:
+        with self._lock:
+            if program.half is None:
+                program.halve(self.model, tensors, conditional)
+                half = program.half
+                if half is not None and half.conditions is not None:
+                    self.decisions.note(key, half.conditions, tensors, half.rows)
+
+    def compile(self, backend: Backend) -> None:
+        """Compile the phases from now on; what was captured stays."""
+        with self._lock:
+            self.backend = backend
+            self.programs.compilations.clear()
+            for key, program in self.programs.items():
+                self.programs[key] = replace(program, backend=backend, phases={}).prepared()
+
+    def leave_prologue(
+        self, key: Key, program: Program, changed: set[int], tensors: Sequence[torch.Tensor]
+    ) -> Program:
+        """The program from now on, in which these inputs, seen changing, are computed with at every step."""
+        made = program.without(changed).prepared()
+        if program.half is not None:
+            conditional = "first" if program.half.rows.first else "last"
+            self.halve(made, tensors, conditional, key)
+        with self._lock:
+            if self.programs.get(key) is program:
+                self.programs[key] = made
+        return made

@@ -1,0 +1,91 @@
+"""Everything that a plan needs at given calls, captured and compiled before the first request."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from graphcache.compiler.backends import begin_generation
+from graphcache.compiler.captured import laid
+from graphcache.compiler.phase_code import Runnable
+from graphcache.compiler.program import Program
+from graphcache.ir.graph import CacheRead, Chosen
+from graphcache.ir.history import History
+from graphcache.ir.plan import Plan
+from graphcache.ir.schedule import Schedule
+from graphcache.ir.state import CacheState, Choice
+from graphcache.runtime.engine import Engine
+from graphcache.runtime.runner import BranchState, feed, run_prologue
+
+Call = Mapping[str, Any] | tuple[Any, ...]
+
+
+def warm_up(engine: Engine, calls: Sequence[Call], plan: Plan, progress: bool) -> int:
+    """Capture calls, and run every phase of the plan once for each, on zeros where it reads a cache.
+
+    Args:
+        engine: of the transformed model.
+        calls: one for each size that is to come.
+        plan: for the number of evaluations of the generations to come.
+        progress: whether a bar is drawn.
+
+    Returns:
+        How many phases were run.
+    """
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("capturing", total=len(calls))
+        wanted = []
+        for call in calls:
+            wanted += _schedules(engine, call, plan)
+            bar.advance(task)
+        total = sum(len(schedule.phases) for _, schedule, _ in wanted)
+        task = bar.add_task("compiling", total=total)
+        for program, schedule, tensors in wanted:
+            for _ in _run(program, schedule, tensors):
+                bar.advance(task)
+    return total
+
+
+def _schedules(engine: Engine, call: Call, plan: Plan) -> list[tuple[Program, Schedule, list[torch.Tensor]]]:
+    """Those of a call, in both contexts where guidance makes two calls a step and neither is entered."""
+    name = engine.surroundings.name
+    found = engine.prepared(call, plan, name)
+    if not plan.is_guided or name or found[1].guided is not None:
+        return [found]
+    return [engine.prepared(call, plan, context) for context in ("cond", "uncond")]
+
+
+def _run(program: Program, schedule: Schedule, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Each phase, once."""
+    state = BranchState((), program, schedule, 0, 0)
+    inputs = laid(program.captured.strides, tensors)
+    begin_generation(program.backend)
+    run_prologue(state, tensors, inputs)
+    for index in range(len(schedule.phases)):
+        runnable = program.phase(schedule, index)
+        step = next(step for step in schedule.steps if step.phase == index)
+        blank = _blank(runnable)
+        blank.hoisted = state.cache.hoisted
+        runnable.call(*feed(blank, runnable, inputs, step))
+        yield
+
+
+def _blank(runnable: Runnable) -> CacheState:
+    """Caches of zeros, as a phase reads them."""
+    cache = CacheState()
+    parts: dict[History, dict[int, torch.Tensor]] = {}
+    chosen: dict[History, dict[bool, torch.Tensor]] = {}
+    for port in runnable.step.inputs:
+        if isinstance(port, CacheRead):
+            parts.setdefault(port.history, {})[port.part] = runnable.blank(port)
+        elif isinstance(port, Chosen):
+            chosen.setdefault(port.history, {})[port.clusters] = runnable.blank(port)
+    none = torch.empty(0)
+    for history, found in parts.items():
+        cache.entries[history] = [tuple(found.get(part, none) for part in range(max(found) + 1))]
+    cache.chosen = {
+        history: Choice(found.get(False, none), found.get(True, none)) for history, found in chosen.items()
+    }
+    return cache
