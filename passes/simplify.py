@@ -1,5 +1,6 @@
 """Drop what an inference graph does not need, changing no bit of its results."""
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +61,8 @@ class Simplify:
 
 def _say_what_is_known(node: fx.Node) -> None:
     """Put the shape or dtype of an operand that is read for nothing else into the operation."""
+    if node.target is aten.slice.Tensor:
+        _say_bounds(node)
     value = value_of(node) if is_tensor(node) else None
     if value is None or not all(isinstance(size, int) for size in value.shape):
         return
@@ -72,6 +75,14 @@ def _say_what_is_known(node: fx.Node) -> None:
         node.target, node.args = _SHAPED[target], (node.args[0], sizes)
     elif target is aten.type_as.default and value_of(node.all_input_nodes[0]).device == value.device:
         node.target, node.args = aten.to.dtype, (node.args[0], value.dtype)
+
+
+def _say_bounds(node: fx.Node) -> None:
+    """Bounds of a slice that are left out, as numbers: traces with symbols leave some out that others say."""
+    given = dict(zip(("dim", "start", "end", "step"), node.args[1:], strict=False))
+    start, end = given.get("start"), given.get("end")
+    bounds = (0 if start is None else start, sys.maxsize if end is None else end)
+    node.args = (node.args[0], given.get("dim", 0), *bounds, *node.args[4:])
 
 
 def _renamed(step: StepGraph, names: dict[str, str]) -> tuple[Branch, ...]:

@@ -13,6 +13,7 @@ from graphcache.ir.opaque import Opaque
 from graphcache.passes.base import Observer
 from graphcache.tracing.capture import capture
 from graphcache.tracing.conditions import Conditions
+from graphcache.tracing.symbolic import Symbolic
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,26 @@ class Captured:
             asks: forward is known to ask for values.
             before: opaque calls of an earlier capture.
         """
-        examples = distinct([_dense(tensor) for tensor in tensors])
+        examples = examples_of(tensors)
         step, output, conditions = capture(model, call, tuple(examples), asks, before)
         step = analysed(step, split, observers)
-        strides = tuple(tensor.stride() for tensor in examples)
-        return Captured(step, call, output, strides, conditions)
+        return Captured(step, call, output, _strides(examples), conditions)
+
+    @staticmethod
+    def at(
+        symbolic: Symbolic,
+        model: nn.Module,
+        call: CallSpec,
+        tensors: Sequence[torch.Tensor],
+        observers: Sequence[Observer],
+        split: bool,
+    ) -> "Captured | None":
+        """A call at whose sizes a trace with symbols is right; None where it is not."""
+        examples = examples_of(tensors)
+        step = symbolic.at(model, call, examples)
+        if step is None:
+            return None
+        return Captured(analysed(step, split, observers), call, symbolic.output, _strides(examples))
 
     def again(
         self, model: nn.Module, tensors: Sequence[torch.Tensor], observers: Sequence[Observer]
@@ -59,6 +75,15 @@ class Captured:
         split = any(branch.role == "parallel.mlp" for branch in self.step.branches)
         asks = self.conditions is not None
         return Captured.of(model, self.call, tensors, observers, split, asks, self.step.opaque)
+
+
+def examples_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The inputs as a graph will be given them."""
+    return distinct([_dense(tensor) for tensor in tensors])
+
+
+def _strides(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tensor.stride() for tensor in tensors)
 
 
 def distinct(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

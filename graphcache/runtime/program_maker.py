@@ -15,6 +15,7 @@ from graphcache.compiler.decisions import Decisions
 from graphcache.compiler.modes import ambient
 from graphcache.compiler.program import Program
 from graphcache.compiler.programs import Programs
+from graphcache.compiler.symbolic_captures import SymbolicCaptures
 from graphcache.compiler.variants import Variants
 from graphcache.ir.call import Binder, CallSpec, Key, Signature
 from graphcache.ir.opaque import Opaque
@@ -49,6 +50,7 @@ class ProgramMaker:
         self.programs = Programs(options.signatures)
         self.decisions = Decisions()
         self.spoken = spoken
+        self._symbolic = SymbolicCaptures()
         self._opaque: Sequence[Opaque] = ()
         self._specs: dict[Key, CallSpec] = {}
         self._lock = threading.RLock()
@@ -70,6 +72,7 @@ class ProgramMaker:
             with self._lock:
                 self.programs.forget_others(self.variants.numbers)
                 self.decisions.forget_others(self.variants.numbers)
+                self._symbolic.forget_others(self.variants.numbers)
         key = number, *signature, *ambient()
         return self.decisions.completed(key, tensors, begins) if self.decisions else key
 
@@ -94,7 +97,8 @@ class ProgramMaker:
         twin = self.programs.get((*key[:-1], not key[-1]))
         signature = self.binder.signature(bound)[0]
         asks = self.decisions.knows(key)
-        captured = twin.captured if twin else self._captured(self.spec(signature, bound), tensors, asks)
+        spec = self.spec(signature, bound)
+        captured = twin.captured if twin else self._captured(key, spec, tensors, asks)
         modes = *ambient(), tuple([tensor.requires_grad for tensor in tensors])
         return Program(
             captured,
@@ -116,9 +120,13 @@ class ProgramMaker:
         adopted = prior_compilation(self.model) if self.adopts else None
         return adopted if self.backend is None else self.backend
 
-    def _captured(self, spec: CallSpec, tensors: Sequence[torch.Tensor], asks: bool) -> Captured:
-        split = self.options.plan.splits_parallel
-        captured = Captured.of(self.model, spec, tensors, self.options.observers, split, asks, self._opaque)
+    def _captured(self, key: Key, spec: CallSpec, tensors: Sequence[torch.Tensor], asks: bool) -> Captured:
+        split, observers = self.options.plan.splits_parallel, self.options.observers
+        captured = None
+        if self.options.sizes == "auto" and not asks and not self._opaque:
+            captured = self._symbolic.find(key, self.model, spec, tensors, observers, split)
+        if captured is None:
+            captured = Captured.of(self.model, spec, tensors, observers, split, asks, self._opaque)
         self._opaque = captured.step.opaque
         for text in told(captured.step.opaque):
             self.spoken.once(text)

@@ -177,9 +177,10 @@ def transform(
             were measured: docs/design.md). False compiles each phase whole, and "auto" does what was done
             before: regions where the model's blocks were compiled one by one. Under CUDA graphs, with frozen
             weights or by other compilers than PyTorch's a phase is whole.
-        sizes: "auto" compiles the phases for the first size as fixed ones, and from the second on phases that
-            serve every further size, prompt length and batch; "fixed" compiles each size anew. As with
-            regions, CUDA graphs, frozen weights and other compilers have fixed ones, and so do gradients.
+        sizes: "auto" captures and compiles the first size as a fixed one, and from the second on what serves
+            every further size, prompt length and batch, as far as the model allows; "fixed" captures and
+            compiles each size anew. Compiled by other means than Inductor, by CUDA graphs, with frozen
+            weights or gradients, each size has its own code.
         max_cache_bytes: how much the caches of a generation may take on the device, all its branches
             together. A branch for which too little is left keeps its cache in host memory, as by `offload`;
             where that does not help, its first call is refused, and told a plan that would fit.

@@ -58,6 +58,7 @@ def capture(
     tensors: tuple[torch.Tensor, ...],
     asks: bool = False,
     before: Sequence[Opaque] = (),
+    symbols: bool = False,
 ) -> Traced:
     """Trace one evaluation of `model` into a pure graph over flat tensors.
 
@@ -71,6 +72,7 @@ def capture(
             and devices matter.
         asks: whether forward is known to ask for values.
         before: opaque calls of an earlier capture, whose modules are not tried again.
+        symbols: trace with symbols for the inputs' sizes, without answers and opaque calls.
 
     Returns:
         The graph, sharing the model's parameters, the structure of the model's result, and the values that
@@ -106,7 +108,7 @@ def capture(
             model,
             originals,
             lambda: rehearse(lambda: called(answers), devices),
-            lambda: _traced(model, call, tensors, originals, stand_ins, answers),
+            lambda: _traced(model, call, tensors, originals, stand_ins, answers, symbols),
         )
 
     with (
@@ -117,6 +119,8 @@ def capture(
         random_states_kept(devices),
     ):
         while True:
+            if symbols:
+                return attempt(None)
             try:
                 return traced(attempt, asks)
             except Untraceable as error:
@@ -130,6 +134,7 @@ def _traced(
     originals: Originals,
     stand_ins: StandIns,
     answers: Answers | None,
+    symbols: bool,
 ) -> Traced:
     if answers is not None and not answers.given:
         raise Diverged
@@ -144,7 +149,8 @@ def _traced(
             use_lazy_graph_module(True),
             SeenWrites(),
         ):
-            program = torch.export.export(wrapper, tensors, strict=False)
+            sizes = {"tensors": tuple(map(_any_sizes, tensors))} if symbols else None
+            program = torch.export.export(wrapper, tensors, strict=False, dynamic_shapes=sizes)
             program, graph = _functional(program)
     except CaptureError as error:
         raise Untraceable(str(error), stand_ins.chosen.around_error(error), f": {error}") from error
@@ -168,6 +174,11 @@ def _traced(
     if answers is None:
         return Traced(step, outputs[-1], None)
     return decided(step, outputs[-1], answers, tensors, about_numbers(call))
+
+
+def _any_sizes(tensor: torch.Tensor) -> dict[int, Any]:
+    """Symbols for all dimensions, as far as forward allows."""
+    return dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO)
 
 
 @contextlib.contextmanager

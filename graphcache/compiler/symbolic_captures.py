@@ -1,0 +1,97 @@
+"""Captures at further sizes, filled in from one trace with symbols instead of traced again."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphcache.compiler.captured import Captured, examples_of
+from graphcache.ir.call import CallSpec, Key
+from graphcache.ir.errors import CaptureError
+from graphcache.passes.base import Observer
+from graphcache.tracing.symbolic import Symbolic
+
+_MOST_KINDS = 8
+_MOST_TRACES = 4
+"""Of one kind of calls: a model may fold otherwise at some sizes, as where a batch is 1."""
+
+log = logging.getLogger("graphcache")
+
+
+class SymbolicCaptures:
+    """Traces with symbols, by the kind of calls that they are for: those that differ in sizes alone.
+
+    The first call of a kind is traced as it is, since most models have one size; from the second on one is
+    traced with symbols, unless an earlier trace serves it.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: OrderedDict[Hashable, list[Symbolic | None]] = OrderedDict()
+
+    def find(
+        self,
+        key: Key,
+        model: nn.Module,
+        call: CallSpec,
+        tensors: Sequence[torch.Tensor],
+        observers: Sequence[Observer],
+        split: bool,
+    ) -> Captured | None:
+        """The capture of a call; None where it has to be traced by itself.
+
+        Args:
+            key: of its program.
+            model: the original.
+            call: how the tensors make up the call.
+            tensors: its leaves.
+            observers: told of every pass.
+            split: fused branches as two sites.
+        """
+        kind = without_sizes(key)
+        if kind not in self._kinds:
+            self._kinds[kind] = []
+            while len(self._kinds) > _MOST_KINDS:
+                self._kinds.popitem(last=False)
+            return None
+        self._kinds.move_to_end(kind)
+        traces = self._kinds[kind]
+        if not all(tensor.is_contiguous() for tensor in examples_of(tensors)):
+            return None
+
+        def filled(trace: Symbolic | None) -> Captured | None:
+            return Captured.at(trace, model, call, tensors, observers, split) if trace else None
+
+        made = next(filter(None, map(filled, traces)), None)
+        if made is not None or len(traces) >= _MOST_TRACES or None in traces:
+            return made
+        trace = _traced(model, call, examples_of(tensors))
+        made = filled(trace)
+        # one that is not right for its own call is for none
+        traces.append(trace if made else None)
+        return made
+
+    def forget_others(self, variants: set[int]) -> None:
+        """Drop those of all forms of the model but these."""
+        for kind in [kind for kind in self._kinds if isinstance(kind, tuple) and kind[0] not in variants]:
+            del self._kinds[kind]
+
+
+def _traced(model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor]) -> Symbolic | None:
+    try:
+        return Symbolic.of(model, call, tensors)
+    except CaptureError as error:
+        log.info("each size is traced by itself, because with symbols for sizes: %s", error)
+        return None
+
+
+def without_sizes(key: Key) -> Key:
+    """What a program's key has in common with those of calls of other sizes."""
+    return tuple(map(_without_size, key))
+
+
+def _without_size(item: Any) -> Hashable:
+    is_tensor = isinstance(item, tuple) and item and isinstance(item[0], torch.Size)
+    return (len(item[0]), *item[1:]) if is_tensor else item

@@ -1,0 +1,192 @@
+"""Further sizes are filled in from one trace with symbols: the graph that tracing gives there, or none."""
+
+import gc
+import logging
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import graphcache
+from graphcache import presets
+from graphcache.compiler import captured
+from graphcache.ir.structure import structure
+from graphcache.tracing import symbolic
+from inside import programs_of
+from reference import assert_same
+from sized import Sizes, subject
+from tiny import TinyDiT, arguments, tiny
+
+PLAN = presets.fora(2, interval=2)
+
+
+@pytest.fixture(autouse=True)
+def inference(captured_anew: None) -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+class Traces:
+    """How often a model was traced with its sizes as they are, and with symbols."""
+
+    def __init__(self) -> None:
+        self.fixed = self.any = 0
+
+    def __str__(self) -> str:
+        return f"{self.fixed}+{self.any}"
+
+
+@contextmanager
+def counted() -> Iterator[Traces]:
+    made, fixed, any_ = Traces(), captured.capture, symbolic.capture
+
+    def as_it_is(*args: Any, **kwargs: Any) -> Any:
+        made.fixed += 1
+        return fixed(*args, **kwargs)
+
+    def with_symbols(*args: Any, **kwargs: Any) -> Any:
+        made.any += 1
+        return any_(*args, **kwargs)
+
+    with patch.object(captured, "capture", as_it_is), patch.object(symbolic, "capture", with_symbols):
+        yield made
+
+
+def traced(model: nn.Module) -> str:
+    """What the latest capture is."""
+    step = programs_of(model)[-1].captured.step
+    return structure(step.graph, step.root)
+
+
+SIZES: Mapping[str, Sequence[tuple[Sizes, str]]] = {
+    "pixart": [
+        ({}, "1+0"),
+        ({"height": 12, "width": 16}, "1+1"),
+        ({"batch": 3, "height": 4, "width": 20, "text": 5}, "1+1"),
+        ({"batch": 4, "height": 6, "width": 10, "text": 77}, "1+1"),
+        ({"batch": 1, "text": 9, "height": 4}, "1+2"),
+        ({"batch": 1, "text": 4, "height": 10}, "1+2"),
+    ],
+    "sd3": [({}, "1+0"), ({"height": 6}, "1+1"), ({"text": 9}, "1+1"), ({"width": 4, "batch": 5}, "1+1")],
+    "flux": [({}, "1+0"), ({"tokens": 36}, "1+1"), ({"batch": 3, "text": 7}, "1+1"), ({"text": 40}, "1+1")],
+    "wan": [({}, "1+0"), ({"frames": 5, "height": 12}, "1+1"), ({"text": 4, "width": 4}, "1+1")],
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_trace_with_symbols_gives_what_tracing_gives(name: str) -> None:
+    on = subject(name)
+    options: Any = {"timestep": on.timestep}
+    cached: Any = graphcache.transform(on.model, PLAN, **options)
+    fixed = graphcache.transform(on.model, PLAN, **options, sizes="fixed")
+    with counted() as traces:
+        found = []
+        for sizes, expected in SIZES[name]:
+            calls = list(on.calls(sizes, PLAN.steps))
+            found.append((calls, [cached(**call) for call in calls]))
+            assert (sizes, str(traces)) == (sizes, expected)
+    for calls, results in found:
+        assert_same(results, [fixed(**call) for call in calls])
+    assert traced(cached) == traced(fixed)
+    ours, theirs = (programs_of(run)[-1].captured.step.branches for run in (cached, fixed))
+    assert [branch.name for branch in ours] == [branch.name for branch in theirs]
+
+
+@pytest.mark.parametrize("name", ["mochi", "cogvideox"])
+def test_what_is_not_right_with_symbols_is_traced_at_each_size(name: str) -> None:
+    """One computes the shape of a table from values, the other makes a size of one."""
+    on = subject(name)
+    cached: Any = graphcache.transform(on.model, PLAN, timestep=on.timestep)
+    with counted() as traces:
+        for frames in (3, 2, 5):
+            for call in on.calls({"frames": frames}, 1):
+                theirs = on.model(**call)
+                assert_same(cached(**call)[0], theirs[0])
+            cached.reset()
+    assert str(traces) == "3+1", "symbols are tried once"
+
+
+class Weighted(TinyDiT):
+    """Takes a size for a plain number."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return super().forward(x * (1 + int(x.shape[1])), timestep, text)
+
+
+def test_a_constant_that_was_a_size_serves_that_size_alone() -> None:
+    cached: Any = graphcache.transform(tiny(1, Weighted), PLAN)
+    with counted() as traces:
+        for tokens, expected in zip((3, 4, 4, 5, 6, 7, 8, 9), (1, 2, 2, 3, 4, 5, 6, 7), strict=True):
+            for batch in (2, 3):
+                cached.reset()
+                call = arguments(tokens=tokens, batch=batch)
+                assert_same(cached(**call), tiny(1, Weighted)(**call))
+            assert traces.fixed + traces.any >= expected
+    assert traces.any <= 4
+
+
+def test_bits_are_compared_beside_guards() -> None:
+    """A trace that says nothing of a size that it made a constant of."""
+    model = tiny(1, Weighted)
+    cached: Any = graphcache.transform(model, PLAN)
+    with patch.object(ShapeEnv, "evaluate_guards_expression", lambda *_: True):
+        for tokens in (3, 4, 5, 6):
+            cached.reset()
+            call = arguments(tokens=tokens)
+            assert_same(cached(**call), model(**call))
+
+
+def test_the_model_is_left_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    class Counting(TinyDiT):
+        calls = 0
+
+        def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+            self.calls += 1
+            self.latest = x.shape
+            return super().forward(x, timestep, text)
+
+    model = tiny(1, Counting)
+    cached: Any = graphcache.transform(model, PLAN)
+    with caplog.at_level(logging.WARNING):
+        for tokens in (3, 4, 5):
+            cached.reset()
+            cached(**arguments(tokens=tokens))
+    assert "latest" not in model.__dict__
+    assert model.calls == 0
+    assert not [record for record in caplog.records if record.name.startswith("torch")]
+
+
+def test_other_weights_and_forms_are_traced_anew_and_old_ones_are_freed() -> None:
+    model = tiny(1)
+    cached: Any = graphcache.transform(model, PLAN)
+    for tokens in (3, 4):
+        cached.reset()
+        cached(**arguments(tokens=tokens))
+    old = weakref.ref(model.blocks[0].out.weight)
+    model.blocks[0].out = nn.Linear(4, 4, bias=False)
+    with counted() as traces:
+        for tokens in (5, 6, 7):
+            cached.reset()
+            call = arguments(tokens=tokens)
+            assert_same(cached(**call), model(**call))
+    assert str(traces) == "1+1"
+    gc.collect()
+    assert old() is None
+
+
+def test_layouts_that_no_symbols_describe_are_traced_as_they_are() -> None:
+    model = tiny(1)
+    cached: Any = graphcache.transform(model, PLAN)
+    with counted() as traces:
+        for tokens in (3, 4, 5):
+            call = arguments(tokens=tokens)
+            call["x"] = call["x"].transpose(1, 2).contiguous().transpose(1, 2)
+            cached.reset()
+            assert_same(cached(**call), model(**call))
+    assert str(traces) == "3+0"
