@@ -26,7 +26,8 @@ test: .venv/.with-test
 # Every class and every pipeline of diffusers; `make test` takes a few of each, which SEED chooses.
 test-models: .venv/.with-test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist load --every-model \
-	  tests/diffusers/test_every_class.py tests/diffusers/test_every_pipeline.py tests/cost/test_price.py
+	  tests/diffusers/test_every_class.py tests/diffusers/test_every_pipeline.py tests/cost/test_price.py \
+	  tests/compiler/test_any_size.py tests/compiler/test_symbolic_captures.py
 
 # Faults of other libraries' present versions, which docs/coming-from.md speaks of: one that fails was mended.
 test-foreign: .venv/.with-test

@@ -89,8 +89,10 @@ class Family:
             numbers = code.numbers(sizes)
             if numbers is not None:
                 return _bound(code.code, numbers)
-        self.members[sizes] = signature
-        if self.fails or len(set(self.members.values())) == 1 or len(self.codes) >= _MOST:
+        if self.fails or len(self.codes) >= _MOST:
+            return None
+        self.note(sizes, signature)
+        if len(set(self.members.values())) == 1:
             return None
         # the latest comes last: what the compiler asks of a symbol is answered as for this one
         rows = [*(other for other in self.members if other != sizes), sizes]
@@ -105,6 +107,10 @@ class Family:
             return None
         self.codes.append(made)
         return _bound(made.code, numbers)
+
+    def note(self, sizes: Sizes, signature: Hashable) -> None:
+        """Take up a graph as an example."""
+        self.members[sizes] = signature
 
 
 def _bound(

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
-from graphcache.compiler.any_size import Family
+from graphcache.compiler.any_size import Family, Sizes
 from graphcache.compiler.backends import (
     Backend,
     Compiled,
@@ -70,34 +70,46 @@ class Ways:
 FIXED = Ways()
 
 
-def build(step: StepGraph, backend: Backend, kept: Kept | None = None, ways: Ways = FIXED) -> Compiled:
-    """Make a graph callable with its input ports' tensors, in order.
+def build(step: StepGraph, backend: Backend, kept: Kept | None = None, ways: Ways = FIXED) -> "Built":
+    """Make a graph callable. What is `kept` is not compiled again."""
+    return Built(_Code(step, backend, kept, ways))
+
+
+class Built:
+    """A graph that is called with its input ports' tensors, in order.
 
     Code is generated and compiled in the first call, which waits until no other thread does so: plans are
-    also made to be checked or priced alone. What is `kept` is not compiled again.
+    also made to be checked or priced alone.
     """
-    made: Compiled | None = None
-    weights: tuple[torch.Tensor, ...] = ()
 
-    def call(*tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-        return first(tensors) if made is None else made(*tensors, *weights)
+    def __init__(self, code: "_Code") -> None:
+        self._code = code
+        self._made: Compiled | None = None
+        self._weights: tuple[torch.Tensor, ...] = ()
 
-    def first(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        nonlocal made, weights
+    def __call__(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        made = self._made
+        return self._first(tensors) if made is None else made(*tensors, *self._weights)
+
+    def _first(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         with COMPILING:
-            if made is None:
-                code = _Code(step, backend, kept, ways)
-                weights = tuple(code.weights.values())
-                ready = code.regions() or code.whole()
-                if backend is not None:
+            if self._made is None:
+                code = self._code
+                self._weights = tuple(code.weights.values())
+                made = code.regions() or code.whole()
+                if code.backend is not None:
                     with as_one_graph():
-                        results = ready(*tensors, *weights)
-                    made = ready
+                        results = made(*tensors, *self._weights)
+                    self._made = made
                     return results
-                made = ready
-        return made(*tensors, *weights)
+                self._made = made
+        return self._made(*tensors, *self._weights)
 
-    return call
+    def announce(self) -> None:
+        """Let what is compiled from now on serve this graph's sizes too, as far as it can."""
+        with COMPILING:
+            if self._made is None:
+                self._code.announce()
 
 
 @dataclass(frozen=True)
@@ -132,22 +144,41 @@ class _Code:
         known = self.kept.find(key, self.backend, takes) if self.kept else None
         if known is not None:
             return known
-        fed = [*map(value_of, self.step.placeholders()), *self.weights.values()]
-        code = self._of_any_size(self.module, fed)
+        code = self._of_any_size(self.module, self._fed)
         code = code or compiled(self.module, self.backend, has_symbolic_shapes(self.step))
         if self.kept:
             self.kept.keep(key, self.backend, takes, code, self.step.opaque)
         return code
 
-    def _of_any_size(self, module: fx.GraphModule, fed: Sequence[torch.Tensor]) -> Compiled | None:
-        """Code that also serves graphs of other sizes; None where that is not wanted, or not yet."""
+    @property
+    def _fed(self) -> list[torch.Tensor]:
+        return [*map(value_of, self.step.placeholders()), *self.weights.values()]
+
+    def announce(self) -> None:
+        """Note the graph's sizes as an example more."""
+        found = self._family(self.module, self._fed)
+        if found is not None:
+            family, sizes, signature = found
+            family.note(sizes, signature)
+
+    def _family(
+        self, module: fx.GraphModule, fed: Sequence[torch.Tensor]
+    ) -> tuple[Family, Sizes, Hashable] | None:
+        """The graphs that a graph differs from in its sizes alone, these, and the call that it is for; None
+        where each size has code of its own.
+        """
         if not (self.ways.any_size and self.kept and self.takes_weights and _is_bare(self.backend)):
             return None
         form, sizes = skeleton(module.graph, fed)
-        family = self.kept.family(form, self.backend)
-        return family.code(
-            sizes, self.kept.signature, module, fed, partial(inductor, self.backend, "from_graph")
-        )
+        return self.kept.family(form, self.backend), sizes, self.kept.signature
+
+    def _of_any_size(self, module: fx.GraphModule, fed: Sequence[torch.Tensor]) -> Compiled | None:
+        """Code that also serves graphs of other sizes; None where that is not wanted, or not yet."""
+        found = self._family(module, fed)
+        if found is None:
+            return None
+        family, sizes, signature = found
+        return family.code(sizes, signature, module, fed, partial(inductor, self.backend, "from_graph"))
 
     def regions(self) -> Compiled | None:
         """The code of its regions; None where it has none, or is not given its weights."""

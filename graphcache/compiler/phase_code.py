@@ -10,6 +10,7 @@ import torch
 from graphcache.analysis.cost import computed_bytes, graph_flops
 from graphcache.analysis.frequency import basis, disc
 from graphcache.compiler.backends import Compiled
+from graphcache.compiler.code import Built
 from graphcache.compiler.guidance_half import Half
 from graphcache.ir.graph import (
     CacheRead,
@@ -62,7 +63,7 @@ class Runnable:
     """A callable graph and where its inputs come from."""
 
     step: StepGraph
-    call: Compiled
+    call: Compiled | Built
     half: Half | None = None
     _coefficients: dict[tuple[int, tuple[float, ...]], torch.Tensor] = field(init=False, default_factory=dict)
     _kinds: dict[InPort, _Kind] = field(init=False, default_factory=dict)
@@ -97,6 +98,11 @@ class Runnable:
         """What is read where nothing was stored yet."""
         kind = self._kinds[port]
         return torch.zeros(kind.shape, dtype=kind.dtype, device=kind.device)
+
+    def announce(self) -> None:
+        """Let what is compiled from now on serve this graph's sizes too, as far as it can."""
+        if isinstance(self.call, Built):
+            self.call.announce()
 
     @cached_property
     def flops(self) -> int:

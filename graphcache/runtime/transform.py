@@ -84,12 +84,13 @@ class Transformed:
     ) -> None:
         """Capture and compile before the first request everything that calls like these need.
 
-        Every phase runs once for each call, so that this takes about as long as so many evaluations, beside
-        capturing and compiling. Caches of generations in progress stay as they are.
+        It is made for calls without gradients. Every phase runs once for each call, so that this takes about
+        as long as so many evaluations, beside capturing and compiling. Caches of generations in progress stay
+        as they are.
 
         Args:
-            calls: arguments of one call, as keywords or positions, for each size that is to come. The first
-                is compiled as a fixed one, and from the second on code serves other sizes too (`sizes=`).
+            calls: arguments of one call, as keywords or positions, for each size that is to come. A single
+                one is compiled as a fixed one; of several, code is made that serves them all (`sizes=`).
             steps: evaluations of a generation, if they are not the plan's.
             progress: draw a bar on the error output.
 

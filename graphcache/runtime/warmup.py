@@ -34,12 +34,15 @@ def warm_up(engine: Engine, calls: Sequence[Call], plan: Plan, progress: bool) -
     Returns:
         How many phases were run.
     """
-    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+    with torch.no_grad(), Progress(console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("capturing", total=len(calls))
         wanted = []
         for call in calls:
             wanted += _schedules(engine, call, plan)
             bar.advance(task)
+        for program, schedule, _ in wanted:
+            for index in range(len(schedule.phases)):
+                program.phase(schedule, index).announce()
         total = sum(len(schedule.phases) for _, schedule, _ in wanted)
         task = bar.add_task("compiling", total=total)
         for program, schedule, tensors in wanted:

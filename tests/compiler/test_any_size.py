@@ -1,5 +1,6 @@
 """One size is compiled as a fixed one; from the second on code serves all others, or is refused for one."""
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from graphcache.compiler.compilations import EVERYONES, EVERYONES_FAMILIES
 from graphcache.compiler.symbolic_captures import SymbolicCaptures
 from graphcache.ir.sizes import skeleton
 from reference import assert_same
+from seeding import Run
 from sized import Sizes, subject
 from strategies import QUICK
 from tiny import TinyDiT, arguments, tiny
@@ -29,7 +31,8 @@ PLAN = presets.taylorseer(STEPS, interval=2)
 
 @pytest.fixture(autouse=True)
 def inference() -> Iterator[None]:
-    with torch.no_grad():
+    """Each size is traced by itself."""
+    with torch.no_grad(), patch.object(SymbolicCaptures, "find", return_value=None):
         yield
 
 
@@ -90,6 +93,18 @@ def test_one_fixed_size_and_one_code_for_the_others() -> None:
             theirs = generation(plain, batch=batch, tokens=tokens)
             ours = generation(cached, batch=batch, tokens=tokens)
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_sizes_that_are_announced_share_code_from_the_first_on() -> None:
+    plain = graphcache.transform(tiny(2), PLAN)
+    sizes = [{"tokens": 3}, {"tokens": 9}, {"tokens": 5, "batch": 3}, {"tokens": 7, "batch": 4}]
+    with counted(eagerly=False) as made:
+        cached: Any = graphcache.transform(tiny(2), PLAN, backend="inductor")
+        assert made.since(lambda: cached.warmup(*(arguments(**at) for at in sizes), progress=False)) == (0, 2)
+        for at in (*sizes, {"tokens": 8, "batch": 5}):
+            ours = generation(cached, **at)
+            torch.testing.assert_close(ours, generation(plain, **at), rtol=1e-4, atol=1e-5)
+    assert (made.fixed, made.any) == (0, 2)
 
 
 def test_sizes_are_fixed_where_that_is_asked_for_or_gradients_are() -> None:
@@ -236,16 +251,24 @@ DRAWN: Mapping[str, Mapping[str, Sequence[int]]] = {
 EVEN = ("height", "width")
 
 
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [("pixart", "toca"), ("sd3", "range"), ("flux", "packed"), ("wan", "fraction"), ("mochi", "taylorseer")],
-)
-def test_every_size_is_right(name: str, how: str) -> None:
+HOW = {"pixart": "toca", "sd3": "range", "flux": "packed", "wan": "fraction", "mochi": "taylorseer"}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One model in each run, which SEED chooses; all with --every-model."""
+    if "sized" in metafunc.fixturenames:
+        every = metafunc.config.getoption("--every-model")
+        metafunc.parametrize(
+            "sized", sorted(HOW) if every else random.Random(Run.seed).sample(sorted(HOW), 1)
+        )
+
+
+def test_every_size_is_right(sized: str) -> None:
     """Code for any size, traced and run as it is, has the bits of the plan's own graphs at each size."""
-    on, plan = subject(name), PLANS[how]
+    on, plan = subject(sized), PLANS[HOW[sized]]
     plain = graphcache.transform(on.model, plan, timestep=on.timestep)
     cached = graphcache.transform(on.model, plan, timestep=on.timestep, backend="inductor")
-    ranges = DRAWN[name]
+    ranges = DRAWN[sized]
     drawn = st.fixed_dictionaries({key: st.integers(*ends) for key, ends in ranges.items()})
 
     @settings(QUICK, max_examples=8)
@@ -255,7 +278,7 @@ def test_every_size_is_right(name: str, how: str) -> None:
         for call in on.calls(at, plan.steps):
             assert_same(cached(**call), plain(**call))
 
-    with counted() as made, patch.object(SymbolicCaptures, "find", return_value=None):
+    with counted() as made:
         check()
     assert made.any
 

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import random
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from graphcache.ir.structure import structure
 from graphcache.tracing import symbolic
 from inside import programs_of
 from reference import assert_same
+from seeding import Run
 from sized import Sizes, subject
 from tiny import TinyDiT, arguments, tiny
 
@@ -79,15 +81,26 @@ SIZES: Mapping[str, Sequence[tuple[Sizes, str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_a_trace_with_symbols_gives_what_tracing_gives(name: str) -> None:
-    on = subject(name)
+UNFIT = ("mochi", "cogvideox")
+"""One computes the shape of a table from values, the other makes a size of one."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One model in each run, which SEED chooses; all with --every-model."""
+    for names, among in (("sized", sorted(SIZES)), ("unfit", UNFIT)):
+        if names in metafunc.fixturenames:
+            every = metafunc.config.getoption("--every-model")
+            metafunc.parametrize(names, among if every else random.Random(Run.seed).sample(among, 1))
+
+
+def test_a_trace_with_symbols_gives_what_tracing_gives(sized: str) -> None:
+    on = subject(sized)
     options: Any = {"timestep": on.timestep}
     cached: Any = graphcache.transform(on.model, PLAN, **options)
     fixed = graphcache.transform(on.model, PLAN, **options, sizes="fixed")
     with counted() as traces:
         found = []
-        for sizes, expected in SIZES[name]:
+        for sizes, expected in SIZES[sized]:
             calls = list(on.calls(sizes, PLAN.steps))
             found.append((calls, [cached(**call) for call in calls]))
             assert (sizes, str(traces)) == (sizes, expected)
@@ -98,10 +111,8 @@ def test_a_trace_with_symbols_gives_what_tracing_gives(name: str) -> None:
     assert [branch.name for branch in ours] == [branch.name for branch in theirs]
 
 
-@pytest.mark.parametrize("name", ["mochi", "cogvideox"])
-def test_what_is_not_right_with_symbols_is_traced_at_each_size(name: str) -> None:
-    """One computes the shape of a table from values, the other makes a size of one."""
-    on = subject(name)
+def test_what_is_not_right_with_symbols_is_traced_at_each_size(unfit: str) -> None:
+    on = subject(unfit)
     cached: Any = graphcache.transform(on.model, PLAN, timestep=on.timestep)
     with counted() as traces:
         for frames in (3, 2, 5):
