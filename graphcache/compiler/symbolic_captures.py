@@ -3,6 +3,7 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from graphcache.ir.errors import CaptureError
 from graphcache.passes.base import Observer
 from graphcache.tracing.symbolic import Symbolic
 
+_FIXED = 2
+"""Sizes that are traced as they are, which takes half as long as with symbols."""
 _MOST_KINDS = 8
 _MOST_TRACES = 4
 """Of one kind of calls: a model may fold otherwise at some sizes, as where a batch is 1."""
@@ -21,15 +24,23 @@ _MOST_TRACES = 4
 log = logging.getLogger("graphcache")
 
 
+@dataclass
+class _Kind:
+    """How many calls were traced as they are, and the traces with symbols; None is one that failed."""
+
+    fixed: int = 0
+    traces: list[Symbolic | None] = field(default_factory=list)
+
+
 class SymbolicCaptures:
     """Traces with symbols, by the kind of calls that they are for: those that differ in sizes alone.
 
-    The first call of a kind is traced as it is, since most models have one size; from the second on one is
-    traced with symbols, unless an earlier trace serves it.
+    The first two of a kind are traced as they are, since most models have one size, or two prompts of
+    different lengths; a further one with symbols, unless an earlier trace serves it.
     """
 
     def __init__(self) -> None:
-        self._kinds: OrderedDict[Hashable, list[Symbolic | None]] = OrderedDict()
+        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
 
     def find(
         self,
@@ -51,13 +62,14 @@ class SymbolicCaptures:
             split: fused branches as two sites.
         """
         kind = without_sizes(key)
-        if kind not in self._kinds:
-            self._kinds[kind] = []
-            while len(self._kinds) > _MOST_KINDS:
-                self._kinds.popitem(last=False)
-            return None
+        known = self._kinds.setdefault(kind, _Kind())
         self._kinds.move_to_end(kind)
-        traces = self._kinds[kind]
+        while len(self._kinds) > _MOST_KINDS:
+            self._kinds.popitem(last=False)
+        if known.fixed < _FIXED:
+            known.fixed += 1
+            return None
+        traces = known.traces
         if not all(tensor.is_contiguous() for tensor in examples_of(tensors)):
             return None
 

@@ -178,8 +178,9 @@ def transform(
             were measured: docs/design.md). False compiles each phase whole, and "auto" does what was done
             before: regions where the model's blocks were compiled one by one. Under CUDA graphs, with frozen
             weights or by other compilers than PyTorch's a phase is whole.
-        sizes: "auto" captures and compiles the first size as a fixed one, and from the second on what serves
-            every further size, prompt length and batch, as far as the model allows; "fixed" captures and
+        sizes: "auto" compiles the first size as a fixed one, and from the second on code for every further
+            size, prompt length and batch; from the third on what is captured serves others, too, as far as
+            the model allows; "fixed" captures and
             compiles each size anew. Compiled by other means than Inductor, by CUDA graphs, with frozen
             weights or gradients, each size has its own code.
         max_cache_bytes: how much the caches of a generation may take on the device, all its branches
