@@ -7,9 +7,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-from graphcache.libraries.torch_private import FAKE_TENSOR_LOG
+from graphcache.libraries.torch_private import EXPORT_LOG, FAKE_TENSOR_LOG
 
-_EXPORTING = ("torch.export", "torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")
+_EXPORTING = ("torch.export", EXPORT_LOG, "torch.fx.experimental.symbolic_shapes")
 
 
 @contextlib.contextmanager

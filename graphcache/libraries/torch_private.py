@@ -115,9 +115,13 @@ with names_of("torch"):
     inductor_config: Any = torch._inductor.config
     # Inductor's code for one graph without torch.compile's way to it, which takes longer than a small region
     standalone_compile: Any = torch._inductor.standalone_compile
+    # where PyTorch logs which sizes it takes for constants
+    from torch._export import non_strict_utils as _non_strict
+
     # torch.compiler.disable(recursive=False) would fail while another thread exports
     skip_frame: Any = torch._dynamo.decorators.skip
 
+EXPORT_LOG: str = _non_strict.__name__
 FAKE_TENSOR_LOG = FakeTensor.__module__
 """Where PyTorch logs what does not fit, which is expected while sizes are tried."""
 

@@ -47,7 +47,9 @@ class Symbolic:
         Raises:
             CaptureError: it cannot be traced with symbols.
         """
-        step, output, _ = capture(model, call, tuple(tensors), symbols=True)
+        # PyTorch leaves marks on the tensors
+        unmarked = tuple([tensor.view_as(tensor) for tensor in tensors])
+        step, output, _ = capture(model, call, unmarked, symbols=True)
         values: list[Any] = [value_of(node) for node in step.placeholders()]
         environment = fake_mode(values[0]).shape_env
         if step.opaque or environment is None:

@@ -173,6 +173,27 @@ def test_the_model_is_left_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
     assert not [record for record in caplog.records if record.name.startswith("torch")]
 
 
+class Looking(TinyDiT):
+    """Looks up a size, which a symbol does not allow."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return super().forward(x * {x.shape[1]: 2}[x.shape[1]], timestep, text)
+
+
+@pytest.mark.parametrize("kind", [TinyDiT, Looking])
+def test_inputs_are_left_as_they_were(kind: type[TinyDiT]) -> None:
+    """PyTorch marks tensors whose sizes become symbols, and takes marked ones for such from then on."""
+    model = tiny(1, kind)
+    cached: Any = graphcache.transform(model, PLAN)
+    with counted() as traces:
+        for tokens in (3, 4, 5):
+            call = arguments(tokens=tokens)
+            cached.reset()
+            assert_same(cached(**call), model(**call))
+            assert [vars(given) for given in call.values()] == [{}] * 3
+    assert traces.any == 1
+
+
 def test_other_weights_and_forms_are_traced_anew_and_old_ones_are_freed() -> None:
     model = tiny(1)
     cached: Any = graphcache.transform(model, PLAN)
