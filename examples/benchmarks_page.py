@@ -54,9 +54,14 @@ empty where none is fast enough.
 
 {where-time-is-flops}
 {where-time-is-launches}
+{any-size}
 
 On a CPU under glibc, freed cache entries go back to the system and are faulted in again at the next full
 step; commands that set `MALLOC_` variables keep that out. PyTorch's own allocator on a GPU has no such cost.
+
+## Without weights
+
+{at-full-size}
 
 ## On a GPU
 
