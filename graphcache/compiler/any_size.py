@@ -61,7 +61,7 @@ class AnySize:
 class Family:
     """Graphs of one form, by their sizes and for which call they were made; and code that serves many.
 
-    `fails`: whether a compiler could do nothing with symbols.
+    `fails`: whether a compiler could do nothing with symbols, or nothing that is right for its own example.
     """
 
     members: dict[Sizes, Hashable] = field(default_factory=dict)
@@ -104,6 +104,7 @@ class Family:
             return None
         numbers = made.numbers(sizes)
         if numbers is None:
+            self.fails = True
             return None
         self.codes.append(made)
         return _bound(made.code, numbers)

@@ -40,7 +40,7 @@ class SymbolicCaptures:
     """
 
     def __init__(self) -> None:
-        self._kinds: OrderedDict[Hashable, _Kind] = OrderedDict()
+        self._kinds: OrderedDict[Key, _Kind] = OrderedDict()
 
     def find(
         self,
@@ -87,7 +87,7 @@ class SymbolicCaptures:
 
     def forget_others(self, variants: set[int]) -> None:
         """Drop those of all forms of the model but these."""
-        for kind in [kind for kind in self._kinds if isinstance(kind, tuple) and kind[0] not in variants]:
+        for kind in [kind for kind in self._kinds if kind[0] not in variants]:
             del self._kinds[kind]
 
 

@@ -9,6 +9,7 @@ from rich.progress import Progress
 
 from graphcache.compiler.backends import begin_generation
 from graphcache.compiler.captured import laid
+from graphcache.compiler.guidance_half import is_doubled
 from graphcache.compiler.phase_code import Runnable
 from graphcache.compiler.program import Program
 from graphcache.ir.graph import CacheRead, Chosen
@@ -54,10 +55,12 @@ def warm_up(engine: Engine, calls: Sequence[Call], plan: Plan, progress: bool) -
 def _schedules(engine: Engine, call: Call, plan: Plan) -> list[tuple[Program, Schedule, list[torch.Tensor]]]:
     """Those of a call, in both contexts where guidance makes two calls a step and neither is entered."""
     name = engine.surroundings.name
-    found = engine.prepared(call, plan, name)
-    if not plan.is_guided or name or found[1].guided is not None:
-        return [found]
-    return [engine.prepared(call, plan, context) for context in ("cond", "uncond")]
+    if not plan.is_guided or name:
+        return [engine.prepared(call, plan, name)]
+    program, schedule, tensors = engine.prepared(call, plan, "cond")
+    if is_doubled(program.captured.call.given_latents(tensors)):
+        return [engine.prepared(call, plan, "")]
+    return [(program, schedule, tensors), engine.prepared(call, plan, "uncond")]
 
 
 def _run(program: Program, schedule: Schedule, tensors: Sequence[torch.Tensor]) -> Iterator[None]:

@@ -225,6 +225,12 @@ def test_what_a_compiler_cannot_do_with_symbols_is_compiled_as_it_is(
     assert [record.getMessage() for record in caplog.records if "symbols" in record.getMessage()]
 
 
+def test_code_that_is_not_right_for_its_own_example_is_made_once() -> None:
+    with counted() as made, patch.object(any_size.AnySize, "numbers", return_value=None):
+        cached = graphcache.transform(tiny(1), PLAN, backend="inductor")
+        assert made.since(lambda: [generation(cached, tokens=at) for at in (3, 4, 5, 6)]) == (8, 2)
+
+
 def test_only_so_many_codes_of_one_form() -> None:
     model = tiny(1, Pooled)
     with counted() as made, patch.object(any_size, "_MOST", 1):

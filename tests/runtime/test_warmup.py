@@ -64,12 +64,13 @@ GUIDED = "plan steps=4 conditional=last\nt = taylorseer order=1\n@mlp ##t#\nguid
 
 
 @pytest.mark.parametrize("doubled", [True, False])
-def test_both_branches_of_guidance_are_ready(doubled: bool) -> None:
+def test_both_branches_of_guidance_are_ready(doubled: bool, caplog: pytest.LogCaptureFixture) -> None:
     counter, plan = CompileCounter(), Plan.parse(GUIDED)
     cached: Any = graphcache.transform(tiny(2), plan, backend=counter)
     call = arguments(batch=2)
     call["x"] = call["x"][:1].repeat(2, 1, 1) if doubled else call["x"]
     cached.warmup(call, progress=False)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     made = counter.frame_count
     for step in range(4):
         now = {**call, "timestep": torch.full((2,), 1 - step / 4)}
