@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from graphcache.compiler.captured import Captured
-from graphcache.compiler.compilations import EVERYONES
+from graphcache.compiler.compilations import EVERYONES, EVERYONES_FAMILIES
 from seeding import Run, numbers_of
 from sharing import Sharing
 
@@ -91,6 +91,7 @@ def pytest_collection_finish() -> None:
 def _own_code() -> None:
     """What one test has compiled serves no other: compilations are counted."""
     EVERYONES.clear()
+    EVERYONES_FAMILIES.clear()
 
 
 @pytest.fixture
