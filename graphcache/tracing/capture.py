@@ -149,7 +149,8 @@ def _traced(
             use_lazy_graph_module(True),
             SeenWrites(),
         ):
-            sizes = {"tensors": tuple(map(_any_sizes, tensors))} if symbols else None
+            every = tuple([dict.fromkeys(range(one.dim()), torch.export.Dim.AUTO) for one in tensors])
+            sizes = {"tensors": every} if symbols else None
             program = torch.export.export(wrapper, tensors, strict=False, dynamic_shapes=sizes)
             program, graph = _functional(program)
     except CaptureError as error:
@@ -174,11 +175,6 @@ def _traced(
     if answers is None:
         return Traced(step, outputs[-1], None)
     return decided(step, outputs[-1], answers, tensors, about_numbers(call))
-
-
-def _any_sizes(tensor: torch.Tensor) -> dict[int, Any]:
-    """Symbols for all dimensions, as far as forward allows."""
-    return dict.fromkeys(range(tensor.dim()), torch.export.Dim.AUTO)
 
 
 @contextlib.contextmanager
