@@ -1,6 +1,6 @@
 """Prompts, picture sizes and batches in any order: what is traced and compiled for them.
 
-python -m examples.benchmark_sizes [--models flux sd3] [--json FILE]
+python -m examples.benchmark_sizes [--models FLUX SD3] [--json FILE]
 """
 
 import argparse
@@ -76,13 +76,8 @@ def flux() -> tuple[nn.Module, Callable[[Sizes], Inputs]]:
     )
 
     def inputs(at: Sizes) -> Inputs:
-        return {
-            "hidden_states": torch.randn(at.batch, at.tokens, 4),
-            "encoder_hidden_states": torch.randn(at.batch, at.text, WIDTH),
-            "pooled_projections": torch.randn(at.batch, WIDTH),
-            "img_ids": torch.zeros(at.tokens, 3),
-            "txt_ids": torch.zeros(at.text, 3),
-        }
+        ids = {"img_ids": torch.zeros(at.tokens, 3), "txt_ids": torch.zeros(at.text, 3)}
+        return _packed(at) | {"pooled_projections": torch.randn(at.batch, WIDTH)} | ids
 
     return model, inputs
 
@@ -166,12 +161,9 @@ def qwen_image() -> tuple[nn.Module, Callable[[Sizes], Inputs]]:
     )
 
     def inputs(at: Sizes) -> Inputs:
-        return {
-            "hidden_states": torch.randn(at.batch, at.tokens, 4),
-            "encoder_hidden_states": torch.randn(at.batch, at.text, WIDTH),
-            "encoder_hidden_states_mask": torch.ones(at.batch, at.text, dtype=torch.bool),
-            "img_shapes": [[(1, at.height, at.width)]] * at.batch,
-        }
+        mask = torch.ones(at.batch, at.text, dtype=torch.bool)
+        shapes = [[(1, at.height, at.width)]] * at.batch
+        return _packed(at) | {"encoder_hidden_states_mask": mask, "img_shapes": shapes}
 
     return model, inputs
 
@@ -195,10 +187,18 @@ def lumina2() -> tuple[nn.Module, Callable[[Sizes], Inputs]]:
     return model, lambda at: _pictured(at) | {mask: torch.ones(at.batch, at.text, dtype=torch.bool)}
 
 
+def _packed(at: Sizes) -> Inputs:
+    return _called((at.batch, at.tokens, 4), at)
+
+
 def _pictured(at: Sizes, frames: int | None = None) -> Inputs:
-    place = (4, at.height, at.width) if frames is None else (4, frames, at.height, at.width)
+    place = (at.height, at.width) if frames is None else (frames, at.height, at.width)
+    return _called((at.batch, 4, *place), at)
+
+
+def _called(latents: tuple[int, ...], at: Sizes) -> Inputs:
     return {
-        "hidden_states": torch.randn(at.batch, *place),
+        "hidden_states": torch.randn(latents),
         "encoder_hidden_states": torch.randn(at.batch, at.text, WIDTH),
     }
 
@@ -214,19 +214,20 @@ MODELS: Mapping[str, Callable[[], tuple[nn.Module, Callable[[Sizes], Inputs]]]] 
 }
 
 
+def _counting(counts: list[int], place: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        counts[place] += 1
+        return function(*args, **kwargs)
+
+    return call
+
+
 @dataclass
 class Made:
     """How much was traced and compiled: with sizes as they are, and with symbols."""
 
     traced: list[int] = field(default_factory=lambda: [0, 0])
     compiled: list[int] = field(default_factory=lambda: [0, 0])
-
-    def counting(self, counts: list[int], place: int, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            counts[place] += 1
-            return function(*args, **kwargs)
-
-        return call
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
@@ -237,7 +238,7 @@ class Made:
                 (code, "compiled", self.compiled, 0),
                 (code, "inductor", self.compiled, 1),
             ):
-                counting = self.counting(counts, place, getattr(module, name))
+                counting = _counting(counts, place, getattr(module, name))
                 stack.enter_context(mock.patch.object(module, name, counting))
             yield
 

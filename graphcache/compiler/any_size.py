@@ -11,6 +11,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from graphcache.analysis.size_expressions import Column, Expression, Expressions, expressions
+from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.sizes import layout_with, with_sizes
 from graphcache.libraries.torch_private import ConstantSource, FakeTensorMode
 
@@ -98,12 +99,11 @@ class Family:
         rows = [*(other for other in self.members if other != sizes), sizes]
         try:
             made = _made(tuple(zip(*rows, strict=True)), module, fed, compile_)
+            numbers = made.numbers(sizes)
+            if numbers is None:
+                raise GraphCacheError(f"what was compiled is not for {sizes}, which it was compiled for")
         except Exception as error:  # whatever a compiler fails with, a fixed size does without
             log.warning("a phase is compiled anew for each size, since with symbols for sizes: %s", error)
-            self.fails = True
-            return None
-        numbers = made.numbers(sizes)
-        if numbers is None:
             self.fails = True
             return None
         self.codes.append(made)

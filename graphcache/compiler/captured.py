@@ -57,12 +57,11 @@ class Captured:
         symbolic: Symbolic,
         model: nn.Module,
         call: CallSpec,
-        tensors: Sequence[torch.Tensor],
+        examples: Sequence[torch.Tensor],
         observers: Sequence[Observer],
         split: bool,
     ) -> "Captured | None":
         """A call at whose sizes a trace with symbols is right; None where it is not."""
-        examples = examples_of(tensors)
         step = symbolic.at(model, call, examples)
         if step is None:
             return None

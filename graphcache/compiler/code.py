@@ -155,8 +155,8 @@ class _Code:
         return [*map(value_of, self.step.placeholders()), *self.weights.values()]
 
     def announce(self) -> None:
-        """Note the graph's sizes as an example more."""
-        found = self._family(self.module, self._fed)
+        """Note the graph's sizes as an example more; those of regions are known as they are called."""
+        found = None if self.ways.by_region else self._family(self.module, self._fed)
         if found is not None:
             family, sizes, signature = found
             family.note(sizes, signature)

@@ -82,6 +82,7 @@ class Program:
         """
         inputs = laid(self.captured.strides, tensors)
         self.half = capture_half(model, self.captured, self._held, inputs, conditional, self.observers)
+        self.__dict__.pop("offloaded", None)  # it has no half
 
     @cached_property
     def _held(self) -> tuple[str, ...]:

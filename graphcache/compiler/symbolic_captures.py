@@ -20,16 +20,31 @@ _FIXED = 2
 _MOST_KINDS = 8
 _MOST_TRACES = 4
 """Of one kind of calls: a model may fold otherwise at some sizes, as where a batch is 1."""
+_MOST_IN_VAIN = 2
+"""Of these, while none has served another call: some models make constants of all their sizes."""
 
 log = logging.getLogger("graphcache")
 
 
 @dataclass
 class _Kind:
-    """How many calls were traced as they are, and the traces with symbols; None is one that failed."""
+    """Calls of one kind.
+
+    Attributes:
+        fixed: how many were traced as they are, before symbols were tried.
+        traces: those with symbols; None is one that failed.
+        served: whether one of them was right for a call that it was not made of.
+    """
 
     fixed: int = 0
     traces: list[Symbolic | None] = field(default_factory=list)
+    served: bool = False
+
+    @property
+    def may_be_traced(self) -> bool:
+        """Whether another trace with symbols is worth its time."""
+        most = _MOST_TRACES if self.served else _MOST_IN_VAIN
+        return None not in self.traces and len(self.traces) < most
 
 
 class SymbolicCaptures:
@@ -69,20 +84,21 @@ class SymbolicCaptures:
         if known.fixed < _FIXED:
             known.fixed += 1
             return None
-        traces = known.traces
-        if not all(tensor.is_contiguous() for tensor in examples_of(tensors)):
+        examples = examples_of(tensors)
+        if not all(tensor.is_contiguous() for tensor in examples):
             return None
 
         def filled(trace: Symbolic | None) -> Captured | None:
-            return Captured.at(trace, model, call, tensors, observers, split) if trace else None
+            return Captured.at(trace, model, call, examples, observers, split) if trace else None
 
-        made = next(filter(None, map(filled, traces)), None)
-        if made is not None or len(traces) >= _MOST_TRACES or None in traces:
+        made = next(filter(None, map(filled, known.traces)), None)
+        if made is not None or not known.may_be_traced:
+            known.served = known.served or made is not None
             return made
-        trace = _traced(model, call, examples_of(tensors))
+        trace = _traced(model, call, examples)
         made = filled(trace)
         # one that is not right for its own call is for none
-        traces.append(trace if made else None)
+        known.traces.append(trace if made else None)
         return made
 
     def forget_others(self, variants: set[int]) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx, nn
@@ -45,7 +45,8 @@ def skeleton(graph: fx.Graph, fed: Sequence[torch.Tensor]) -> Skeleton:
         if node.op == "placeholder":
             text: Any = _kind(next(tensors), note)
         else:
-            text = fx.map_arg(with_sizes(node, note), lambda other: Place(numbers[other]))  # type: ignore[return-value,arg-type]
+            arguments: Any = with_sizes(node, note)
+            text = fx.map_arg(arguments, lambda other: cast(Any, Place(numbers[other])))
         digest.update(repr((node.op, str(node.target), text)).encode())
     return Skeleton(digest.hexdigest(), tuple(sizes))
 

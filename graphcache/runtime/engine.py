@@ -204,36 +204,31 @@ class Engine:
                 "a call of a later step fits none of the calls of the steps before, so that its caches begin "
                 "there; where inputs change from step to step, name the calls: model.cache_context(name)"
             )
+        if state is not None and state.key != call.key:
+            state = self._changed(state, plan, generation.step, call)
+        elif state is not None and (changed := changed_inputs(state, call.tensors)):
+            self._leave_prologue(state, changed, call.tensors)
         if state is None:
             state = self._begun(plan, generation.step, call)
-            self._keep_within(session, generation, branch, state, plan)
-        elif state.key != call.key:
-            state = self._changed(state, plan, generation.step, call)
-        elif changed := changed_inputs(state, call.tensors):
-            self._leave_prologue(state, changed, call.tensors)
+            self.keep_within(_going_on(session, generation, branch), state, plan)
         state.step = generation.step
         state.note(call.constants, call.versions)
         return state
 
-    def _keep_within(
-        self, session: Session, generation: Generation, branch: CallSlot, state: BranchState, plan: Plan
-    ) -> None:
-        """Let a branch that begins take no more bytes than were allowed."""
+    def keep_within(self, others: Sequence[BranchState], state: BranchState, plan: Plan) -> None:
+        """Let a branch that begins beside others take no more bytes than were allowed."""
         limit = self.options.max_cache_bytes
-        if limit is None:
-            return
-        states = {} if generation.untouched else session.states
-        others = [other for slot, other in states.items() if slot != branch]
-        if keep_within(limit, others, state, plan):
+        if limit is not None and keep_within(limit, others, state, plan):
             self.spoken.once("max_cache_bytes= leaves too little for caches: they are kept in host memory")
 
-    def _changed(self, state: BranchState, plan: Plan, step: int, call: Call) -> BranchState:
+    def _changed(self, state: BranchState, plan: Plan, step: int, call: Call) -> BranchState | None:
         """The state for another signature, other values or another form of the model, in the middle of a
-        generation.
+        generation; None where what was cached does not fit.
         """
         refuse_conversion(state.key, call.key)
         key, program = self.maker.find(call.key, call.bound, call.tensors)
         call = call._replace(key=key)
+        program = program.offloaded if state.program.offload else program
         if state.key[1:] == call.key[1:]:
             role, shared = self._lowered_for(plan, call, program)
             made = carried(state, call.key, program, program.schedule(plan, state.start, role, shared))
@@ -244,7 +239,6 @@ class Engine:
                 f"{what_changed(state.key, call.key)} at step {step} of a generation: what the steps before "
                 "have cached does not fit, so the caches begin anew"
             )
-            return self._begun(plan, step, call)
         return made
 
     def _begun(self, plan: Plan, step: int, call: Call) -> BranchState:
@@ -280,6 +274,17 @@ class Engine:
         state.program = self.maker.leave_prologue(state.key, state.program, changed, tensors)
         state.watched = None
         state.ready.clear()
+
+
+def _going_on(session: Session, generation: Generation, branch: CallSlot) -> list[BranchState]:
+    """The states of other branches that hold caches, beside those that a new generation replaces."""
+    return [
+        state
+        for slot, state in session.states.items()
+        if slot != branch
+        and not state.finished
+        and not (generation.untouched and generation.line in (None, slot[0]))
+    ]
 
 
 def original(model: nn.Module) -> nn.Module:

@@ -56,6 +56,7 @@ class ProgramMaker:
         self._lock = threading.RLock()
 
     def spec(self, signature: Signature, bound: Mapping[str, Any]) -> CallSpec:
+        """How the tensors of a call with this signature make up its arguments."""
         spec = self._specs.get(signature)
         if spec is None:
             if len(self._specs) >= 8 * self.options.signatures:
@@ -117,8 +118,9 @@ class ProgramMaker:
 
     def compilation(self) -> Backend:
         """What phases are compiled with: what was asked for, or what the model was compiled with."""
-        adopted = prior_compilation(self.model) if self.adopts else None
-        return adopted if self.backend is None else self.backend
+        if self.backend is not None or not self.adopts:
+            return self.backend
+        return prior_compilation(self.model)
 
     def _captured(self, key: Key, spec: CallSpec, tensors: Sequence[torch.Tensor], asks: bool) -> Captured:
         split, observers = self.options.plan.splits_parallel, self.options.observers
@@ -134,6 +136,7 @@ class ProgramMaker:
         return captured
 
     def halve(self, program: Program, tensors: Sequence[torch.Tensor], conditional: str, key: Key) -> None:
+        """Capture the step for the conditional half of these inputs too, unless it was."""
         with self._lock:
             if program.half is None:
                 program.halve(self.model, tensors, conditional)
@@ -153,11 +156,13 @@ class ProgramMaker:
         self, key: Key, program: Program, changed: set[int], tensors: Sequence[torch.Tensor]
     ) -> Program:
         """The program from now on, in which these inputs, seen changing, are computed with at every step."""
-        made = program.without(changed).prepared()
-        if program.half is not None:
-            conditional = "first" if program.half.rows.first else "last"
-            self.halve(made, tensors, conditional, key)
         with self._lock:
-            if self.programs.get(key) is program:
+            known = self.programs.get(key)
+            is_away = known is not None and known is not program and known.offloaded is program
+            made = (known if known is not None and is_away else program).without(changed).prepared()
+            if program.half is not None:
+                conditional = "first" if program.half.rows.first else "last"
+                self.halve(made, tensors, conditional, key)
+            if is_away or known is program:
                 self.programs[key] = made
-        return made
+        return made.offloaded if is_away else made

@@ -180,9 +180,8 @@ def transform(
             weights or by other compilers than PyTorch's a phase is whole.
         sizes: "auto" compiles the first size as a fixed one, and from the second on code for every further
             size, prompt length and batch; from the third on what is captured serves others, too, as far as
-            the model allows; "fixed" captures and
-            compiles each size anew. Compiled by other means than Inductor, by CUDA graphs, with frozen
-            weights or gradients, each size has its own code.
+            the model allows; "fixed" captures and compiles each size anew. Compiled by other means than
+            Inductor, by CUDA graphs, with frozen weights or gradients, each size has its own code.
         max_cache_bytes: how much the caches of a generation may take on the device, all its branches
             together. A branch for which too little is left keeps its cache in host memory, as by `offload`;
             where that does not help, its first call is refused, and told a plan that would fit.

@@ -11,11 +11,9 @@ from graphcache.compiler.backends import begin_generation
 from graphcache.compiler.captured import laid
 from graphcache.compiler.guidance_half import is_doubled
 from graphcache.compiler.phase_code import Runnable
-from graphcache.compiler.program import Program
 from graphcache.ir.graph import CacheRead, Chosen
 from graphcache.ir.history import History
 from graphcache.ir.plan import Plan
-from graphcache.ir.schedule import Schedule
 from graphcache.ir.state import CacheState, Choice
 from graphcache.runtime.engine import Engine
 from graphcache.runtime.runner import BranchState, feed, run_prologue
@@ -23,7 +21,7 @@ from graphcache.runtime.runner import BranchState, feed, run_prologue
 Call = Mapping[str, Any] | tuple[Any, ...]
 
 
-def warm_up(engine: Engine, calls: Sequence[Call], plan: Plan, progress: bool) -> int:
+def warm_up(engine: Engine, calls: Sequence[Call], plan: Plan, progress: bool) -> None:
     """Capture calls, and run every phase of the plan once for each, on zeros where it reads a cache.
 
     Args:
@@ -31,41 +29,43 @@ def warm_up(engine: Engine, calls: Sequence[Call], plan: Plan, progress: bool) -
         calls: one for each size that is to come.
         plan: for the number of evaluations of the generations to come.
         progress: whether a bar is drawn.
-
-    Returns:
-        How many phases were run.
     """
     with torch.no_grad(), Progress(console=Console(stderr=True), disable=not progress) as bar:
         task = bar.add_task("capturing", total=len(calls))
-        wanted = []
+        wanted: list[tuple[BranchState, Sequence[torch.Tensor]]] = []
         for call in calls:
-            wanted += _schedules(engine, call, plan)
+            wanted += _branches(engine, call, plan)
             bar.advance(task)
-        for program, schedule, _ in wanted:
-            for index in range(len(schedule.phases)):
-                program.phase(schedule, index).announce()
-        total = sum(len(schedule.phases) for _, schedule, _ in wanted)
-        task = bar.add_task("compiling", total=total)
-        for program, schedule, tensors in wanted:
-            for _ in _run(program, schedule, tensors):
+        for state, _ in wanted:
+            for index in range(len(state.schedule.phases)):
+                state.program.phase(state.schedule, index).announce()
+        task = bar.add_task("compiling", total=sum(len(state.schedule.phases) for state, _ in wanted))
+        for state, tensors in wanted:
+            for _ in _run(state, tensors):
                 bar.advance(task)
-    return total
 
 
-def _schedules(engine: Engine, call: Call, plan: Plan) -> list[tuple[Program, Schedule, list[torch.Tensor]]]:
-    """Those of a call, in both contexts where guidance makes two calls a step and neither is entered."""
-    name = engine.surroundings.name
-    if not plan.is_guided or name:
-        return [engine.prepared(call, plan, name)]
-    program, schedule, tensors = engine.prepared(call, plan, "cond")
-    if is_doubled(program.captured.call.given_latents(tensors)):
-        return [engine.prepared(call, plan, "")]
-    return [(program, schedule, tensors), engine.prepared(call, plan, "uncond")]
+def _branches(engine: Engine, call: Call, plan: Plan) -> list[tuple[BranchState, list[torch.Tensor]]]:
+    """The states of a call's branches, and its tensors: of both contexts where guidance makes two calls a
+    step and neither is entered.
+    """
+    names = [engine.surroundings.name]
+    if plan.is_guided and not names[0]:
+        program, _, tensors = engine.prepared(call, plan, "cond")
+        doubled = is_doubled(program.captured.call.given_latents(tensors))
+        names = names if doubled else ["cond", "uncond"]
+    states: list[BranchState] = []
+    for name in names:
+        program, schedule, tensors = engine.prepared(call, plan, name)
+        state = BranchState((), program, schedule, 0, 0)
+        engine.keep_within(states, state, plan)
+        states.append(state)
+    return [(state, tensors) for state in states]
 
 
-def _run(program: Program, schedule: Schedule, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+def _run(state: BranchState, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     """Each phase, once."""
-    state = BranchState((), program, schedule, 0, 0)
+    program, schedule = state.program, state.schedule
     inputs = laid(program.captured.strides, tensors)
     begin_generation(program.backend)
     run_prologue(state, tensors, inputs)

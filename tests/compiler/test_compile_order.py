@@ -100,6 +100,16 @@ def test_an_explicit_backend_is_used_instead_of_a_prior_one() -> None:
     assert (prior.frame_count, chosen.frame_count) == (0, GRAPHS)
 
 
+def test_what_compiled_the_model_is_asked_only_where_nothing_was_given() -> None:
+    """Module.compile may have been called with what cannot be told."""
+    model: Any = tiny(1)
+    model._compiled_call_impl = lambda *args, **kwargs: None
+    call = arguments()
+    with pytest.raises(graphcache.CaptureError, match="what compiled the model cannot be told"):
+        graphcache.transform(model, Plan(2))(**call)
+    assert_same(graphcache.transform(model, Plan(2), backend="eager")(**call), tiny(1)(**call))
+
+
 def test_a_region_around_the_model_keeps_its_own_graph() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     cached = graphcache.transform(tiny(2), PLAN)

@@ -142,6 +142,15 @@ def test_a_constant_that_was_a_size_serves_that_size_alone() -> None:
     assert traces.any <= 4
 
 
+def test_traces_that_serve_their_own_call_alone_are_given_up() -> None:
+    cached: Any = graphcache.transform(tiny(1, Weighted), PLAN)
+    with counted() as traces:
+        for tokens in range(3, 10):
+            cached.reset()
+            cached(**arguments(tokens=tokens))
+    assert str(traces) == "5+2"
+
+
 def test_bits_are_compared_beside_guards() -> None:
     """A trace that says nothing of a size that it made a constant of."""
     model = tiny(1, Weighted)

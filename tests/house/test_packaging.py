@@ -111,3 +111,14 @@ def test_constraints_pin_torch_within_the_declared_range() -> None:
 
 def numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
+
+
+def test_nothing_lies_about_in_the_repository() -> None:
+    """The top level is a fixed list, and no file is a package or an archive."""
+    listed = subprocess.run(("git", "ls-files"), cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    files = [Path(line) for line in listed.splitlines()]
+    folders = {"graphcache", "passes", "analysis", "tests", "examples", "docs", ".ci"}
+    documents = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "pyproject.toml"}
+    named = {path.parts[0] for path in files if not path.parts[0].startswith(".")} | {".ci"}
+    assert named == folders | documents
+    assert not [path for path in files if path.suffix in (".whl", ".zip", ".gz", ".so", ".pkl")]

@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import graphcache
 from graphcache import GraphCacheError, Plan, PlanError, presets
-from inside import states_of
+from inside import programs_of, states_of
 from reference import assert_same
 from tiny import arguments, tiny
 
@@ -66,6 +70,67 @@ def test_branches_share_the_limit(allowed: float, caplog: pytest.LogCaptureFixtu
         assert_same(generation(cached, names), generation(plain, names))
     assert offloads(cached) == [False, allowed < 2]
     assert sum("kept in host memory" in record.getMessage() for record in caplog.records) == (allowed < 2)
+
+
+def test_branches_that_have_generations_of_their_own_share_it_too() -> None:
+    """As where fields of the context tell the step: each name begins by itself."""
+    limit = int(1.7 * peak(PLAN, 12))
+    cached: Any = graphcache.transform(tiny(12), PLAN, max_cache_bytes=limit)
+    for _ in range(2):
+        for step in range(STEPS):
+            for name in ("cond", "uncond"):
+                with cached.cache_context(name, step_index=step, num_inference_steps=STEPS):
+                    cached(**arguments(t=1 - step / STEPS))
+        assert offloads(cached) == [False, True]
+
+
+def adapted() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = tiny(12)
+        inject_adapter_in_model(LoraConfig(r=1, target_modules=["out"], init_lora_weights=False), model)
+    return model.eval()
+
+
+def fade(model: nn.Module, scale: float) -> None:
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling["default"] = scale
+
+
+@pytest.mark.parametrize("changes", ["adapter", "input"])
+def test_another_form_or_input_within_a_generation_stays_in_host_memory(changes: str) -> None:
+    """What was cached there is read from there."""
+    model, plain = adapted(), adapted()
+    cached: Any = graphcache.transform(model, PLAN, max_cache_bytes=peak(PLAN, 12) // 2)
+    expected = graphcache.transform(plain, PLAN)
+    for _ in range(2):
+        text = arguments()["text"]
+        for step in range(STEPS):
+            if changes == "adapter":
+                for one in (model, plain):
+                    fade(one, 1.0 if step < 2 else 0.5)
+            else:
+                text = text * 1.1
+            call = {**arguments(t=1 - step / STEPS), "text": text}
+            assert_same(cached(**call), expected(**call))
+            assert offloads(cached) == [True]
+    if changes == "input":
+        assert [bool(program.varying) for program in programs_of(cached)] == [True], "seen once"
+
+
+def test_warmup_is_made_for_what_the_limit_leaves() -> None:
+    counter, plan = CompileCounter(), Plan.parse("plan steps=4\n@self #.#.\nguidance #.#.")
+    for limit in (None, peak(PLAN, 12) // 8):
+        cached: Any = graphcache.transform(tiny(12), plan, backend=counter, max_cache_bytes=limit)
+        cached.warmup(arguments(), progress=False)
+        made, call = counter.frame_count, arguments()
+        for step in range(STEPS):
+            for name in ("cond", "uncond"):
+                with cached.cache_context(name):
+                    cached(**{**call, "timestep": torch.full((2,), 1 - step / STEPS)})
+        assert counter.frame_count == made
+    assert True in offloads(cached)
 
 
 def test_a_plan_that_fits_is_told() -> None:
