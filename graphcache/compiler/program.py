@@ -63,11 +63,12 @@ class Program:
     tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
     phases: dict[PhaseKey, Runnable] = field(default_factory=dict)
     _schedules: dict[tuple[Plan, int, Role, bool], Schedule] = field(default_factory=dict)
+    _sizes: dict[int, tuple[Schedule, dict[History, int]]] = field(default_factory=dict)
 
     def without(self, changed: set[int]) -> "Program":
         """The same, with these inputs taken to change at every step."""
         varying = self.varying | changed
-        return replace(self, varying=varying, half=None, phases={}, _schedules={})
+        return replace(self, varying=varying, half=None, phases={}, _schedules={}, _sizes={})
 
     @cached_property
     def offloaded(self) -> "Program":
@@ -234,9 +235,11 @@ class Program:
 
     def entry_bytes(self, schedule: Schedule) -> dict[History, int]:
         """Bytes of one entry of every history that the schedule stores."""
-        return {
-            history: sum(map(storage_bytes, values)) for history, values in self.entries(schedule).items()
-        }
+        known = self._sizes.get(id(schedule))
+        if known is None:
+            found = {name: sum(map(storage_bytes, parts)) for name, parts in self.entries(schedule).items()}
+            known = self._sizes[id(schedule)] = schedule, found
+        return known[1]
 
     def check(self, plan: Plan, role: Role = "only") -> None:
         """Lower a plan and specialise every phase, so that whatever is wrong is said now.
