@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 
 import graphcache
 from graphcache import GraphCacheError, Plan, presets
@@ -57,7 +58,8 @@ def counted(eagerly: bool = True) -> Iterator[Compilations]:
         made.any += shapes == "from_graph"
         if not eagerly or shapes != "from_graph":
             return inductor(backend, shapes, module, examples)
-        with next(example for example in examples if isinstance(example, Tensor)).fake_mode:
+        mode = next(example for example in examples if isinstance(example, Tensor)).fake_mode
+        with mode, enable_python_dispatcher():
             fx.Interpreter(module).run(*examples)
         return module.forward
 
