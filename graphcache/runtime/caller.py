@@ -54,13 +54,9 @@ class Caller:
 def _outside() -> FrameType | None:
     """The innermost function that is neither this library's nor the one by which every module is called."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _is_own(frame):
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith("graphcache."):
         frame = frame.f_back
     return frame.f_back if frame is not None and frame.f_code is _MODULE_CALL else frame
-
-
-def _is_own(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__")).startswith("graphcache.")
 
 
 @functools.lru_cache(maxsize=1024)
