@@ -69,6 +69,9 @@ class Ways:
 
 FIXED = Ways()
 
+Gradients = tuple[bool, ...]
+"""Which of the inputs have a gradient; empty where none are computed."""
+
 
 def build(step: StepGraph, backend: Backend, kept: Kept | None = None, ways: Ways = FIXED) -> "Built":
     """Make a graph callable. What is `kept` is not compiled again."""
@@ -79,36 +82,39 @@ class Built:
     """A graph that is called with its input ports' tensors, in order.
 
     Code is generated and compiled in the first call, which waits until no other thread does so: plans are
-    also made to be checked or priced alone.
+    also made to be checked or priced alone. With gradients there is code for every choice of inputs that have
+    one, since compiled code has none for the others.
     """
 
     def __init__(self, code: "_Code") -> None:
         self._code = code
-        self._made: Compiled | None = None
+        self._made: dict[Gradients, Compiled] = {}
         self._weights: tuple[torch.Tensor, ...] = ()
 
     def __call__(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-        made = self._made
-        return self._first(tensors) if made is None else made(*tensors, *self._weights)
+        gradients = tuple([t.requires_grad for t in tensors]) if torch.is_grad_enabled() else ()
+        made = self._made.get(gradients)
+        return self._first(tensors, gradients) if made is None else made(*tensors, *self._weights)
 
-    def _first(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def _first(self, tensors: Sequence[torch.Tensor], gradients: Gradients) -> Sequence[torch.Tensor]:
         with COMPILING:
-            if self._made is None:
+            made = self._made.get(gradients)
+            if made is None:
                 code = self._code
                 self._weights = tuple(code.weights.values())
-                made = code.regions() or code.whole()
+                made = code.regions() or code.whole(gradients)
                 if code.backend is not None:
                     with as_one_graph():
                         results = made(*tensors, *self._weights)
-                    self._made = made
+                    self._made[gradients] = made
                     return results
-                self._made = made
-        return self._made(*tensors, *self._weights)
+                self._made[gradients] = made
+        return made(*tensors, *self._weights)
 
     def announce(self) -> None:
         """Let what is compiled from now on serve this graph's sizes too, as far as it can."""
         with COMPILING:
-            if self._made is None:
+            if not self._made:
                 self._code.announce()
 
 
@@ -134,18 +140,20 @@ class _Code:
     def module(self) -> fx.GraphModule:
         return flattened(self.step, self.weights)
 
-    def whole(self) -> Compiled:
-        """The graph's code."""
+    def whole(self, gradients: Gradients) -> Compiled:
+        """The graph's code, for inputs of which these have a gradient."""
         if self.backend is None:
             eager: Compiled = self.module.forward
             return eager
         takes = self.takes_weights
-        key = structure(self.step.graph, self.step.root, takes)
+        key = f"{structure(self.step.graph, self.step.root, takes)} {gradients}"
         known = self.kept.find(key, self.backend, takes) if self.kept else None
         if known is not None:
             return known
-        code = self._of_any_size(self.module, self._fed)
-        code = code or compiled(self.module, self.backend, has_symbolic_shapes(self.step))
+        # torch.compile finds code again by a forward's code object, so that other inputs need another one
+        module = fx.GraphModule(self.module, self.module.graph) if gradients else self.module
+        code = self._of_any_size(module, self._fed)
+        code = code or compiled(module, self.backend, has_symbolic_shapes(self.step))
         if self.kept:
             self.kept.keep(key, self.backend, takes, code, self.step.opaque)
         return code
