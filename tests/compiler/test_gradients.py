@@ -55,9 +55,7 @@ def gradients(model: Any, of: str, first: int) -> list[Tensor]:
 def test_compiled_phases_have_the_gradients_of_the_others(
     plan: str, of: str, backend: str, regions: bool
 ) -> None:
-    """What a phase reads has a gradient at one step and none at another: where generations begin without, and
-    where there is nothing to read as yet.
-    """
+    """What a phase reads has none where nothing is cached yet, and has one at later steps."""
     found = []
     for options in ({}, {"backend": backend, "regions": regions}):
         model = graphcache.transform(tiny(4), PLANS[plan], **options)
