@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
@@ -25,6 +26,11 @@ Dtype = Annotated[str | None, typer.Option(help="of a folder's weights, such as 
 Call = Annotated[str | None, typer.Option(help="a pipeline folder's call, as JSON", metavar="JSON")]
 Timestep = Annotated[str | None, typer.Option(help="forward's timestep argument, if it is not found")]
 Latents = Annotated[list[str] | None, typer.Option(help="its latents, or their paths, if they are not found")]
+Backend = Annotated[str, typer.Option(help="a torch.compile backend, or none")]
+Regions = Annotated[
+    bool | None, typer.Option("--regions/--whole", help="compile what repeats once, or phases as wholes")
+]
+Json = Annotated[Path | None, typer.Option("--output", "--json", help="write the figures here as JSON")]
 Threads = Annotated[int | None, typer.Option(help="torch threads")]
 
 

@@ -1,9 +1,7 @@
-"""The command line: inspect, plan, show, bench, report; what else measures or prices stands beside it."""
+"""The command line: inspect, plan, show, report; what measures, prices or prepares stands beside it."""
 
 import inspect as signatures
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,25 +19,23 @@ from graphcache.cli.arguments import (
     Inputs,
     Latents,
     ModelName,
-    Plans,
-    PresetSteps,
-    Threads,
     Timestep,
     assignment,
     json_argument,
     plan_argument,
     preset_argument,
 )
+from graphcache.cli.benching import bench
 from graphcache.cli.console import console
 from graphcache.cli.measuring import add_commands
 from graphcache.cli.pricing import price
-from graphcache.cli.sources import Placement, load_model, load_object
+from graphcache.cli.sources import Placement, load_model
+from graphcache.cli.warming import warmup
 from graphcache.cost.pricing import load_prices
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan, Value
-from graphcache.ir.plantext import parse_value, write_bytes
+from graphcache.ir.plantext import parse_value
 from graphcache.page import save_charts, write_page
-from graphcache.planning.bench import Timing, benchmark
 from graphcache.planning.candidates import candidates
 from graphcache.planning.comparison import load_rows
 from graphcache.planning.profile_file import load_profile
@@ -139,61 +135,6 @@ def show(plan: Annotated[str, typer.Argument(help="a plan file, or preset:steps[
 
 
 @app.command()
-def bench(
-    model: ModelName,
-    plan: Plans = None,
-    steps: PresetSteps = 20,
-    rounds: Annotated[int, typer.Option(help="generations of each contender")] = 7,
-    backend: Annotated[str, typer.Option(help="a torch.compile backend, or none")] = "inductor",
-    option: Annotated[
-        list[str] | None, typer.Option("--set", help="an Inductor option: cpp_wrapper=1")
-    ] = None,
-    beside: Annotated[
-        list[str] | None, typer.Option(help="package.module:function from model to callable, timed too")
-    ] = None,
-    inputs: Inputs = None,
-    call: Call = None,
-    timestep: Timestep = None,
-    latents: Latents = None,
-    threads: Threads = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    output: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
-) -> None:
-    """Time plans against the plain compiled model, interleaved, as ratios of medians."""
-    if threads:
-        torch.set_num_threads(threads)
-    placement = Placement(device, dtype)
-    module, kwargs = load_model(model, inputs, json_argument(call), placement)
-    plans = {text: plan_argument(text, steps) for text in plan or ["compute", "fora", "taylorseer"]}
-    chosen: Any = None if backend == "none" else backend
-    if option:
-        chosen = {"backend": chosen, "options": dict(map(assignment, option))}
-    others = {
-        name.rpartition(":")[2]: load_object(name)(
-            load_model(model, inputs, json_argument(call), placement)[0]
-        )
-        for name in beside or []
-    }
-    with console.status("starting") as status:
-        timings = benchmark(
-            module,
-            kwargs,
-            plans,
-            backend=chosen,
-            timestep=timestep,
-            latents=latents or (),
-            rounds=rounds,
-            beside=others,
-            progress=status.update,
-        )
-    _print_timings(timings)
-    if output is not None:
-        rows = [{**asdict(timing), "realised": timing.realised} for timing in timings]
-        write_bytes(json.dumps(rows, indent=1).encode(), output)
-
-
-@app.command()
 def report(
     profile: Annotated[Path, typer.Argument(help="what graphcache.profile wrote")],
     plan: Annotated[list[str] | None, typer.Option(help="a file, or preset[:steps[:key=value,…]]")] = None,
@@ -214,24 +155,6 @@ def report(
     written = save_charts(charts, measured, plans, rows=measured_rows, candidates=found) if charts else ()
     for path in (output, *written):
         console.print(f"wrote {path}")
-
-
-def _print_timings(timings: tuple[Timing, ...]) -> None:
-    names = ("", "ms/step", "speed-up", "ideal", "realised", "graphs", "runner")
-    table = Table(*names, box=None)
-    for column in table.columns:
-        column.no_wrap = True
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for t in timings:
-        plan_cells = ["", "", "", ""]
-        if t.ideal is not None and t.realised is not None and t.runner_us is not None:
-            plan_cells = [f"{t.ideal:.2f}", f"{t.realised:.2f}", str(t.graphs), f"{t.runner_us:.0f} µs"]
-        table.add_row(t.name, f"{t.ms:.3f}", f"{t.speedup:.2f}", *plan_cells)
-    console.print(table)
-    for t in timings:
-        if t.phases:
-            console.print(f"{t.name}: {'; '.join(map(str, t.phases))}")
 
 
 def _imported(origin: str, source: str, steps: int | None, options: list[str]) -> Plan:
@@ -267,7 +190,8 @@ def _numbers(text: str) -> list[Value]:
 
 
 add_commands(app)
-app.command()(price)
+for command in (price, bench, warmup):
+    app.command()(command)
 
 
 def main() -> None:

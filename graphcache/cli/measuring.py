@@ -13,6 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from graphcache.cli.arguments import (
+    Backend,
     Call,
     Device,
     Dtype,
@@ -59,7 +60,6 @@ Ray = Annotated[
     str | None,
     typer.Option(help="shard over a Ray cluster: local, auto or host:port", metavar="ADDRESS"),
 ]
-Backend = Annotated[str, typer.Option(help="a torch.compile backend, or none")]
 
 
 def profile(

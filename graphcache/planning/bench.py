@@ -6,16 +6,17 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from graphcache.analysis.cost import graph_flops
-from graphcache.compiler.backends import Backend, compile_plainly
+from graphcache.compiler.backends import Backend, compile_blocks_plainly, compile_plainly
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names, find_times
+from graphcache.planning.floors import Floor, Rates
 from graphcache.runtime.engine import Engine
 from graphcache.runtime.runner import BranchState
 from graphcache.runtime.transform import transform
@@ -23,23 +24,32 @@ from graphcache.runtime.transform import transform
 Call = Callable[..., Any]
 
 
+EAGER, WHOLE, BY_BLOCKS = "eager", "torch.compile", "compiled block by block"
+"""Names of the plain model's contenders."""
+
+
 @dataclass(frozen=True)
 class PhaseTiming:
-    """Steps of one phase: their median milliseconds, and those that their FLOPs promise."""
+    """Steps of one phase: their median milliseconds, those that their FLOPs promise beside the plain model,
+    and the least that the device needs.
+    """
 
     name: str
     ms: float
     promised: float
+    floor: Floor | None = None
 
     def __str__(self) -> str:
-        return f"phase {self.name}: {self.ms:.3f} ms, FLOPs promise {self.promised:.3f}"
+        text = f"phase {self.name}: {self.ms:.3f} ms, FLOPs promise {self.promised:.3f}"
+        return text if self.floor is None else f"{text}, floor {self.floor.ms:.3f}"
 
 
 @dataclass(frozen=True)
 class Timing:
     """One contender: median milliseconds a step, and the quartiles over rounds.
 
-    `ideal` is the FLOPs-ideal speed-up of its plan, None for what has no plan.
+    `ideal` is the FLOPs-ideal speed-up of its plan, None for what has no plan; `peak_bytes` are those of its
+    caches, and `device_bytes` the most that PyTorch held on a GPU while it ran, None on a CPU.
     """
 
     name: str
@@ -52,6 +62,7 @@ class Timing:
     graphs: int = 0
     runner_us: float | None = None
     peak_bytes: int | None = None
+    device_bytes: int | None = None
 
     @property
     def realised(self) -> float | None:
@@ -90,6 +101,14 @@ class TimedGeneration:
         torch.cuda.synchronize()
         return [1e-3 * begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
 
+    def device_bytes(self, model: Call) -> int | None:
+        """The most bytes of a CUDA device that PyTorch holds while a generation runs; None on a CPU."""
+        if not _is_on_cuda(self.calls[0]):
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        self.run(model)
+        return int(torch.cuda.max_memory_allocated())
+
     def launch(self, model: Call) -> list[float]:
         """Seconds after which each call returns."""
         times = []
@@ -119,6 +138,9 @@ def benchmark(
     timestep: str | None = None,
     latents: str | Sequence[str] = (),
     rounds: int = 7,
+    regions: Literal["auto"] | bool = "auto",
+    plain: Sequence[str] = (),
+    rates: Rates | None = None,
     beside: Mapping[str, Call] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[Timing, ...]:
@@ -132,6 +154,9 @@ def benchmark(
         timestep: the name of the timestep argument, if it is not found.
         latents: those of the latents, as for `transform`.
         rounds: generations of each contender that count; one before them warms up.
+        regions: how phases are compiled, as for `transform`.
+        plain: `EAGER` and `BY_BLOCKS`, where the plain model is to run like that as well.
+        rates: the device's, by which the phases' floors are told.
         beside: further callables to time in the same run.
         progress: told what is done now.
     """
@@ -140,10 +165,12 @@ def benchmark(
         raise PlanError(f"plans of one number of steps can be compared, these have {sorted(steps)}")
     generation = TimedGeneration(inputs, timestep, steps.pop())
     made = {
-        name: transform(model, plan, backend=backend, timestep=timestep, latents=latents, wait="never")
+        name: transform(
+            model, plan, backend=backend, timestep=timestep, latents=latents, wait="never", regions=regions
+        )
         for name, plan in plans.items()
     }
-    contenders: dict[str, Call] = {"torch.compile": compile_plainly(model, backend), **(beside or {}), **made}
+    contenders: dict[str, Call] = {**_plain(model, backend, plain), **(beside or {}), **made}
     measured: dict[str, list[list[float]]] = {name: [] for name in contenders}
     with torch.no_grad():
         for name, call in contenders.items():
@@ -153,27 +180,46 @@ def benchmark(
             progress(f"round {turn + 1} of {rounds}")
             for name in random.Random(turn).sample(list(contenders), len(contenders)):
                 measured[name].append(generation.run(contenders[name]))
-        return _timings(measured, made, generation)
+        held = {name: generation.device_bytes(call) for name, call in contenders.items()}
+        timings = _timings(measured, made, generation, rates)
+    return tuple([replace(timing, device_bytes=held[timing.name]) for timing in timings])
+
+
+def _plain(model: nn.Module, backend: Backend, names: Sequence[str]) -> dict[str, Call]:
+    """The plain model as it is and as people compile it."""
+    ways: dict[str, Callable[[], Call]] = {
+        EAGER: lambda: model,
+        WHOLE: lambda: compile_plainly(model, backend),
+        BY_BLOCKS: lambda: compile_blocks_plainly(model, backend),
+    }
+    return {name: made() for name, made in ways.items() if name == WHOLE or name in names}
 
 
 def _timings(
     measured: Mapping[str, Sequence[Sequence[float]]],
     made: Mapping[str, nn.Module],
     generation: TimedGeneration,
+    rates: Rates | None,
 ) -> tuple[Timing, ...]:
-    base = statistics.median(map(statistics.fmean, measured["torch.compile"]))
+    base = statistics.median(map(statistics.fmean, measured[WHOLE]))
     result = []
     for name, rounds in measured.items():
         per_step = sorted(1e3 * statistics.fmean(times) for times in rounds)
         ms = statistics.median(per_step)
         quarter = len(per_step) // 4
         timing = Timing(name, ms, per_step[quarter], per_step[-1 - quarter], 1e3 * base / ms, None)
-        result.append(_with_plan(timing, made[name], rounds, generation) if name in made else timing)
+        if name in made:
+            timing = _with_plan(timing, made[name], rounds, generation, rates)
+        result.append(timing)
     return tuple(result)
 
 
 def _with_plan(
-    timing: Timing, model: Any, rounds: Sequence[Sequence[float]], generation: TimedGeneration
+    timing: Timing,
+    model: Any,
+    rounds: Sequence[Sequence[float]],
+    generation: TimedGeneration,
+    rates: Rates | None,
 ) -> Timing:
     state = _state(model)
     schedule, program = state.schedule, state.program
@@ -183,9 +229,11 @@ def _with_plan(
         steps = [i for i, step in enumerate(schedule.steps) if step.phase == index and i > 0]
         times = [times[i] for times in rounds for i in steps]
         if times:
-            share = graph_flops(program.phase(schedule, index).step) / whole
+            graph = program.phase(schedule, index).step
+            floor = None if rates is None else Floor.of(graph, rates)
+            promised = plain_ms * graph_flops(graph) / whole if whole else plain_ms
             name = f"{index} ({len(steps)} steps)"
-            phases.append(PhaseTiming(name, 1e3 * statistics.median(times), plain_ms * share))
+            phases.append(PhaseTiming(name, 1e3 * statistics.median(times), promised, floor))
     (summary,) = model.summary().branches
     return replace(
         timing,

@@ -55,6 +55,7 @@ class Symbolic:
         if step.opaque or environment is None:
             raise CaptureError("calls that were not traced stand in the graph")
         guards = environment.produce_guards_expression(values, ignore_static=False)
+        environment.fake_tensor_cache.clear()  # PyTorch keeps environments for good
         return Symbolic(step, output, guards or "True", environment)
 
     def at(self, model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor]) -> StepGraph | None:

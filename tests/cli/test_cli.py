@@ -1,9 +1,12 @@
 """The command line, run as a user runs it."""
 
 import json
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ import graphcache
 from graphcache import importers
 from graphcache.cli.main import app, main
 from graphcache.cli.sources import Placement, load_model, load_sampled
+from graphcache.cli.warming import starts
 from graphcache.cost.pricing import load_prices
 from graphcache.ir.plan import Plan
 from pipelines import PIPELINES
@@ -204,15 +208,62 @@ def test_show_prints_the_grid_and_the_letters() -> None:
 def test_bench_writes_every_contender_beside_the_plain_model(tmp_path: Path) -> None:
     target = tmp_path / "figures.json"
     plans = ("--plan", "fora:4:interval=2", "--plan", "compute:4")
-    others = ("--beside", "cli_factory:beside", "--backend", "none", "--rounds", "1", "--output", str(target))
-    result = run("bench", "cli_factory:made", *plans, *others)
+    others = ("--beside", "cli_factory:beside", "--backend", "none", "--rounds", "1", "--json", str(target))
+    result = run("bench", "cli_factory:made", *plans, *others, "--plain", "--floors", "--threads", "1")
     assert result.exception is None, result.exception
-    rows = {row["name"]: row for row in json.loads(target.read_text())}
-    assert set(rows) == {"torch.compile", "beside", "fora:4:interval=2", "compute:4"}
+    found = json.loads(target.read_text())
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["starts"] == []
+    rows = {row["name"]: row for row in found["contenders"]}
+    plain = {"eager", "torch.compile", "compiled block by block"}
+    assert set(rows) == {*plain, "beside", "fora:4:interval=2", "compute:4"}
+    computed, reused = (phase["floor"] for phase in rows["fora:4:interval=2"]["phases"])
+    assert computed["flops_ms"] > reused["flops_ms"]
     assert rows["compute:4"]["ideal"] == pytest.approx(1, rel=0.05)
     assert 1.5 < rows["fora:4:interval=2"]["ideal"] < 2
     assert rows["fora:4:interval=2"]["graphs"] == 2
     assert rows["torch.compile"]["ideal"] is None
+
+
+def test_starts_are_those_of_two_processes_with_one_empty_cache_for_each_plan() -> None:
+    caches = list[str]()
+
+    def start(command: list[str], env: dict[str, str], **_: object) -> SimpleNamespace:
+        caches.append(env["TORCHINDUCTOR_CACHE_DIR"])
+        assert not Path(caches[-1]).exists()
+        given = command[command.index("warmup") + 1 :]
+        result = run("warmup", *given)
+        assert result.exception is None, result.exception
+        return SimpleNamespace(returncode=0)
+
+    options = {
+        "backend": "none",
+        "regions": False,
+        "inputs": None,
+        "threads": 1,
+        "latents": ["hidden_states"],
+    }
+    with patch.object(subprocess, "run", start):
+        found = starts(["fora:4:interval=2", "compute:4"], "cli_factory:made", options)
+    assert [item["plan"] for item in found] == ["fora:4:interval=2", "compute:4"]
+    assert all(item[kind]["seconds"] > 0 for item in found for kind in ("cold", "warm"))
+    assert caches[0] == caches[1] != caches[2] == caches[3]
+
+
+def test_a_process_that_fails_to_get_ready_says_why() -> None:
+    with pytest.raises(graphcache.GraphCacheError, match="cannot import no_such_module"):
+        starts(["fora:4"], "no_such_module:made", {"regions": None})
+
+
+def test_warmup_takes_a_pipelines_sizes(tmp_path: Path) -> None:
+    PIPELINES["dit"].make().save_pretrained(tmp_path / "pipe")
+    calls = [json.dumps({"class_labels": labels, "guidance_scale": 1.0}) for labels in ([1], [1, 2])]
+    target = tmp_path / "ready.json"
+    options = ("--plan", "fora:4", "--backend", "none", "--json", str(target))
+    result = run("warmup", str(tmp_path / "pipe"), *options, "--call", calls[0], "--call", calls[1])
+    assert result.exception is None, result.exception
+    assert "2 sizes of calls" in result.output
+    assert json.loads(target.read_text())["seconds"] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,115 @@
+"""The command line's warmup: what a plan needs, made before the first request."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from graphcache.cli.arguments import (
+    Backend,
+    Device,
+    Dtype,
+    Inputs,
+    Json,
+    Latents,
+    ModelName,
+    Regions,
+    Threads,
+    Timestep,
+    json_argument,
+    plan_argument,
+)
+from graphcache.cli.console import console
+from graphcache.cli.sources import Placement, load_calls, load_model
+from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.plantext import write_bytes
+from graphcache.runtime.transform import transform
+
+
+def warmup(
+    model: ModelName,
+    plan: Annotated[str, typer.Option(help="preset[:steps[:key=value,…]] or a file")],
+    call: Annotated[
+        list[str] | None,
+        typer.Option(help="a pipeline folder's call, for each size that is to come", metavar="JSON"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="evaluations of a generation, if not the plan's")] = None,
+    backend: Backend = "inductor",
+    regions: Regions = None,
+    inputs: Inputs = None,
+    timestep: Timestep = None,
+    latents: Latents = None,
+    threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    output: Json = None,
+) -> None:
+    """Capture and compile what a plan needs: later processes find the code in PyTorch's cache on disk."""
+    if threads:
+        torch.set_num_threads(threads)
+    placement, wanted = Placement(device, dtype), [json_argument(text) or {} for text in call or []]
+    if len(wanted) > 1:
+        module, calls = load_calls(model, wanted, placement)
+    else:
+        module, only = load_model(model, inputs, wanted[0] if wanted else None, placement)
+        calls = [only]
+    began, worked = time.perf_counter(), time.process_time()
+    made: Any = transform(
+        module,
+        plan_argument(plan, steps),
+        backend=None if backend == "none" else backend,
+        timestep=timestep,
+        latents=latents or (),
+        regions="auto" if regions is None else regions,
+    )
+    made.warmup(*calls, steps=steps)
+    figures = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
+    console.print(f"ready after {figures['seconds']:.1f} s, for {len(calls)} sizes of calls")
+    if output is not None:
+        write_bytes(json.dumps(figures, indent=1).encode(), output)
+
+
+def starts(plans: Sequence[str], model: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How long new processes take to be ready for each plan: with PyTorch's cache empty, and then with it.
+
+    Args:
+        plans: as they are written on the command line.
+        model: likewise.
+        options: of `warmup`; None are left out.
+
+    Raises:
+        GraphCacheError: a process fails.
+    """
+    regions = {True: ["--regions"], False: ["--whole"], None: []}[options["regions"]]
+    arguments = [model, *regions]
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        given = [str(item) for item in values if item is not None and name != "regions"]
+        arguments += [part for item in given for part in (f"--{name}", item)]
+    found = []
+    for plan in plans:
+        with tempfile.TemporaryDirectory() as folder:
+            cold, warm = (_in_new_process([*arguments, "--plan", plan], Path(folder)) for _ in range(2))
+        found.append({"plan": plan, "cold": cold, "warm": warm})
+    return found
+
+
+def _in_new_process(arguments: Sequence[str], folder: Path) -> dict[str, float]:
+    figures = folder / "figures.json"
+    command = [sys.executable, "-m", "graphcache", "warmup", *arguments, "--json", str(figures)]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode:
+        raise GraphCacheError(f"a new process failed to get ready: {done.stdout.strip()[-400:]}")
+    seconds: dict[str, float] = json.loads(figures.read_text())
+    return seconds
