@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -36,6 +36,7 @@ from graphcache.planning.comparison import Contender
 from graphcache.planning.comparison import compare as compare_runs
 from graphcache.planning.gradient_memory import MEMORY
 from graphcache.planning.profile_file import load_profile
+from graphcache.planning.profiling import Detail
 from graphcache.planning.profiling import profile as profile_model
 from graphcache.planning.sampling import Sampler, Sampling, solved_by
 from graphcache.planning.search import Found
@@ -53,7 +54,7 @@ Subject = Annotated[
 Count = Annotated[int, typer.Option("--samples", help="a pipeline's samples: the call with seeds 0, 1, …")]
 Steps = Annotated[int, typer.Option(help="model evaluations of one generation")]
 Memory = Annotated[
-    int, typer.Option(help="bytes for intermediate results; what does not fit is computed again")
+    int, typer.Option(help="bytes beside the model; what does not fit is computed again, or estimated")
 ]
 Output = Annotated[Path, typer.Option(help="write here")]
 Ray = Annotated[
@@ -69,7 +70,8 @@ def profile(
     conditional: Annotated[
         str | None, typer.Option(help="first or last: the conditional half of a doubled batch")
     ] = None,
-    probes: Annotated[int, typer.Option(help="random vectors carried back")] = 2,
+    detail: Annotated[str, typer.Option(help="steps, sites or tokens: what is looked at")] = "tokens",
+    probes: Annotated[int | None, typer.Option(help="random vectors carried back")] = None,
     window: Annotated[int, typer.Option(help="steps back to which effects are followed")] = 12,
     seed: Annotated[int, typer.Option(help="of the probes")] = 0,
     memory: Memory = MEMORY,
@@ -92,6 +94,7 @@ def profile(
             found.samples,
             steps=steps,
             sampler=found.sampler,
+            detail=cast(Detail, detail),
             probes=probes,
             window=window,
             conditional=conditional,

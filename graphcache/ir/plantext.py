@@ -238,15 +238,15 @@ def write_json(document: PlanDocument) -> bytes:
     return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
 
 
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """A file's content, of a size that a plan can have."""
+def read_bytes(path: str | os.PathLike[str], most: int = MAX_BYTES, what: str = "plan") -> bytes:
+    """A file's content, of a size that a plan or something else can have."""
     try:
         with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(most + 1)
     except OSError as error:
         raise PlanError(f"cannot be read: {error.strerror}") from error
-    if len(data) > MAX_BYTES:
-        raise PlanError(f"larger than {MAX_BYTES >> 20} MiB; this is no plan")
+    if len(data) > most:
+        raise PlanError(f"larger than {most >> 20} MiB; this is no {what}")
     return data
 
 

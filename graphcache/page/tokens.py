@@ -46,11 +46,10 @@ def token_maps(profile: Profile) -> tuple[TokenMap, ...]:
 
 
 def _map(profile: Profile, site: str, label: str) -> TokenMap | None:
-    table = profile.drift[site]
-    side = math.isqrt(table.shape[1]) if table.ndim == 2 else 0
-    if profile.steps < 2 or side < SMALLEST_SIDE or side**2 != table.shape[1]:
+    drift = profile.drift[site]
+    side = math.isqrt(len(drift))
+    if profile.steps < 2 or side < SMALLEST_SIDE or side**2 != len(drift):
         return None
-    drift = table[1:].mean(axis=0)
     low, high = float(drift.min()), float(drift.max())
     spread = float(np.percentile(drift, 95)) / max(float(np.percentile(drift, 5)), 1e-300)
     ranking = profile.ranking.get(site)

@@ -34,7 +34,10 @@ class Site:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a profile, or a plan made from it, holds for."""
+    """What a profile, or a plan made from it, holds for.
+
+    `tokens` is the share of the branches' tokens by which their effects were estimated.
+    """
 
     graph: str
     steps: int
@@ -44,6 +47,7 @@ class Provenance:
     seed: int
     conditional: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    tokens: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +62,8 @@ class Profile:
             site's value at step t − d with the gradient, with respect to its value at step t, of a random
             vector's product with the result: Σ a_j·effects[t, gap_j] − effects[t, 0] is the first-order
             effect on that product of replacing the value by Σ a_j·(value at t − gap_j).
-        drift: by site (steps, tokens), how far each token moved since the step before, in units of the
-            tokens' mean length.
+        drift: by site (tokens,), how far each token moved from a step to the next on the mean, in units of
+            the tokens' mean length.
         ranking: by site (steps,), Spearman's correlation of a token's length with how far it moves next.
         bands: (steps, 2), the same of the low and the high frequencies of guidance's difference.
         numbers: elements of one sample's result.

@@ -11,8 +11,10 @@ from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plantext import read_bytes, write_bytes
 from graphcache.planning.profile import Profile, Provenance, SampleProfile, Site
 
-VERSION = 1
+VERSION = 2
 MOST_NUMBERS = 2**28
+MOST_BYTES = 2**32
+"""More than a profile of so many numbers takes."""
 
 
 class Numbers(msgspec.Struct, forbid_unknown_fields=True):
@@ -34,6 +36,7 @@ class ProvenanceLine(msgspec.Struct, forbid_unknown_fields=True):
     seed: int
     conditional: str | None
     versions: dict[str, str]
+    tokens: float = 1.0
 
 
 class SiteLine(msgspec.Struct, forbid_unknown_fields=True):
@@ -80,7 +83,7 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         GraphCacheError: the file is no such profile; the message says where.
     """
     try:
-        return decode(read_bytes(path))
+        return decode(read_bytes(path, MOST_BYTES, "profile"))
     except GraphCacheError as error:
         raise GraphCacheError(f"{os.fspath(path)}: {error}") from None
 
@@ -112,8 +115,10 @@ def decode(data: bytes) -> Profile:
     """
     try:
         version = msgspec.json.decode(data, type=_Versioned).version
-        if version != VERSION:
-            raise GraphCacheError(f"version {version} of the profile format is not known, only {VERSION}")
+        if not 1 <= version <= VERSION:
+            raise GraphCacheError(
+                f"version {version} of the profile format is not known, only 1 to {VERSION}"
+            )
         document = msgspec.json.decode(data, type=ProfileDocument)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise GraphCacheError(f"not a profile in JSON: {error}") from None
@@ -123,7 +128,10 @@ def decode(data: bytes) -> Profile:
         sites=sites,
         gram=unpack(document.gram, "gram"),
         effects=unpack(document.effects, "effects"),
-        drift={name: unpack(values, f"drift of {name}") for name, values in document.drift.items()},
+        drift={
+            name: _mean_drift(unpack(values, f"drift of {name}"), version)
+            for name, values in document.drift.items()
+        },
         ranking={name: unpack(values, f"ranking of {name}") for name, values in document.ranking.items()},
         bands=None if document.bands is None else unpack(document.bands, "bands"),
         numbers=document.numbers,
@@ -133,6 +141,15 @@ def decode(data: bytes) -> Profile:
     )
     _check(profile)
     return profile
+
+
+def _mean_drift(table: np.ndarray, version: int) -> np.ndarray:
+    """By token; the first version has a row for every step."""
+    if version > 1:
+        return table
+    if table.ndim != 2:
+        raise GraphCacheError("drift has one row for each step")
+    return table[1:].mean(axis=0) if len(table) > 1 else np.zeros(table.shape[1])
 
 
 def pack(values: np.ndarray) -> Numbers:
@@ -191,7 +208,7 @@ def save_part(part: SampleProfile, key: str, path: str | os.PathLike[str]) -> No
 def load_part(key: str, path: str | os.PathLike[str]) -> SampleProfile | None:
     """What `save_part` wrote under this key; None where there is nothing, or something else."""
     try:
-        document = msgspec.json.decode(read_bytes(path), type=PartDocument)
+        document = msgspec.json.decode(read_bytes(path, MOST_BYTES), type=PartDocument)
         tables = {
             name: {site: unpack(values, site) for site, values in getattr(document, name).items()}
             for name in _TABLES
@@ -219,9 +236,12 @@ def _check(profile: Profile) -> None:
         raise GraphCacheError("numbers, flops and calls are at least 1")
     if not all(0 < value < float("inf") for value in profile.timings.values()):
         raise GraphCacheError("timings are seconds above 0")
-    tables = [*profile.drift.values(), *profile.ranking.values()]
-    tables += [] if profile.bands is None else [profile.bands]
+    tables = [*profile.ranking.values(), *([] if profile.bands is None else [profile.bands])]
     if any(table.ndim < 1 or table.shape[0] != steps for table in tables):
-        raise GraphCacheError(f"drift, ranking and bands have one row for each of {steps} steps")
+        raise GraphCacheError(f"ranking and bands have one row for each of {steps} steps")
+    if any(table.ndim != 1 for table in profile.drift.values()):
+        raise GraphCacheError("drift has one number for each token")
+    if not 0 < profile.provenance.tokens <= 1:
+        raise GraphCacheError("the share of tokens is above 0 and at most 1")
     if profile.provenance.conditional not in (None, "first", "last"):
         raise GraphCacheError("conditional is first, last or absent")

@@ -7,30 +7,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from graphcache.analysis.branches import branch_flops
-from graphcache.analysis.cost import graph_flops
-from graphcache.analysis.dataflow import Dataflow
-from graphcache.analysis.tokens import cut_tokens
 from graphcache.compiler.backends import Backend, refuse_unknown
-from graphcache.compiler.guidance_half import is_doubled
-from graphcache.compiler.program import Program
-from graphcache.ir.errors import GraphCacheError, PlanError
-from graphcache.ir.graph import Branch, storage_bytes, value_of
-from graphcache.ir.history import GUIDANCE, OUTPUT, History, range_site
-from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
+from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
-from graphcache.ir.selector import Selector
-from graphcache.planning.calibration import site_seconds, step_seconds
+from graphcache.planning.calibration import step_seconds
 from graphcache.planning.gradient_memory import MEMORY
 from graphcache.planning.probing import ProbeEngine
-from graphcache.planning.profile import Profile, Provenance, SampleProfile, Site, families
+from graphcache.planning.profile import Profile, Provenance, SampleProfile, families
 from graphcache.planning.profile_file import load_part, save_part, save_profile
+from graphcache.planning.profile_memory import Needs, Share
 from graphcache.planning.recording import Recording
 from graphcache.planning.sampling import (
     Sampler,
@@ -40,13 +32,14 @@ from graphcache.planning.sampling import (
     refuse_random,
     with_frozen_weights,
 )
-from graphcache.runtime.engine import Engine
+from graphcache.planning.subject import Subject, describe
 from graphcache.runtime.options import Options
 from graphcache.runtime.transform import wrapped
 
+Detail = Literal["steps", "sites", "tokens"]
+DETAILS = get_args(Detail)
 Progress = Callable[[int, int], None]
 Run = Callable[[Callable[[int], SampleProfile], Sequence[int]], Iterable[SampleProfile]]
-RANGES = ((0.0, 1.0), (0.0, 0.5))
 
 
 @with_frozen_weights
@@ -56,7 +49,8 @@ def profile(
     *,
     steps: int,
     sampler: Sampler | None = None,
-    probes: int = 2,
+    detail: Detail = "tokens",
+    probes: int | None = None,
     window: int = 12,
     conditional: str | None = None,
     timestep: str | None = None,
@@ -70,9 +64,10 @@ def profile(
 ) -> Profile:
     """Measure a model's sensitivity along its own sampling.
 
-    Each sample costs one generation, and two to three more for each probe. Of evaluations that do not fit
-    into `memory` the inputs are kept alone, and they are computed again for each probe; gradients are held
-    for `window` steps.
+    Each sample costs one generation, and two to five more for each probe. What does not fit into `memory` is
+    computed again for each probe, at last stretch by stretch; gradients are held for `window` steps. Where
+    those of the branches do not fit either, they are held at some tokens, chosen at random, and the effects
+    of branches are estimates; ranges, the output and guidance are exact.
 
     Args:
         model_or_pipe: a module in eval mode, a pipeline with one transformer, or a `Sampling` of either,
@@ -80,14 +75,16 @@ def profile(
         samples: what the sampler takes; of a pipeline mappings of its call's arguments.
         steps: model evaluations of one generation.
         sampler: runs a bare module through a generation; a pipeline is its own.
-        probes: random vectors carried back through each generation.
+        detail: "steps" looks at ranges of blocks, the output and guidance alone, "sites" at branches as well,
+            and "tokens" also at how far each token of a branch moves.
+        probes: random vectors carried back through each generation; one by default for "steps", else two.
         window: steps back to which effects are followed.
         conditional: "first" or "last", the conditional half of a doubled batch; two calls tell by context.
         timestep: the name of the timestep argument, if it is not found.
         latents: those of the latents, as for `transform`.
         seed: of the probes and the sketch.
-        memory: bytes that evaluations' intermediate results may take, in each worker of a cluster; changes no
-            result on a CPU.
+        memory: bytes that this may take beside the model and what capturing left, in each worker of a
+            cluster. As long as no tokens are left out, it changes no result on a CPU.
         backend: compiles and times a step of every family of sites; None leaves times out, and plans are
             priced by their FLOPs.
         path: where to write; until then every sample's part lies beside it, and the next call takes those up.
@@ -95,16 +92,25 @@ def profile(
         run: maps a function over the samples' numbers; a cluster's map gives the same result.
 
     Raises:
-        GraphCacheError: the sampler is random, or the model cannot be captured.
+        GraphCacheError: the sampler is random, the model cannot be captured, or `memory` is less than one
+            evaluation needs.
     """
     if not samples:
         raise GraphCacheError("samples is empty: profiling needs at least one")
     refuse_unknown(backend)
     sampling = Sampling.of(model_or_pipe, sampler, timestep, latents, conditional)
-    task = Task(steps, min(window, steps - 1), probes, seed, sampling.conditional, sampling.names)
-    engine = ProbeEngine(sampling.model, Options(Plan(steps), names=sampling.names), sampling.pipe, memory)
+    if detail not in DETAILS:
+        raise GraphCacheError(f"detail={detail!r}: known are {', '.join(DETAILS)}")
+    probes = (1 if detail == "steps" else 2) if probes is None else probes
+    window = min(window, steps - 1)
+    options = Options(Plan(steps), names=sampling.names)
+    engine = ProbeEngine(sampling.model, options, sampling.pipe, branches=detail != "steps")
     subject = describe(engine, sampling.first_call(samples[0], steps), sampling.conditional)
     engine.ranges = subject.ranges
+    uncached, calls = _uncached(sampling, samples[0], steps)
+    probed = engine.probe(engine.prepare(subject.inputs))
+    spent = Needs.of(probed, steps=steps, window=window, calls=calls).share(memory)
+    task = Task(steps, window, probes, seed, sampling.conditional, sampling.names, detail, spent.tokens)
     kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in engine.flat(subject.inputs)]
     key = hashlib.sha256(repr((task, subject.graph, kinds, versions())).encode()).hexdigest()
     parts: dict[int, SampleProfile] = {}
@@ -115,11 +121,8 @@ def profile(
             parts[number] = known
     missing = [number for number in range(len(samples)) if number not in parts]
     progress(len(parts), len(samples))
-    uncached = {}
-    for number in missing[:1]:
-        with global_seed(0):
-            uncached[number] = sampling.generate(sampling.model, samples[number], steps)
-    measuring = _Measuring(engine, sampling, samples, task, uncached)
+    branches = frozenset(site.name for site in subject.sites if site.kind == "branch")
+    measuring = _Measuring(engine, sampling, samples, task, spent, branches, uncached)
     for number, part in zip(missing, run(measuring, missing), strict=True):
         place = places[number]
         if place is not None:
@@ -139,6 +142,18 @@ def profile(
     return made
 
 
+def _uncached(sampling: Sampling, sample: Any, steps: int) -> tuple[Tensor, int]:
+    """What a sample gives under one global seed, and how many calls a step makes."""
+    calls: list[None] = []
+    handle = sampling.model.register_forward_pre_hook(lambda *_: calls.append(None))
+    try:
+        with global_seed(0):
+            result = sampling.generate(sampling.model, sample, steps)
+    finally:
+        handle.remove()
+    return result, max(1, round(len(calls) / steps))
+
+
 def _part_path(path: str | os.PathLike[str] | None, number: int) -> Path | None:
     return None if path is None else Path(path).with_name(f".{Path(path).name}.part{number}")
 
@@ -153,136 +168,55 @@ class Task:
     seed: int
     conditional: str | None
     names: Names
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What a model looks like from outside: its fingerprint, sites and ranges, and one call's arguments."""
-
-    graph: str
-    sites: tuple[Site, ...]
-    ranges: tuple[tuple[str, int, int], ...]
-    flops: int
-    inputs: Mapping[str, Any]
+    detail: Detail
+    tokens: float
 
 
 @dataclass(frozen=True)
 class _Measuring:
-    """Measures the sample of a number; `uncached`: results under another global seed, by number."""
+    """Measures the sample of a number: what it tells depends on the sample and its number alone.
+
+    `branches` are the sites of which some tokens may be looked at; `uncached` is what the first sample gave
+    under another global seed.
+    """
 
     engine: ProbeEngine
     sampling: Sampling
     samples: Sequence[Any]
     task: Task
-    uncached: Mapping[int, Tensor]
+    share: Share
+    branches: frozenset[str]
+    uncached: Tensor
 
     def __call__(self, number: int) -> SampleProfile:
-        sample, uncached = self.samples[number], self.uncached.get(number)
-        return measure(self.engine, self.sampling, sample, number, self.task, uncached)
-
-
-def describe(engine: Engine, inputs: Mapping[str, Any], conditional: str | None) -> Subject:
-    """Capture the model for the arguments of a sample's first call."""
-    with torch.no_grad():
-        program = engine.prepare(inputs)
-    step = program.step
-    tensors = engine.flat(inputs)
-    call = program.captured.call
-    call.sole_latent(tensors, "profile")
-    if conditional is not None and not is_doubled(call.given_latents(tensors)):
-        raise GraphCacheError(
-            f"conditional={conditional!r} is for a model that one call a step runs on both halves of a "
-            "doubled batch; here the halves are not the same latents: leave it out without guidance, and "
-            "where the branches are called one by one"
-        )
-    work, nodes, seconds = branch_flops(step), step.nodes(), site_seconds(program, tensors)
-    flow = Dataflow(step)
-    sites = [
-        Site(
-            b.name,
-            "branch",
-            work[b.name],
-            storage_bytes(value_of(nodes[b.value])),
-            seconds[b.name],
-            _token_bytes(flow, b),
-        )
-        for b in step.block_branches
-    ]
-    total, result = graph_flops(step), sum(storage_bytes(value_of(node)) for node in step.results())
-    ranges = []
-    for name, first, last in dict.fromkeys(_bounds(depths, step.blocks) for depths in RANGES if step.blocks):
-        try:
-            left, kept = _reused(program, name)
-        except PlanError:
-            continue
-        spent = sum(seconds[b.name] for b in step.branches if first <= b.block <= last)
-        ranges.append((name, first, last))
-        sites.append(Site(name, "range", total - left, kept, spent))
-    sites.append(Site(OUTPUT, "output", total, result, seconds[OUTPUT]))
-    sites.append(Site(GUIDANCE, "guidance", total // 2, result // 2, seconds[OUTPUT] / 2))
-    return Subject(program.fingerprint, tuple(sites), tuple(ranges), total, inputs)
-
-
-def _reused(program: Program, name: str) -> tuple[int, int]:
-    """FLOPs of a step that reuses a site, and the bytes that are kept for it.
-
-    Raises:
-        PlanError: the site cannot be cached.
-    """
-    schedule = program.schedule(Plan(2, rows=(Row(Selector.parse(name), COMPUTE + REUSE),)))
-    left = graph_flops(program.phase(schedule, schedule.steps[1].phase).step)
-    return left, program.entry_bytes(schedule)[History(name)]
-
-
-def _token_bytes(flow: Dataflow, branch: Branch) -> int:
-    """Bytes kept for a branch that computes some of its tokens alone; 0 if it cannot."""
-    try:
-        cut = cut_tokens(flow, branch)
-    except PlanError:
-        return 0
-    return sum(storage_bytes(value_of(node)) for node in (cut.value, *cut.memory))
-
-
-def _bounds(depths: tuple[float, float], blocks: int) -> tuple[str, int, int]:
-    inside = Selector.parse(f"range({depths[0]}..{depths[1]})").blocks(blocks)
-    return range_site(inside[0], inside[-1]), inside[0], inside[-1]
-
-
-def measure(
-    engine: ProbeEngine,
-    sampling: Sampling,
-    sample: Any,
-    number: int,
-    task: Task,
-    uncached: Tensor | None = None,
-) -> SampleProfile:
-    """One generation with its probes: what it tells depends on the sample and its number alone.
-
-    `uncached` is what the sample gave under another global seed.
-    """
-    recording = Recording(task.steps, task.window, task.probes, task.seed, task.conditional)
-    with engine.observed_by(recording) as observed:
-        with nullcontext() if uncached is None else global_seed(1):
-            model = wrapped(sampling.model, observed)
-            result = sampling.generate(model, sample, task.steps, gradients=True)
-        if not result.requires_grad:
-            raise GraphCacheError(
-                "the result does not depend on the model's evaluations through differentiable operations; "
-                "let the sampler return a tensor, such as latents, and no detached or rounded one"
-            )
-        refuse_infinite(result)
-        if uncached is not None and not torch.equal(result, uncached):
-            # a graph's kernels may round otherwise than the model's: what counts is two runs of the model
-            refuse_random(sampling, sample, task.steps)
-        recording.turn(result)
-        for probe in range(task.probes):
-            generator = torch.Generator().manual_seed((task.seed * 1_000_003 + number) * 1_003 + probe)
-            direction = torch.randn(result.shape, generator=generator).to(result)
-            torch.autograd.backward(result, direction, retain_graph=probe + 1 < task.probes)
-            recording.next_probe()
-    part = recording.part()
-    refuse_infinite(*map(torch.from_numpy, (*part.gram.values(), *part.effects.values())))
-    return part
+        """One generation with its probes."""
+        sample, task = self.samples[number], self.task
+        recording = Recording(
+            task.steps, task.window, task.probes, task.seed, task.conditional, task.tokens, self.branches,
+            number, drifts=task.detail == "tokens",
+        )  # fmt: skip
+        with self.engine.observed_by(recording, self.share) as observed:
+            with nullcontext() if number else global_seed(1):
+                model = wrapped(self.sampling.model, observed)
+                result = self.sampling.generate(model, sample, task.steps, gradients=True)
+            if not result.requires_grad:
+                raise GraphCacheError(
+                    "the result does not depend on the model's evaluations through differentiable "
+                    "operations; let the sampler return a tensor, such as latents, none detached or rounded"
+                )
+            refuse_infinite(result)
+            if not number and not torch.equal(result, self.uncached):
+                # a graph's kernels may round otherwise than the model's: what counts is two runs of the model
+                refuse_random(self.sampling, sample, task.steps)
+            recording.turn(result)
+            for probe in range(task.probes):
+                generator = torch.Generator().manual_seed((task.seed * 1_000_003 + number) * 1_003 + probe)
+                direction = torch.randn(result.shape, generator=generator).to(result)
+                torch.autograd.backward(result, direction, retain_graph=probe + 1 < task.probes)
+                recording.next_probe()
+        part = recording.part()
+        refuse_infinite(*map(torch.from_numpy, (*part.gram.values(), *part.effects.values())))
+        return part
 
 
 def merge(parts: Sequence[SampleProfile], subject: Subject, task: Task, sampling: Sampling) -> Profile:
@@ -306,6 +240,7 @@ def merge(parts: Sequence[SampleProfile], subject: Subject, task: Task, sampling
             seed=task.seed,
             conditional=task.conditional,
             versions=versions(),
+            tokens=task.tokens,
         ),
         sites=tuple(sites),
         gram=np.stack([np.sum([part.gram[name] for part in parts], axis=0) for name in names]),

@@ -1,6 +1,7 @@
 """What one profiled generation tells: Gram matrices, effects on the result, and drift by token and band."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from graphcache.analysis.frequency import basis
 from graphcache.ir.history import GUIDANCE, OUTPUT
-from graphcache.planning.probing import Values
+from graphcache.planning.evaluation import Tensors
 from graphcache.planning.profile import SampleProfile
 from graphcache.runtime.session import CallSlot
 
@@ -27,6 +28,11 @@ class Recording:
         probes: random vectors carried back.
         rows: samples in the result, the length of its first dimension; known after the generation.
         conditional: the half of a doubled batch that is the conditional branch's, or None.
+        tokens: the share of the tokens of `sampled` sites that gradients are kept of, one at random out of
+            every so many that lie side by side: products with them are right on the mean.
+        sampled: the sites of which that holds.
+        number: the sample's.
+        drifts: whether tokens are looked at one by one.
     """
 
     steps: int
@@ -34,6 +40,10 @@ class Recording:
     probes: int
     seed: int
     conditional: str | None
+    tokens: float = 1.0
+    sampled: Set[str] = frozenset()
+    number: int = 0
+    drifts: bool = True
     rows: int = 1
     numbers: int = 0
     calls: int = 1
@@ -48,25 +58,27 @@ class Recording:
     _held: dict[tuple[str, CallSlot], list[tuple[int, Tensor]]] = field(default_factory=dict)
     _pairs: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     _signs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def saw(self, step: int, branch: CallSlot, values: Values) -> None:
+    def saw(self, step: int, branch: CallSlot, site: str, values: Tensors) -> None:
         """Forwards: sketches for the Gram matrices, and how far each token moved."""
-        for name, tensors in values.items():
-            sketch = torch.cat([self._sketch(tensor) for tensor in tensors])
-            self._sketches.setdefault((name, branch), []).append(sketch)
-            if len(tensors) == 1 and tensors[0].dim() == 3 and name != OUTPUT:
-                self._tokens(step, name, branch, tensors[0])
-        difference = self._difference(step, branch, values[OUTPUT][0])
+        sketch = torch.cat([self._sketch(tensor) for tensor in values])
+        self._sketches.setdefault((site, branch), []).append(sketch)
+        if self.drifts and len(values) == 1 and values[0].dim() == 3 and site != OUTPUT:
+            self._moved(step, site, branch, values[0])
+        difference = self._difference(step, branch, values[0]) if site == OUTPUT else None
         if difference is not None:
             self._sketches.setdefault((GUIDANCE, ("", 0)), []).append(self._sketch(difference))
             self._spectrum(step, difference)
 
-    def pulled(self, step: int, branch: CallSlot, values: Values, gradients: Values) -> None:
+    def pulled(self, step: int, branch: CallSlot, site: str, values: Tensors, gradients: Tensors) -> None:
         """Backwards: products of the gradients at later steps with this step's value."""
-        for name, tensors in values.items():
-            value = self._by_sample(tensors)
-            self._contract(name, branch, step, value, self._by_sample(gradients[name]))
-        output, gradient = values[OUTPUT][0], gradients[OUTPUT][0]
+        value, gradient = self._picked(site, values), self._picked(site, gradients, weighted=True)
+        self._contract(site, branch, step, self._by_sample(value), self._by_sample(gradient))
+        if site == OUTPUT:
+            self._pulled_guidance(step, branch, values[0], gradients[0])
+
+    def _pulled_guidance(self, step: int, branch: CallSlot, output: Tensor, gradient: Tensor) -> None:
         difference = self._difference(step, branch, output)
         pulled = self._unconditional(branch, gradient)
         if pulled is not None:
@@ -95,15 +107,17 @@ class Recording:
     def part(self) -> SampleProfile:
         """What was recorded, once all probes have come back."""
         effects = {name: table.astype(np.float32) for name, table in self.effects.items()}
-        return SampleProfile(
-            self.gram, effects, self.drift, self.ranking, self.bands, self.numbers, self.calls
-        )
+        drift = {
+            name: (moved / max(1, self.steps - 1)).astype(np.float32) for name, moved in self.drift.items()
+        }
+        return SampleProfile(self.gram, effects, drift, self.ranking, self.bands, self.numbers, self.calls)
 
     def next_probe(self) -> None:
         """A probe has come back to the first step."""
         self.probe += 1
         self._held.clear()
         self._pairs.clear()
+        self._places.clear()
 
     def _sketch(self, value: Tensor) -> Tensor:
         """The value itself where it is small, else its signed sums over random buckets (CountSketch)."""
@@ -114,7 +128,8 @@ class Recording:
             generator = torch.Generator().manual_seed(self.seed)
             signs = torch.randint(0, 2, (flat.numel(),), generator=generator) * 2.0 - 1
             buckets = torch.randint(0, SKETCH, (flat.numel(),), generator=generator)
-            self._signs[flat.numel()] = signs.to(flat.device), buckets.to(flat.device)
+            kept = signs.to(torch.int8), buckets.to(torch.int32)
+            self._signs[flat.numel()] = kept[0].to(flat.device), kept[1].to(flat.device)
         signs, buckets = self._signs[flat.numel()]
         return torch.zeros(SKETCH, device=flat.device).index_add_(0, buckets, flat * signs)
 
@@ -131,25 +146,54 @@ class Recording:
 
     def _contract(self, name: str, branch: CallSlot, step: int, value: Tensor, gradient: Tensor) -> None:
         held = self._held.setdefault((name, branch), [])
-        held.append((step, gradient))
-        while held[0][0] - step > self.window:
+        while held and held[0][0] - step > self.window:
             held.pop(0)
+        held.append((step, gradient))
         table = self.effects.setdefault(name, np.zeros((self.steps, self.window + 1, self.probes, self.rows)))
         # several times as fast as one product with all of them stacked, which copies them
         products = torch.stack([torch.linalg.vecdot(item, value) for _, item in held])
         for (later, _), product in zip(held, products.double().cpu().numpy(), strict=True):
             table[later, later - step, self.probe, : len(product)] += product
 
-    def _tokens(self, step: int, name: str, branch: CallSlot, value: Tensor) -> None:
-        value = value.detach().float()
+    def _picked(self, site: str, tensors: Tensors, weighted: bool = False) -> Tensors:
+        """A site's tensors at the tokens that are looked at; gradients stand for all of their neighbours."""
+        if self.tokens >= 1 or site not in self.sampled:
+            return tensors
+        return tuple(
+            [self._at_places(tensor, weighted) if tensor.dim() >= 3 else tensor for tensor in tensors]
+        )
+
+    def _at_places(self, tensor: Tensor, weighted: bool) -> Tensor:
+        tokens = tensor.detach().flatten(1, -2)
+        places, sizes = self._some(tokens.shape[1])
+        found = tokens.index_select(1, places.to(tokens.device))
+        return found * sizes.to(found)[:, None] if weighted else found
+
+    def _some(self, count: int) -> tuple[Tensor, Tensor]:
+        """Of so many tokens one out of every stretch, and the stretches' sizes; others for every probe."""
+        if count not in self._places:
+            amount = min(count, math.ceil(self.tokens * count))
+            ends = torch.arange(amount + 1) * count // amount
+            sizes = ends.diff()
+            seed = (self.seed * 1_000_003 + self.number) * 1_003 + self.probe
+            chance = torch.rand(amount, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            self._places[count] = ends[:-1] + (chance * sizes).long(), sizes
+        return self._places[count]
+
+    def _moved(self, step: int, name: str, branch: CallSlot, value: Tensor) -> None:
+        """How far each token moved since the step before, and whether its length foretold that."""
+        count = value.shape[1]
+        value = self._picked(name, (value,))[0].detach().float()
         before = self._last.get((name, branch))
         self._last[name, branch] = value
         if before is None or before.shape != value.shape:
             return
         moved = (value - before).norm(dim=-1)
         size = value.norm(dim=-1).mean().clamp(min=1e-20)
-        table = self.drift.setdefault(name, np.zeros((self.steps, value.shape[1])))
-        table[step] += (moved.square().mean(dim=0).sqrt() / size).cpu().double().numpy()
+        found = (moved.square().mean(dim=0).sqrt() / size).cpu().double().numpy()
+        if len(found) < count:
+            found = np.repeat(found, self._some(count)[1].numpy())
+        self.drift[name] = self.drift.get(name, np.zeros(count)) + found
         ranks = self.ranking.setdefault(name, np.zeros(self.steps))
         ranks[step] += _spearman(before.norm(dim=-1), moved)
 

@@ -39,7 +39,7 @@ def small_profile(steps: int = 3, seed: int = 0) -> Profile:
         sites=(Site("block.0.mlp", "branch", 10, 8, 1e-5), Site("output", "output", 20, 4, 0.1 + 0.2)),
         gram=rng.normal(size=(2, steps, steps)),
         effects=rng.normal(size=(2, steps, steps, 1, 2)).astype(np.float32),
-        drift={"block.0.mlp": rng.random((steps, 4))},
+        drift={"block.0.mlp": rng.random(4)},
         ranking={"block.0.mlp": rng.random(steps)},
         bands=rng.random((steps, 2)),
         numbers=4,
@@ -73,6 +73,21 @@ def test_a_profile_is_read_as_it_was_written(seed: int) -> None:
     again = decode(encode(made))
     assert_equal(again, made)
     assert encode(again) == encode(made)
+
+
+def test_profiles_of_the_first_version_are_read() -> None:
+    """They had drift for every step, and looked at all tokens."""
+    made = small_profile()
+    table = np.random.default_rng(0).random((3, 4))
+
+    def older(document: dict[str, Any]) -> None:
+        document["version"] = 1
+        document["drift"]["block.0.mlp"] = array(table)
+        del document["provenance"]["tokens"]
+
+    again = decode(edited(older))
+    np.testing.assert_array_equal(again.drift["block.0.mlp"], table[1:].mean(axis=0))
+    assert again.provenance == made.provenance
 
 
 def test_extreme_numbers_and_absent_fields_survive(tmp_path: Path) -> None:
@@ -124,7 +139,7 @@ def unknown_kind(document: dict[str, Any]) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "another version": (setting(version=2), "version 2 of the profile format is not known"),
+    "another version": (setting(version=3), "version 3 of the profile format is not known, only 1 to 2"),
     "no version": (lambda d: d.pop("version"), "not a profile in JSON"),
     "an unknown field": (setting(more=1), "unknown field `more`"),
     "an unknown field of a site": (lambda d: d["sites"][0].update(depth=1), "unknown field `depth`"),
@@ -143,7 +158,9 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "effects without probes": (setting(effects=array(np.ones((2, 3, 3, 0, 2)))), "effects are"),
     "effects of too few axes": (setting(effects=array(np.ones((2, 3, 3)))), "effects are"),
     "a window beyond the steps": (setting(effects=array(np.ones((2, 3, 4, 1, 2)))), "effects are"),
-    "drift of other steps": (setting(drift={"output": array(np.ones((4, 2)))}), "one row for each of 3"),
+    "drift by step": (setting(drift={"output": array(np.ones((4, 2)))}), "one number for each token"),
+    "ranking of other steps": (setting(ranking={"output": array(np.ones(4))}), "one row for each of 3"),
+    "more than all tokens": (setting(provenance__tokens=1.5), "at most 1"),
     "bands of no axes": (setting(bands=array(1.0)), "one row for each of 3"),
     "a shape that its data does not fit": (setting(gram__shape=[2, 3, 4]), "bytes are not"),
     "a negative shape": (setting(gram__shape=[-2, -3, 3]), "sizes of at least 0"),

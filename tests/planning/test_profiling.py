@@ -23,13 +23,14 @@ from graphcache.ir.plan import Row
 from graphcache.ir.roles import Names
 from graphcache.ir.selector import Selector
 from graphcache.planning.comparison import compare
-from graphcache.planning.profiling import Subject as Described
-from graphcache.planning.profiling import describe
 from graphcache.planning.sampling import Sampling, with_frozen_weights
+from graphcache.planning.subject import Subject as Described
+from graphcache.planning.subject import describe
 from graphcache.runtime.engine import Engine
 from graphcache.runtime.options import Options
 from linear import LinearDiT, Replanned, Sampler, linear
 from pipelines import PIPELINES
+from profiled import levels, profiled
 from reference import Subject, subject
 
 STEPS, WINDOW = 6, 3
@@ -276,7 +277,7 @@ def test_drift_and_ranking_are_those_of_the_tokens() -> None:
                 drift[step] += (moved.square().mean(0).sqrt() / size.mean()).numpy() / 2
                 pairs = zip(before.norm(dim=-1).numpy(), moved.numpy(), strict=True)
                 ranking[step] += np.mean([spearman(one, other) for one, other in pairs]) / 2
-    np.testing.assert_allclose(on.profile.drift["blocks.1.mlp"], drift, rtol=1e-4)
+    np.testing.assert_allclose(on.profile.drift["blocks.1.mlp"], drift[1:].mean(axis=0), rtol=1e-4)
     np.testing.assert_allclose(on.profile.ranking["blocks.1.mlp"], ranking, rtol=1e-6, atol=1e-9)
 
 
@@ -300,8 +301,9 @@ def test_products_of_large_values_are_kept_by_the_sketch() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("memory", [0, 1 << 20])
-def test_a_sampler_may_update_inputs_and_results_in_place(mode: str | None, memory: int) -> None:
+@pytest.mark.parametrize("level", ["little", "enough", "plenty"])
+def test_a_sampler_may_update_inputs_and_results_in_place(mode: str | None, level: str) -> None:
+    memory = levels(mode)[level]
     samplers = Sampler(mode, in_place=True, fades=True), Sampler(mode, fades=True)
     within, apart = (profiled(mode, samples=(5,), sampler=sampler, memory=memory) for sampler in samplers)
     assert_same_profile(within, apart)
@@ -312,14 +314,18 @@ def test_what_fits_into_memory_is_not_computed_again(mode: str | None) -> None:
     profiled(mode, samples=(5,))  # captures
     profiles, spent = [], []
     for_one_evaluation = 3000 if mode in ("first", "last") else 1500
-    for memory in (0, for_one_evaluation, 1 << 20):
+    at = levels(mode)
+    for memory in (at["enough"], at["enough"] + for_one_evaluation, at["plenty"], at["little"]):
         with FlopCounterMode(display=False) as counter:
             profiles.append(profiled(mode, samples=(5,), probes=2, memory=memory))
         spent.append(counter.get_total_flops())
     for found in profiles[1:]:
         assert_same_profile(found, profiles[0])
     evaluations, twice = 6 if mode == "calls" else 3, 2 * profiles[0].flops
-    assert [spent[0] - other for other in spent[1:]] == [twice, evaluations * twice]
+    assert [spent[0] - other for other in spent[1:3]] == [twice, evaluations * twice]
+    # stretch by stretch: once to keep their inputs and once for gradients
+    assert spent[3] - spent[0] == pytest.approx(evaluations * twice, rel=0.5)
+    assert spent[3] > spent[0]
 
 
 def test_what_is_held_is_let_go_in_the_end() -> None:
@@ -343,8 +349,10 @@ def test_autocast_holds_on_the_way_back_too() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return Sampler()(model, sample, steps)
 
-    again, held = (profiled(None, samples=(5,), sampler=cast, memory=memory) for memory in (0, 1 << 20))
-    assert_same_profile(again, held)
+    amounts = levels().values()
+    *others, held = (profiled(None, samples=(5,), sampler=cast, memory=memory) for memory in amounts)
+    for other in others:
+        assert_same_profile(other, held)
     assert not np.array_equal(held.gram, profiled(None, samples=(5,)).gram)
 
 
@@ -397,12 +405,6 @@ def test_a_sampling_says_once_how_a_model_is_run() -> None:
     assert row.psnr == pytest.approx(made.held_out, abs=1e-2)
     with pytest.raises(GraphCacheError, match=r"give sampler=, timestep=, latents= .* to Sampling.of"):
         graphcache.profile(given, [5], steps=3, conditional="last")
-
-
-def profiled(mode: str | None = "first", samples: Sequence[int] = (5, 8, 2), **options: Any) -> Profile:
-    conditional = mode if mode in ("first", "last") else None
-    options = {"sampler": Sampler(mode), "probes": 1, "conditional": conditional, **options}
-    return graphcache.profile(linear(1), samples, steps=3, **options)
 
 
 def test_a_seed_gives_the_same_profile_and_another_one_other_probes() -> None:

@@ -1,0 +1,132 @@
+"""Profiling within a limit of memory: it is kept, and what is estimated then is right on the mean."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from graphcache import GraphCacheError, Profile
+from linear import Sampler
+from profiled import levels, needs, profiled
+
+TOKENS = 64
+CHILD = """
+import ctypes, gc, sys
+import torch, graphcache
+from diffusers import PixArtTransformer2DModel
+
+def status(key):
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
+
+def progress(done, total):
+    if not done:  # captured
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+        print(status("VmRSS"), end=" ")  # and below, the most that it was since
+
+def sampler(model, sample, steps):
+    x = torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(sample))
+    added = {"resolution": None, "aspect_ratio": None}
+    for step in range(steps):
+        time = torch.full((2,), 900.0 - step)
+        x = x - model(x, encoder_hidden_states=text, timestep=time, added_cond_kwargs=added).sample / steps
+    return x
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+text = torch.randn(2, 20, 64)
+model = PixArtTransformer2DModel(
+    num_attention_heads=2, attention_head_dim=32, num_layers=8, in_channels=4, out_channels=4,
+    cross_attention_dim=64, caption_channels=64, sample_size=64).eval()
+for memory in map(int, sys.argv[1:]):
+    found = graphcache.profile(
+        model, [0], steps=3, sampler=sampler, probes=1, memory=memory, progress=progress)
+    print(status("VmHWM"), found.provenance.tokens)
+"""
+
+
+def measured(memory: int = 1 << 30, **options: Any) -> Profile:
+    options = {"sampler": Sampler(tokens=TOKENS), **options}
+    return profiled(None, (5,), 2, memory=memory, **options)
+
+
+def test_effects_of_some_tokens_are_right_on_the_mean() -> None:
+    """For the same directions, over many choices of tokens; what is no branch is exact."""
+    found = needs(None, depth=2, sampler=Sampler(tokens=TOKENS))
+    quarter = found.fixed + min(found.passing.values()) + found.branches // 4
+    differences = []
+    for seed in range(40):
+        exact, some = measured(seed=seed), measured(quarter, seed=seed)
+        assert 0.2 < some.provenance.tokens < 0.3
+        assert exact.provenance.tokens == 1
+        branches = [site.kind == "branch" for site in exact.sites]
+        others = np.logical_not(branches)
+        np.testing.assert_array_equal(some.effects[others], exact.effects[others])
+        np.testing.assert_array_equal(some.gram, exact.gram)
+        differences.append((some.effects - exact.effects)[branches])
+    found_mean, spread = np.mean(differences, axis=0), np.std(differences, axis=0)
+    assert (spread[..., 0, 0, :] > 0).any()
+    assert np.all(np.abs(found_mean) <= 4.5 * spread / np.sqrt(len(differences)) + 1e-6)
+    scale = np.abs(np.stack([measured(seed=seed).effects[branches] for seed in range(3)])).mean()
+    assert np.abs(found_mean).mean() < 0.3 * scale
+
+
+@pytest.mark.parametrize("level", ["little", "enough", "plenty"])
+def test_memory_changes_nothing_where_all_tokens_fit(level: str) -> None:
+    memory = levels(None, depth=2)[level]
+    one, other = (measured(at, sampler=Sampler()) for at in (memory, 1 << 30))
+    np.testing.assert_array_equal(one.effects, other.effects)
+
+
+def test_less_than_one_evaluation_needs_is_refused_with_what_would_do() -> None:
+    least = needs(None, depth=2, sampler=Sampler(tokens=TOKENS)).least
+    with pytest.raises(GraphCacheError, match=rf"memory={least - 1} is less than .* {least} bytes"):
+        measured(least - 1)
+    assert measured(least).provenance.tokens == pytest.approx(1 / 32, rel=0.1)
+
+
+@pytest.mark.parametrize("mode", [None, "first", "calls"])
+def test_steps_alone_cost_less_and_say_the_same(mode: str | None) -> None:
+    whole, work = profiled(mode, samples=(5, 8)), []
+    for samples in ((5,), (5, 8)):
+        with FlopCounterMode(display=False) as counter:
+            steps = profiled(mode, samples=samples, detail="steps", probes=None)
+        work.append(counter.get_total_flops())
+    assert steps.provenance.probes == 1
+    assert {site.kind for site in steps.sites} == {"range", "output", *(["guidance"] if mode else [])}
+    assert steps.drift == {}
+    for place, site in enumerate(steps.sites):
+        np.testing.assert_array_equal(steps.effects[place], whole.effects[whole.index(site.name)])
+    assert work[1] - work[0] <= 4 * steps.steps * steps.calls * steps.flops
+
+
+def test_sites_are_profiled_without_their_tokens() -> None:
+    sites, tokens = measured(detail="sites"), measured()
+    assert sites.drift == {} == sites.ranking
+    assert {site.name for site in tokens.sites if site.kind == "branch"} <= tokens.drift.keys()
+    np.testing.assert_array_equal(sites.effects, tokens.effects)
+
+
+def test_an_unknown_detail_is_refused() -> None:
+    with pytest.raises(GraphCacheError, match="detail='all': known are steps, sites, tokens"):
+        measured(detail="all")
+
+
+def test_the_limit_is_kept_by_the_process() -> None:
+    """Beside what it held once the model was captured."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    limits = (48 << 20, 96 << 20)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CHILD, *map(str, limits)],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for memory, line, sampled in zip(limits, done.stdout.splitlines(), (True, False), strict=True):
+        before, peak, tokens = map(float, line.split())
+        assert peak - before <= 1.1 * memory
+        assert (tokens < 1) == sampled
