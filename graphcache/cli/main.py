@@ -25,6 +25,7 @@ from graphcache.cli.arguments import (
     plan_argument,
     preset_argument,
 )
+from graphcache.cli.automatic import auto
 from graphcache.cli.benching import bench
 from graphcache.cli.console import console
 from graphcache.cli.measuring import add_commands
@@ -190,7 +191,7 @@ def _numbers(text: str) -> list[Value]:
 
 
 add_commands(app)
-for command in (price, bench, warmup):
+for command in (auto, price, bench, warmup):
     app.command()(command)
 
 

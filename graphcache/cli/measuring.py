@@ -227,7 +227,7 @@ def compare(
             found.samples,
             steps=steps,
             sampler=found.sampler,
-            fewer=_fewer(found, fewer or [], solver or []),
+            fewer=fewer_steps(found, fewer or [], solver or []),
             backend=None if backend == "none" else backend,
             timestep=timestep,
             latents=latents or (),
@@ -235,12 +235,12 @@ def compare(
             progress=status.update,
             run=run,
         )
-    _print_rows(rows)
+    print_rows(rows)
     if output is not None:
         write_bytes(json.dumps([asdict(row) for row in rows], indent=1).encode(), output)
 
 
-def _fewer(
+def fewer_steps(
     found: Sampled, counts: Sequence[int], solvers: Sequence[str]
 ) -> dict[str, tuple[Sampler | None, int]]:
     """Rows of fewer steps by the own solver and others."""
@@ -294,7 +294,7 @@ def _print_front(found: Found) -> None:
     console.print(table)
 
 
-def _print_rows(rows: Sequence[Contender]) -> None:
+def print_rows(rows: Sequence[Contender]) -> None:
     table = Table("", "steps", "ms", "speed-up", "ideal", "PSNR", "±", "SSIM", "Fréchet", box=None)
     forms = ("{}", "{:.1f}", "{:.2f}", "{:.2f}", "{:.2f}", "{:.2f}", "{:.4f}", "{:.3g}")
     for row in rows:

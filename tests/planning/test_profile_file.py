@@ -75,6 +75,25 @@ def test_a_profile_is_read_as_it_was_written(seed: int) -> None:
     assert encode(again) == encode(made)
 
 
+def test_a_large_models_profile_is_a_small_file() -> None:
+    """57 blocks at 4,096 tokens and 512 of text, 28 steps, four samples with two probes each."""
+    rng, steps, names = np.random.default_rng(0), 28, [f"blocks.{i // 3}.self.{i}" for i in range(171)]
+    made = Profile(
+        Provenance("m", steps, "Flow", 4, 2, 0),
+        tuple(Site(name, "branch") for name in names),
+        rng.normal(size=(171, steps, steps)),
+        rng.normal(size=(171, steps, 13, 2, 4)).astype(np.float32),
+        {name: rng.random(4096 if i % 2 else 512).astype(np.float32) for i, name in enumerate(names)},
+        {name: rng.random(steps) for name in names},
+        None,
+        262_144,
+        1,
+    )
+    data = encode(made)
+    assert len(data) < 8e6
+    assert_equal(decode(data), made)
+
+
 def test_profiles_of_the_first_version_are_read() -> None:
     """They had drift for every step, and looked at all tokens."""
     made = small_profile()

@@ -1,0 +1,254 @@
+"""The command line's auto: from a model and some prompts to a plan, with the report that judges it."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast
+
+import torch
+import typer
+
+from graphcache import presets
+from graphcache.cli.arguments import (
+    Backend,
+    Call,
+    Device,
+    Dtype,
+    Latents,
+    Threads,
+    Timestep,
+    json_argument,
+)
+from graphcache.cli.console import console
+from graphcache.cli.measuring import Memory, Steps, Subject, fewer_steps, print_rows
+from graphcache.cli.sources import Placement, Sampled, load_sampled
+from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.plan import Plan
+from graphcache.ir.plantext import read_bytes, write_bytes
+from graphcache.page import write_page
+from graphcache.planning.automatic import checker
+from graphcache.planning.candidates import candidates
+from graphcache.planning.comparison import Contender, compare, load_rows
+from graphcache.planning.gradient_memory import MEMORY
+from graphcache.planning.profile import Profile
+from graphcache.planning.profile_file import load_profile
+from graphcache.planning.profiling import Detail, profile, versions
+from graphcache.planning.sampling import Sampling
+from graphcache.planning.search import search
+from graphcache.planning.tuning import tune, with_corrections
+
+Made = TypeVar("Made")
+_MOST_PROFILED = 8
+
+
+def auto(
+    model: Subject,
+    steps: Steps,
+    output: Annotated[Path, typer.Option(help="a folder for what is found")] = Path("out"),
+    speedup: Annotated[float, typer.Option(help="at least so many times as fast")] = 2.0,
+    prompts: Annotated[Path | None, typer.Option(help="a text file, a prompt on every line")] = None,
+    samples: Annotated[int, typer.Option(help="of a folder's pipeline without --prompts: seeds")] = 4,
+    conditional: Annotated[
+        str | None, typer.Option(help="first or last: the conditional half of a doubled batch")
+    ] = None,
+    detail: Annotated[str, typer.Option(help="steps, sites or tokens: what is looked at")] = "tokens",
+    iterations: Annotated[int, typer.Option(help="of tuning, at most; 0 for none")] = 60,
+    solver: Annotated[
+        list[str] | None, typer.Option(help="also fewer steps by this diffusers scheduler; pipelines only")
+    ] = None,
+    memory: Memory = MEMORY,
+    backend: Backend = "inductor",
+    call: Call = None,
+    timestep: Timestep = None,
+    latents: Latents = None,
+    threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Profile, search, tune and compare: the best plan for a model. Called again it goes on where it was."""
+    if threads:
+        torch.set_num_threads(threads)
+    given = json_argument(call) or {}
+    texts = None if prompts is None else _prompts(prompts)
+    settings = {
+        "model": model, "steps": steps, "speedup": speedup, "prompts": texts, "samples": samples,
+        "conditional": conditional, "detail": detail, "iterations": iterations, "solver": solver,
+        "backend": backend, "call": dict(given), "timestep": timestep, "latents": latents, "dtype": dtype,
+        "memory": memory, "versions": versions(),
+    }  # fmt: skip
+    _claim(output, settings)
+    found = load_sampled(model, given, samples, Placement(device, dtype))
+    if texts is not None:
+        found = replace(found, samples=_of_prompts(found, texts, given))
+    if len(found.samples) < 2:
+        raise GraphCacheError("auto needs two samples or more: one of them judges the plan")
+    run = _Run(
+        output, found, steps, speedup, conditional, cast(Detail, detail), iterations, solver or [], memory,
+        None if backend == "none" else backend, timestep, latents or (),
+    )  # fmt: skip
+    run.everything()
+
+
+def _prompts(path: Path) -> list[str]:
+    lines = read_bytes(path, what="list of prompts").decode(errors="replace").splitlines()
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise GraphCacheError(f"{path} has no prompt: write one on every line")
+    return found
+
+
+def _of_prompts(found: Sampled, prompts: Sequence[str], call: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if found.sampler is not None:
+        raise GraphCacheError("--prompts are for pipelines; this factory returns samples of its own")
+    return [{**call, "prompt": prompt, "seed": seed} for seed, prompt in enumerate(prompts)]
+
+
+def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make the folder this run's, or refuse one that has results of another."""
+    place, text = folder / "settings.json", json.dumps(settings, indent=1, sort_keys=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    has_results = any(path != place for path in folder.iterdir())
+    if has_results and place.exists() and read_bytes(place).decode() != text:
+        raise GraphCacheError(
+            f"{folder} holds results for other settings or versions ({place}); name another folder with "
+            "--output, or remove it"
+        )
+    write_bytes(text.encode(), place)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of the command; every part leaves a file, by which a later run goes on."""
+
+    folder: Path
+    found: Sampled
+    steps: int
+    speedup: float
+    conditional: str | None
+    detail: Detail
+    iterations: int
+    solvers: list[str]
+    memory: int
+    backend: Any
+    timestep: str | None
+    latents: Sequence[str]
+
+    def everything(self) -> None:
+        """All parts, one after the other."""
+        self._announce()
+        measured = self._part("profile.json", load_profile, self._profiled)
+        plan = self._part("plan.txt", Plan.load, lambda path: self._searched(path, measured))
+        tuned = self._part("tuned.txt", Plan.load, lambda path: self._tuned(path, plan))
+        rows = self._part("comparison.json", load_rows, lambda path: self._compared(path, tuned))
+        print_rows(rows)
+        page = self.folder / "report.html"
+        plans = {"tuned": tuned, "searched": plan}
+        write_page(page, measured, plans, rows=rows, candidates=candidates(measured), title=self.folder.name)
+        console.print(f"wrote {page}. The plan is used like this:")
+        console.print("    import graphcache")
+        console.print(f'    plan = graphcache.Plan.load("{self.folder / "tuned.txt"}")')
+        console.print(f"    pipe = graphcache.transform(pipe, plan, backend={self.backend!r})")
+
+    def _part(self, name: str, load: Callable[[Path], Made], make: Callable[[Path], Made]) -> Made:
+        path = self.folder / name
+        if path.exists():
+            console.print(f"{path} is there")
+            return load(path)
+        began = time.perf_counter()
+        made = make(path)
+        console.print(f"wrote {path} after {time.perf_counter() - began:.0f} s")
+        return made
+
+    @cached_property
+    def _sampling(self) -> Sampling:
+        return Sampling.of(
+            self.found.model_or_pipe, self.found.sampler, self.timestep, self.latents, self.conditional
+        )
+
+    @property
+    def _trained(self) -> Sequence[Any]:
+        return self.found.samples[: -len(self._judges)]
+
+    @property
+    def _judges(self) -> Sequence[Any]:
+        """The last quarter, which no coefficient is fitted to."""
+        return self.found.samples[-max(1, len(self.found.samples) // 4) :]
+
+    def _announce(self) -> None:
+        """Say how long this will take, by the time of one generation."""
+        began = time.perf_counter()
+        self._sampling.generate(self._sampling.model, self.found.samples[0], self.steps)
+        seconds = time.perf_counter() - began
+        probes = 1 if self.detail == "steps" else 2
+        runs = {
+            "profiling": min(len(self._trained), _MOST_PROFILED) * (1 + 4 * probes),
+            "searching": 8,
+            "tuning": 4 * self.iterations,
+            "comparing": 20,
+        }
+        parts = ", ".join(f"{name} {count}" for name, count in runs.items())
+        console.print(
+            f"One generation takes {seconds:.1f} s without compilation. Ahead is the work of at most about "
+            f"{sum(runs.values())} ({parts}): {sum(runs.values()) * seconds / 60:.0f} minutes"
+        )
+
+    def _profiled(self, path: Path) -> Profile:
+        with console.status("profiling") as status:
+            return profile(
+                self._sampling,
+                self._trained[:_MOST_PROFILED],
+                steps=self.steps,
+                detail=self.detail,
+                memory=self.memory,
+                backend=self.backend,
+                path=path,
+                progress=lambda done, total: status.update(f"profiling: {done} of {total} samples"),
+            )
+
+    def _searched(self, path: Path, measured: Profile) -> Plan:
+        with console.status("searching"):
+            check = checker(self._sampling, self._trained[:2], self.steps)
+            found = search(measured, speedup=self.speedup, check=check)
+        plan = replace(found.plan, graph=measured.provenance.graph)
+        plan.save(path)
+        return plan
+
+    def _tuned(self, path: Path, plan: Plan) -> Plan:
+        if not (self.iterations and plan.lists_coefficients):
+            plan.save(path)
+            return plan
+        with console.status("tuning") as status:
+            result = tune(
+                self._sampling,
+                with_corrections(plan),
+                self._trained,
+                self._judges,
+                iterations=self.iterations,
+                memory=self.memory,
+                progress=lambda now: status.update(f"tuning: {now.number + 1} of at most {self.iterations}"),
+            )
+        result.plan.save(path)
+        return result.plan
+
+    def _compared(self, path: Path, plan: Plan) -> tuple[Contender, ...]:
+        every = max(2, round(self.speedup))
+        plans = {
+            "found": plan,
+            "fora": presets.fora(self.steps, interval=every),
+            "taylorseer": presets.taylorseer(self.steps, interval=every),
+        }
+        with console.status("comparing") as status:
+            rows = compare(
+                self._sampling,
+                plans,
+                self._judges,
+                steps=self.steps,
+                fewer=fewer_steps(self.found, [max(1, round(self.steps / self.speedup))], self.solvers),
+                backend=self.backend,
+                progress=status.update,
+            )
+        write_bytes(json.dumps([asdict(row) for row in rows], indent=1).encode(), path)
+        return rows
