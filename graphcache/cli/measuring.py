@@ -115,6 +115,7 @@ def profile(
 def search(
     profile: Annotated[Path, typer.Argument(help="of graphcache profile", metavar="PROFILE")],
     output: Output = Path("plan.txt"),
+    steps: Annotated[int | None, typer.Option(help="of the plan, if not as many as were profiled")] = None,
     speedup: Annotated[float | None, typer.Option(help="at least so many times as fast")] = None,
     max_error: Annotated[float | None, typer.Option(help="at most this root mean square error")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="at most so many bytes cached")] = None,
@@ -141,10 +142,16 @@ def search(
     if model is not None:
         found_samples = _sampled(model, call, samples, threads, Placement(device, dtype))
         sampling = Sampling.of(found_samples.model_or_pipe, found_samples.sampler, timestep, latents or ())
-        check = checker(sampling, found_samples.samples, made.steps)
+        check = checker(sampling, found_samples.samples, steps or made.steps)
     with _mapping(ray, device) as run:
         found = search_plan(
-            made, speedup=speedup, max_error=max_error, max_bytes=max_bytes, check=check, run=run
+            made,
+            steps=steps,
+            speedup=speedup,
+            max_error=max_error,
+            max_bytes=max_bytes,
+            check=check,
+            run=run,
         )
     _print_front(found)
     replace(found.plan, graph=made.provenance.graph).save(output)

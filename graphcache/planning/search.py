@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.planning.candidates import Candidate, candidates, pareto
+from graphcache.planning.other_steps import at_steps
 from graphcache.planning.profile import Profile
 
 
@@ -31,6 +32,7 @@ Check = Callable[[Plan], float]
 def search(
     profile: Profile,
     *,
+    steps: int | None = None,
     speedup: float | None = None,
     max_error: float | None = None,
     max_bytes: int | None = None,
@@ -47,6 +49,7 @@ def search(
 
     Args:
         profile: of the model that the plan is for.
+        steps: of the plan's generations, if not as many as were profiled; see `at_steps`.
         speedup: at least this; of all plans that reach it the one with the least error is chosen.
         max_error: at most this root mean square error of a result's numbers; the fastest such plan is chosen.
         max_bytes: at most so many bytes cached, beside the others.
@@ -61,7 +64,7 @@ def search(
     """
     if (speedup is None) == (max_error is None):
         raise GraphCacheError("give search() either speedup= or max_error=, and if needed max_bytes=")
-    made = candidates(profile)
+    made = candidates(profile if steps is None else at_steps(profile, steps))
     if not made:
         raise GraphCacheError("a generation of one step has none to skip")
     known = [item for item in made if max_bytes is None or item.bytes <= max_bytes]

@@ -1,0 +1,71 @@
+"""What a profile says of generations of another number of steps."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from graphcache.ir.errors import GraphCacheError
+from graphcache.planning.profile import Profile
+
+
+def at_steps(profile: Profile, steps: int) -> Profile:
+    """The profile of generations of so many steps, by the same scheduler from its first timestep to its last.
+
+    Values are interpolated between the profiled steps, and so are effects, over the step and over how far
+    back a value is from; a step that covers more of the way has so much more effect. What was measured at
+    single steps is that of the nearest one.
+
+    Raises:
+        GraphCacheError: one of the two has fewer than two steps, or a gap of one step is more than was
+            profiled.
+    """
+    before = profile.steps
+    if steps == before:
+        return profile
+    if min(steps, before) < 2:
+        raise GraphCacheError(f"a profile of {before} steps says nothing of generations of {steps}")
+    stride = (before - 1) / (steps - 1)
+    window = min(steps - 1, int(profile.window / stride + 1e-9))
+    if window < 1:
+        raise GraphCacheError(
+            f"one step of {steps} is {stride:.1f} of the profile's, which follows effects over "
+            f"{profile.window}; profile with a larger window="
+        )
+    places = np.arange(steps) * stride
+    weights = _weights(places, before)
+    nearest = places.round().astype(int)
+    bands = None if profile.bands is None else profile.bands[nearest] * stride
+    return replace(
+        profile,
+        provenance=replace(profile.provenance, steps=steps),
+        gram=np.einsum("it,sth,jh->sij", weights, profile.gram, weights, optimize=True),
+        effects=_effects(profile.effects, places, stride, window) * np.float32(before / steps),
+        drift={site: moved * stride for site, moved in profile.drift.items()},
+        ranking={site: ranks[nearest] for site, ranks in profile.ranking.items()},
+        bands=bands,
+    )
+
+
+def _weights(places: np.ndarray, count: int) -> np.ndarray:
+    """(places, count): every place as a mean of the whole numbers beside it."""
+    weights = np.zeros((len(places), count))
+    low = np.minimum(places.astype(int), count - 2)
+    rows, share = np.arange(len(places)), places - low
+    weights[rows, low] = 1 - share
+    weights[rows, low + 1] = share
+    return weights
+
+
+def _effects(effects: np.ndarray, places: np.ndarray, stride: float, window: int) -> np.ndarray:
+    """Bilinear in the step and the gap; of a step before the gap there is nothing to mix in."""
+    steps, gaps = len(places), np.arange(window + 1) * stride
+    back = _weights(gaps, effects.shape[2]) if effects.shape[2] > 1 else np.ones((len(gaps), 1))
+    by_gap = np.einsum("gd,stdpn->stgpn", back, effects, optimize=True)
+    found = np.zeros((len(effects), steps, window + 1, *effects.shape[3:]), dtype=np.float32)
+    for step, place in enumerate(places):
+        low = min(int(place), effects.shape[1] - 2)
+        for gap in range(min(step, window) + 1):
+            # values of so long before are there at the first of the two steps, or at the second alone
+            first = 1 - (place - low) if low >= np.ceil(gaps[gap] - 1e-9) else 0.0
+            found[:, step, gap] = first * by_gap[:, low, gap] + (1 - first) * by_gap[:, low + 1, gap]
+    return found
