@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from graphcache.compiler.stretches import Stretches
 from graphcache.ir.errors import GraphCacheError
-from graphcache.ir.graph import Input, value_of
+from graphcache.ir.graph import Input, has_static_shape, value_of
 from graphcache.planning.evaluation import Probed
 from graphcache.planning.recording import SKETCH
 
@@ -94,7 +94,9 @@ class Needs:
 
 
 def _numbers(probed: Probed, name: str) -> int:
-    return value_of(probed.nodes[name]).numel()
+    """Of a value; 0 where its size depends on data."""
+    node = probed.nodes[name]
+    return value_of(node).numel() if has_static_shape(node) else 0
 
 
 def _input_bytes(probed: Probed) -> int:
