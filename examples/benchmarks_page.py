@@ -40,7 +40,7 @@ empty where none is fast enough.
 
 {predicted-and-measured-speed-ups}
 {estimates-beside-real-errors}
-{what-profiling-costs}
+{profiling-within-a-limit}
 
 ## Published methods
 
