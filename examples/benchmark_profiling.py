@@ -41,7 +41,7 @@ GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6553
 def pixart(blocks: int, width: int) -> nn.Module:
     """With random weights, for 64 × 64 latents: 1,024 tokens."""
     torch.manual_seed(0)
-    model = PixArtTransformer2DModel(
+    model: nn.Module = PixArtTransformer2DModel(
         num_attention_heads=width // HEAD_WIDTH, attention_head_dim=HEAD_WIDTH, num_layers=blocks,
         in_channels=4, out_channels=4, cross_attention_dim=width, caption_channels=width, sample_size=64,
     )  # fmt: skip
