@@ -238,8 +238,9 @@ def write_json(document: PlanDocument) -> bytes:
     return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
 
 
-def read_bytes(path: str | os.PathLike[str], most: int = MAX_BYTES, what: str = "plan") -> bytes:
+def read_bytes(path: str | os.PathLike[str], most: int | None = None, what: str = "plan") -> bytes:
     """A file's content, of a size that a plan or something else can have."""
+    most = MAX_BYTES if most is None else most
     try:
         with open(path, "rb") as file:
             data = file.read(most + 1)
