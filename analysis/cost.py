@@ -55,13 +55,17 @@ def graph_flops(step: StepGraph) -> int:
     return total_flops(step.graph.nodes)
 
 
-def computed_bytes(step: StepGraph) -> int:
-    """Bytes of all that a run of a graph computes, and so about what can be held for its gradients.
+def computed_bytes(nodes: Iterable[fx.Node]) -> int:
+    """Bytes of all that operations compute, and so about what can be held for their gradients.
 
     Not counted is what kernels keep aside, as attention by its plain formula does, and reshapes that copy.
     """
-    made = [node.meta.get("val") for node in step.calls() if not ops.is_view(node) and not ops.is_slice(node)]
-    tensors = [value for value in tree_leaves(made) if isinstance(value, torch.Tensor)]
+    return sum(result_bytes(node) for node in nodes if not ops.is_view(node) and not ops.is_slice(node))
+
+
+def result_bytes(node: fx.Node) -> int:
+    """Bytes of an operation's results, of which those whose sizes depend on data count nothing."""
+    tensors = [value for value in tree_leaves(node.meta.get("val")) if isinstance(value, torch.Tensor)]
     return sum(storage_bytes(t) for t in tensors if all(isinstance(size, int) for size in t.shape))
 
 

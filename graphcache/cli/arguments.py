@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
@@ -27,11 +27,23 @@ Call = Annotated[str | None, typer.Option(help="a pipeline folder's call, as JSO
 Timestep = Annotated[str | None, typer.Option(help="forward's timestep argument, if it is not found")]
 Latents = Annotated[list[str] | None, typer.Option(help="its latents, or their paths, if they are not found")]
 Backend = Annotated[str, typer.Option(help="a torch.compile backend, or none")]
+Options = Annotated[list[str] | None, typer.Option("--set", help="an Inductor option: cpp_wrapper=1")]
 Regions = Annotated[
     bool | None, typer.Option("--regions/--whole", help="compile what repeats once, or phases as wholes")
 ]
 Json = Annotated[Path | None, typer.Option("--output", "--json", help="write the figures here as JSON")]
 Threads = Annotated[int | None, typer.Option(help="torch threads")]
+
+
+def backend_argument(text: str, options: list[str] | None = None) -> Any:
+    """A torch.compile backend, with options for Inductor written as name=value; None where there is none."""
+    chosen = None if text == "none" else text
+    return {"backend": chosen, "options": dict(map(assignment, options))} if options else chosen
+
+
+def regions_argument(wanted: bool | None) -> Literal["auto"] | bool:
+    """Whether phases are compiled by regions, as `transform` takes it."""
+    return "auto" if wanted is None else wanted
 
 
 def plan_argument(text: str, steps: int | None) -> Plan:

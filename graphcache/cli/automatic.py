@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
@@ -20,6 +19,7 @@ from graphcache.cli.arguments import (
     Latents,
     Threads,
     Timestep,
+    backend_argument,
     json_argument,
 )
 from graphcache.cli.console import console
@@ -29,19 +29,16 @@ from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import read_bytes, write_bytes
 from graphcache.page import write_page
-from graphcache.planning.automatic import checker
+from graphcache.planning.automatic import MOST_PROFILED, Parts
 from graphcache.planning.candidates import candidates
 from graphcache.planning.comparison import Contender, compare, load_rows
 from graphcache.planning.gradient_memory import MEMORY
 from graphcache.planning.profile import Profile
 from graphcache.planning.profile_file import load_profile
-from graphcache.planning.profiling import Detail, profile, versions
-from graphcache.planning.sampling import Sampling
-from graphcache.planning.search import search
-from graphcache.planning.tuning import tune, with_corrections
+from graphcache.planning.profiling import Detail, versions
+from graphcache.planning.sampling import Sampler, Sampling
 
 Made = TypeVar("Made")
-_MOST_PROFILED = 8
 
 
 def auto(
@@ -83,13 +80,13 @@ def auto(
     found = load_sampled(model, given, samples, Placement(device, dtype))
     if texts is not None:
         found = replace(found, samples=_of_prompts(found, texts, given))
-    if len(found.samples) < 2:
-        raise GraphCacheError("auto needs two samples or more: one of them judges the plan")
-    run = _Run(
-        output, found, steps, speedup, conditional, cast(Detail, detail), iterations, solver or [], memory,
-        None if backend == "none" else backend, timestep, latents or (),
-    )  # fmt: skip
-    run.everything()
+    sampling = Sampling.of(found.model_or_pipe, found.sampler, timestep, latents or (), conditional)
+    with console.status("starting") as status:
+        parts = Parts(
+            sampling, found.samples, steps, speedup, iterations=iterations, detail=cast(Detail, detail),
+            memory=memory, backend=backend_argument(backend), progress=status.update,
+        )  # fmt: skip
+        _Run(output, parts, fewer_steps(found, [max(1, round(steps / speedup))], solver or [])).everything()
 
 
 def _prompts(path: Path) -> list[str]:
@@ -124,22 +121,13 @@ class _Run:
     """One run of the command; every part leaves a file, by which a later run goes on."""
 
     folder: Path
-    found: Sampled
-    steps: int
-    speedup: float
-    conditional: str | None
-    detail: Detail
-    iterations: int
-    solvers: list[str]
-    memory: int
-    backend: Any
-    timestep: str | None
-    latents: Sequence[str]
+    parts: Parts
+    fewer: Mapping[str, tuple[Sampler | None, int]]
 
     def everything(self) -> None:
         """All parts, one after the other."""
         self._announce()
-        measured = self._part("profile.json", load_profile, self._profiled)
+        measured = self._part("profile.json", load_profile, self.parts.profiled)
         plan = self._part("plan.txt", Plan.load, lambda path: self._searched(path, measured))
         tuned = self._part("tuned.txt", Plan.load, lambda path: self._tuned(path, plan))
         rows = self._part("comparison.json", load_rows, lambda path: self._compared(path, tuned))
@@ -150,7 +138,7 @@ class _Run:
         console.print(f"wrote {page}. The plan is used like this:")
         console.print("    import graphcache")
         console.print(f'    plan = graphcache.Plan.load("{self.folder / "tuned.txt"}")')
-        console.print(f"    pipe = graphcache.transform(pipe, plan, backend={self.backend!r})")
+        console.print(f"    pipe = graphcache.transform(pipe, plan, backend={self.parts.backend!r})")
 
     def _part(self, name: str, load: Callable[[Path], Made], make: Callable[[Path], Made]) -> Made:
         path = self.folder / name
@@ -162,93 +150,53 @@ class _Run:
         console.print(f"wrote {path} after {time.perf_counter() - began:.0f} s")
         return made
 
-    @cached_property
-    def _sampling(self) -> Sampling:
-        return Sampling.of(
-            self.found.model_or_pipe, self.found.sampler, self.timestep, self.latents, self.conditional
-        )
-
-    @property
-    def _trained(self) -> Sequence[Any]:
-        return self.found.samples[: -len(self._judges)]
-
-    @property
-    def _judges(self) -> Sequence[Any]:
-        """The last quarter, which no coefficient is fitted to."""
-        return self.found.samples[-max(1, len(self.found.samples) // 4) :]
-
     def _announce(self) -> None:
-        """Say how long this will take, by the time of one generation."""
-        began = time.perf_counter()
-        self._sampling.generate(self._sampling.model, self.found.samples[0], self.steps)
-        seconds = time.perf_counter() - began
-        probes = 1 if self.detail == "steps" else 2
+        """Say how long what is left will take, by the time of one generation."""
+        parts, probes = self.parts, 1 if self.parts.detail == "steps" else 2
         runs = {
-            "profiling": min(len(self._trained), _MOST_PROFILED) * (1 + 4 * probes),
-            "searching": 8,
-            "tuning": 4 * self.iterations,
-            "comparing": 20,
+            "profile.json": min(len(parts.trained), MOST_PROFILED) * (1 + 4 * probes),
+            "plan.txt": 8,
+            "tuned.txt": 4 * parts.iterations,
+            "comparison.json": 20,
         }
-        parts = ", ".join(f"{name} {count}" for name, count in runs.items())
+        left = {name: count for name, count in runs.items() if not (self.folder / name).exists()}
+        if not left:
+            return
+        began = time.perf_counter()
+        parts.sampling.generate(parts.sampling.model, parts.samples[0], parts.steps)
+        seconds = time.perf_counter() - began
         console.print(
-            f"One generation takes {seconds:.1f} s without compilation. Ahead is the work of at most about "
-            f"{sum(runs.values())} ({parts}): {sum(runs.values()) * seconds / 60:.0f} minutes"
+            f"One generation takes {seconds:.1f} s without compilation. Ahead is the work of about "
+            f"{sum(left.values())} ({', '.join(f'{name} {count}' for name, count in left.items())}): "
+            f"{sum(left.values()) * seconds / 60:.0f} minutes"
         )
-
-    def _profiled(self, path: Path) -> Profile:
-        with console.status("profiling") as status:
-            return profile(
-                self._sampling,
-                self._trained[:_MOST_PROFILED],
-                steps=self.steps,
-                detail=self.detail,
-                memory=self.memory,
-                backend=self.backend,
-                path=path,
-                progress=lambda done, total: status.update(f"profiling: {done} of {total} samples"),
-            )
 
     def _searched(self, path: Path, measured: Profile) -> Plan:
-        with console.status("searching"):
-            check = checker(self._sampling, self._trained[:2], self.steps)
-            found = search(measured, speedup=self.speedup, check=check)
-        plan = replace(found.plan, graph=measured.provenance.graph)
+        plan = replace(self.parts.searched(measured).plan, graph=measured.provenance.graph)
         plan.save(path)
         return plan
 
     def _tuned(self, path: Path, plan: Plan) -> Plan:
-        if not (self.iterations and plan.lists_coefficients):
-            plan.save(path)
-            return plan
-        with console.status("tuning") as status:
-            result = tune(
-                self._sampling,
-                with_corrections(plan),
-                self._trained,
-                self._judges,
-                iterations=self.iterations,
-                memory=self.memory,
-                progress=lambda now: status.update(f"tuning: {now.number + 1} of at most {self.iterations}"),
-            )
-        result.plan.save(path)
-        return result.plan
+        result = self.parts.tuned(plan)
+        found = plan if result is None else result.plan
+        found.save(path)
+        return found
 
     def _compared(self, path: Path, plan: Plan) -> tuple[Contender, ...]:
-        every = max(2, round(self.speedup))
+        parts, every = self.parts, max(2, round(self.parts.speedup))
         plans = {
             "found": plan,
-            "fora": presets.fora(self.steps, interval=every),
-            "taylorseer": presets.taylorseer(self.steps, interval=every),
+            "fora": presets.fora(parts.steps, interval=every),
+            "taylorseer": presets.taylorseer(parts.steps, interval=every),
         }
-        with console.status("comparing") as status:
-            rows = compare(
-                self._sampling,
-                plans,
-                self._judges,
-                steps=self.steps,
-                fewer=fewer_steps(self.found, [max(1, round(self.steps / self.speedup))], self.solvers),
-                backend=self.backend,
-                progress=status.update,
-            )
+        rows = compare(
+            parts.sampling,
+            plans,
+            parts.judges,
+            steps=parts.steps,
+            fewer=self.fewer,
+            backend=parts.backend,
+            progress=parts.progress,
+        )
         write_bytes(json.dumps([asdict(row) for row in rows], indent=1).encode(), path)
         return rows

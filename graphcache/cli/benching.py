@@ -3,7 +3,7 @@
 import datetime
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from typing import Annotated, Any
@@ -13,7 +13,6 @@ import typer
 from rich.table import Table
 from torch import nn
 
-from graphcache import presets
 from graphcache.cli.arguments import (
     Backend,
     Call,
@@ -23,14 +22,16 @@ from graphcache.cli.arguments import (
     Json,
     Latents,
     ModelName,
+    Options,
     Plans,
     PresetSteps,
     Regions,
     Threads,
     Timestep,
-    assignment,
+    backend_argument,
     json_argument,
     plan_argument,
+    regions_argument,
 )
 from graphcache.cli.console import console
 from graphcache.cli.sources import Placement, load_model, load_object
@@ -50,9 +51,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="generations of each contender")] = 7,
     backend: Backend = "inductor",
     regions: Regions = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--set", help="an Inductor option: cpp_wrapper=1")
-    ] = None,
+    option: Options = None,
     beside: Annotated[
         list[str] | None, typer.Option(help="package.module:function from model to callable, timed too")
     ] = None,
@@ -79,21 +78,18 @@ def bench(
         torch.set_num_threads(threads)
     placement = Placement(device, dtype)
     module, kwargs = load_model(model, inputs, json_argument(call), placement)
-    named = plan or ["compute", "fora", "taylorseer"]
-    chosen: Any = None if backend == "none" else backend
-    if option:
-        chosen = {"backend": chosen, "options": dict(map(assignment, option))}
+    plans = {text: plan_argument(text, steps) for text in plan or ["compute", "fora", "taylorseer"]}
     rates = Rates.of(*_place(module)) if floors else None
     with console.status("starting") as status:
         timings = benchmark(
             module,
             kwargs,
-            {text: plan_argument(text, steps) for text in named},
-            backend=chosen,
+            plans,
+            backend=backend_argument(backend, option),
             timestep=timestep,
             latents=latents or (),
             rounds=rounds,
-            regions="auto" if regions is None else regions,
+            regions=regions_argument(regions),
             plain=(EAGER, BY_BLOCKS) if others else (),
             rates=rates,
             beside={
@@ -105,28 +101,16 @@ def bench(
             progress=status.update,
         )
         status.update("starting new processes")
-        begun = []
-        if start:
-            options = {
-                "backend": backend, "inputs": inputs, "call": call, "timestep": timestep, "threads": threads,
-                "device": device, "dtype": dtype, "regions": regions, "latents": latents,
-            }  # fmt: skip
-            begun = starts([_spelt(text, steps) for text in named], model, options)
-    _print(timings)
-    for item in begun:
-        cold, warm = item["cold"]["seconds"], item["warm"]["seconds"]
-        console.print(f"{item['plan']}: ready in {cold:.1f} s in a new process, {warm:.1f} s in a second one")
+        options = {
+            "backend": backend, "set": option, "inputs": inputs, "call": call, "timestep": timestep,
+            "threads": threads, "device": device, "dtype": dtype, "regions": regions, "latents": latents,
+        }  # fmt: skip
+        begun = starts(plans, model, options) if start else []
+    _print(timings, begun)
     if output is not None:
         contenders = [{**asdict(timing), "realised": timing.realised} for timing in timings]
         figures = {**_circumstances(module), "rates": rates and asdict(rates), "contenders": contenders}
         write_bytes(json.dumps({**figures, "starts": begun}, indent=1).encode(), output)
-
-
-def _spelt(text: str, steps: int) -> str:
-    """A plan as it is written where nothing else says how many steps a preset has."""
-    name, _, rest = text.partition(":")
-    count, _, options = rest.partition(":")
-    return f"{name}:{count or steps}:{options}".rstrip(":") if name in presets.names() else text
 
 
 def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -148,7 +132,7 @@ def _circumstances(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def _print(timings: Sequence[Timing]) -> None:
+def _print(timings: Sequence[Timing], begun: Sequence[Mapping[str, Any]]) -> None:
     names = ["", "ms/step", "speed-up", "ideal", "realised", "graphs", "runner", "caches", "memory"]
     table = Table(*names, box=None)
     for column in table.columns:
@@ -166,3 +150,6 @@ def _print(timings: Sequence[Timing]) -> None:
     for t in timings:
         if t.phases:
             console.print(f"{t.name}: {'; '.join(map(str, t.phases))}")
+    for item in begun:
+        cold, warm = item["cold"]["seconds"], item["warm"]["seconds"]
+        console.print(f"{item['plan']}: ready in {cold:.1f} s in a new process, {warm:.1f} s in a second one")

@@ -21,15 +21,19 @@ from graphcache.cli.arguments import (
     Json,
     Latents,
     ModelName,
+    Options,
     Regions,
     Threads,
     Timestep,
+    backend_argument,
     json_argument,
     plan_argument,
+    regions_argument,
 )
 from graphcache.cli.console import console
 from graphcache.cli.sources import Placement, load_calls, load_model
 from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import write_bytes
 from graphcache.runtime.transform import transform
 
@@ -43,6 +47,7 @@ def warmup(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="evaluations of a generation, if not the plan's")] = None,
     backend: Backend = "inductor",
+    option: Options = None,
     regions: Regions = None,
     inputs: Inputs = None,
     timestep: Timestep = None,
@@ -65,10 +70,10 @@ def warmup(
     made: Any = transform(
         module,
         plan_argument(plan, steps),
-        backend=None if backend == "none" else backend,
+        backend=backend_argument(backend, option),
         timestep=timestep,
         latents=latents or (),
-        regions="auto" if regions is None else regions,
+        regions=regions_argument(regions),
     )
     made.warmup(*calls, steps=steps)
     figures = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
@@ -77,12 +82,12 @@ def warmup(
         write_bytes(json.dumps(figures, indent=1).encode(), output)
 
 
-def starts(plans: Sequence[str], model: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+def starts(plans: Mapping[str, Plan], model: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """How long new processes take to be ready for each plan: with PyTorch's cache empty, and then with it.
 
     Args:
-        plans: as they are written on the command line.
-        model: likewise.
+        plans: by name.
+        model: as it is written on the command line.
         options: of `warmup`; None are left out.
 
     Raises:
@@ -95,16 +100,18 @@ def starts(plans: Sequence[str], model: str, options: Mapping[str, Any]) -> list
         given = [str(item) for item in values if item is not None and name != "regions"]
         arguments += [part for item in given for part in (f"--{name}", item)]
     found = []
-    for plan in plans:
+    for name, plan in plans.items():
         with tempfile.TemporaryDirectory() as folder:
-            cold, warm = (_in_new_process([*arguments, "--plan", plan], Path(folder)) for _ in range(2))
-        found.append({"plan": plan, "cold": cold, "warm": warm})
+            plan.save(Path(folder) / "plan.json")
+            cold, warm = (_in_new_process(arguments, Path(folder)) for _ in range(2))
+        found.append({"plan": name, "cold": cold, "warm": warm})
     return found
 
 
 def _in_new_process(arguments: Sequence[str], folder: Path) -> dict[str, float]:
     figures = folder / "figures.json"
-    command = [sys.executable, "-m", "graphcache", "warmup", *arguments, "--json", str(figures)]
+    files = "--plan", str(folder / "plan.json"), "--json", str(figures)
+    command = [sys.executable, "-m", "graphcache", "warmup", *arguments, *files]
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False

@@ -112,7 +112,7 @@ class Runnable:
     @cached_property
     def computed_bytes(self) -> int:
         """About what holding a run for its gradients takes."""
-        return computed_bytes(self.step)
+        return computed_bytes(self.step.calls())
 
     @cached_property
     def stored(self) -> tuple[tuple[History, int], ...]:

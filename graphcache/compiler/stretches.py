@@ -4,13 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import Tensor, fx
 
-from graphcache.analysis import ops
+from graphcache.analysis.cost import computed_bytes, result_bytes
 from graphcache.compiler.flat import flattened
-from graphcache.ir.graph import StepGraph, storage_bytes
-from graphcache.libraries.torch_private import tree_leaves
+from graphcache.ir.graph import StepGraph
 
 
 @dataclass(frozen=True)
@@ -54,13 +52,11 @@ class Stretches:
         places = [0, *(i + 1 for i, node in enumerate(nodes) if node.name in ends), len(nodes)]
         pieces = [nodes[first:last] for first, last in pairwise(places) if last > first]
         where = {node: number for number, piece in enumerate(pieces) for node in piece}
-        returned = _returned(module.graph)
-        parts = [_made(module, piece, number, where, set(returned)) for number, piece in enumerate(pieces)]
-        inputs = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
-        known = {node.name: _bytes(node) for node in nodes}
-        read = {name for part in parts for name in part.reads if name in known}
-        sizes = {name: known[name] for name in read}
-        return Stretches(tuple(parts), inputs, tuple(node.name for node in returned), sizes)
+        inputs, results = ([node.name for node in some] for some in (step.placeholders(), step.results()))
+        parts = [_made(module, piece, number, where, results) for number, piece in enumerate(pieces)]
+        known = {node.name: result_bytes(node) for node in nodes}
+        sizes = {name: known[name] for part in parts for name in part.reads if name in known}
+        return Stretches(tuple(parts), tuple(inputs), tuple(results), sizes)
 
     def crossing(self) -> list[frozenset[str]]:
         """For every stretch the values from before it that it or a later one reads."""
@@ -71,17 +67,12 @@ class Stretches:
         return found[::-1]
 
 
-def _returned(graph: fx.Graph) -> list[fx.Node]:
-    results: Sequence[fx.Node] = graph.output_node().args[0]  # type: ignore[assignment]
-    return list(results)
-
-
 def _made(
     module: fx.GraphModule,
     piece: Sequence[fx.Node],
     number: int,
     where: dict[fx.Node, int],
-    returned: set[fx.Node],
+    returned: Sequence[str],
 ) -> Stretch:
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     used = dict.fromkeys(item for node in piece for item in node.all_input_nodes)
@@ -96,14 +87,8 @@ def _made(
         made = env[node] = graph.create_node(node.op, node.target, name=node.name)
         made.args, made.kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
     later = {node for node in piece if any(where.get(user, -1) > number for user in node.users)}
-    gives = [node for node in piece if node in returned or node in later]
+    gives = [node for node in piece if node.name in returned or node in later]
     graph.output(tuple(env[node] for node in gives))
     call = fx.GraphModule(module, graph).forward
-    size = sum(_bytes(node) for node in piece if not ops.is_view(node) and not ops.is_slice(node))
-    return Stretch(call, tuple(node.name for node in reads), tuple(node.name for node in gives), size)
-
-
-def _bytes(node: fx.Node) -> int:
-    """Of what a node computes, as far as its sizes are known."""
-    tensors = [value for value in tree_leaves(node.meta.get("val")) if isinstance(value, torch.Tensor)]
-    return sum(storage_bytes(t) for t in tensors if all(isinstance(size, int) for size in t.shape))
+    names = [tuple([node.name for node in some]) for some in (reads, gives)]
+    return Stretch(call, names[0], names[1], computed_bytes(piece))

@@ -10,13 +10,14 @@ from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.planning.gradient_memory import MEMORY
 from graphcache.planning.profile import Profile
-from graphcache.planning.profiling import profile
+from graphcache.planning.profiling import Detail, profile
 from graphcache.planning.sampling import Sampler, Sampling
 from graphcache.planning.search import Found, search
 from graphcache.planning.tuning import Tuned, mean_psnr, tune, with_corrections
 from graphcache.runtime.transform import transform
 
 Target = TypeVar("Target")
+MOST_PROFILED = 8
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,87 @@ class Automatic:
     found: Found
     tuned: Tuned | None
     held_out: float
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What `auto` does, part by part; for its attributes see there.
+
+    Attributes:
+        sampling: how the model is run.
+        samples: two or more.
+        detail: of the profile.
+        progress: told what is done now.
+
+    Raises:
+        GraphCacheError: there are too few samples.
+    """
+
+    sampling: Sampling
+    samples: Sequence[Any]
+    steps: int
+    speedup: float
+    max_bytes: int | None = None
+    iterations: int = 60
+    reference: Literal["uncached", "converged"] = "uncached"
+    data_range: float = 2.0
+    detail: Detail = "tokens"
+    seed: int = 0
+    memory: int = MEMORY
+    backend: Backend = "inductor"
+    progress: Callable[[str], None] = lambda text: None
+
+    def __post_init__(self) -> None:
+        if len(self.samples) < 2:
+            raise GraphCacheError("auto needs two samples or more: one of them judges the plan")
+
+    @property
+    def judges(self) -> Sequence[Any]:
+        """The last quarter, which nothing is fitted to."""
+        return self.samples[-max(1, len(self.samples) // 4) :]
+
+    @property
+    def trained(self) -> Sequence[Any]:
+        """The others."""
+        return self.samples[: -len(self.judges)]
+
+    def profiled(self, path: str | os.PathLike[str] | None = None) -> Profile:
+        """The profile, of at most eight samples."""
+        return profile(
+            self.sampling,
+            self.trained[:MOST_PROFILED],
+            steps=self.steps,
+            detail=self.detail,
+            seed=self.seed,
+            memory=self.memory,
+            backend=self.backend,
+            path=path,
+            progress=lambda done, total: self.progress(f"profiling, sample {done} of {total}"),
+        )
+
+    def searched(self, measured: Profile) -> Found:
+        """The best plan by the profile and by runs of two samples."""
+        self.progress("searching")
+        check = checker(self.sampling, self.trained[:2], self.steps)
+        return search(measured, speedup=self.speedup, max_bytes=self.max_bytes, check=check)
+
+    def tuned(self, plan: Plan) -> Tuned | None:
+        """The plan with its coefficients trained; None where it has none, or nothing is to be trained."""
+        if not (self.iterations and plan.lists_coefficients):
+            return None
+        return tune(
+            self.sampling,
+            with_corrections(plan),
+            self.trained,
+            self.judges,
+            reference=self.reference,
+            iterations=self.iterations,
+            data_range=self.data_range,
+            memory=self.memory,
+            progress=lambda now: self.progress(
+                f"tuning, iteration {now.number + 1} of at most {self.iterations}"
+            ),
+        )
 
 
 def auto(
@@ -82,45 +164,20 @@ def auto(
     Raises:
         GraphCacheError: there are too few samples, or one of the parts fails; its message says why.
     """
-    if len(samples) < 2:
-        raise GraphCacheError("auto needs two samples or more: one of them judges the plan")
     sampling = Sampling.of(model_or_pipe, sampler, timestep, latents, conditional)
-    held = max(1, len(samples) // 4)
-    trained, judges = samples[:-held], samples[-held:]
-    place = None if folder is None else os.path.join(folder, "profile.json")
-    measured = profile(
-        sampling,
-        trained[:8],
-        steps=steps,
-        seed=seed,
-        memory=memory,
-        backend=backend,
-        path=place,
-        progress=lambda done, total: progress(f"profiling, sample {done} of {total}"),
-    )
-    progress("searching")
-    found = search(
-        measured, speedup=speedup, max_bytes=max_bytes, check=checker(sampling, trained[:2], steps)
-    )
-    plan, tuned = found.plan, None
-    if iterations and plan.lists_coefficients:
-        tuned = tune(
-            sampling,
-            with_corrections(plan),
-            trained,
-            judges,
-            reference=reference,
-            iterations=iterations,
-            data_range=data_range,
-            memory=memory,
-            progress=lambda now: progress(f"tuning, iteration {now.number + 1} of at most {iterations}"),
-        )
-        plan = tuned.plan
+    parts = Parts(
+        sampling, samples, steps, speedup, max_bytes=max_bytes, iterations=iterations, reference=reference,
+        data_range=data_range, seed=seed, memory=memory, backend=backend, progress=progress,
+    )  # fmt: skip
+    measured = parts.profiled(None if folder is None else os.path.join(folder, "profile.json"))
+    found = parts.searched(measured)
+    tuned = parts.tuned(found.plan)
+    plan = found.plan if tuned is None else tuned.plan
     plan = replace(plan, graph=measured.provenance.graph)
     if folder is not None:
         plan.save(os.path.join(folder, "plan.txt"))
     progress("checking")
-    held_out = judged(sampling, plan, judges, data_range)
+    held_out = judged(sampling, plan, parts.judges, data_range)
     target = model_or_pipe if model_or_pipe is not sampling else sampling.target
     made = transform(
         target, plan, backend=backend, timestep=sampling.names.timestep, latents=sampling.names.latents

@@ -106,6 +106,33 @@ class Probed:
         """For every stretch the values from before it that it or a later one reads."""
         return self.stretches.crossing()
 
+    @cached_property
+    def awaited(self) -> list[frozenset[str]]:
+        """For every stretch what is still needed behind it on the way forwards: by later stretches, of sites
+        that are not whole yet, and the inputs and results.
+        """
+        always = {*self.stretches.inputs, *self.stretches.results[: self.count]}
+        found, pending = list[frozenset[str]](), frozenset(always)
+        later = (*self.crossing[1:], frozenset[str]())
+        for read, sites in zip(reversed(later), reversed(self.seen), strict=True):
+            found.append(read | pending)
+            pending |= {name for site in sites for name in site.values}
+        return found[::-1]
+
+    @cached_property
+    def unsettled(self) -> list[frozenset[str]]:
+        """For every stretch the nodes of sites whose gradients are whole before an earlier one."""
+        found, pending = list[frozenset[str]](), frozenset[str]()
+        for sites in self.pulled:
+            found.append(pending)
+            pending |= {name for site in sites for name in (*site.values, *site.sources)}
+        return found
+
+    @cached_property
+    def sources(self) -> frozenset[str]:
+        """The nodes whose gradients are some site's."""
+        return frozenset(name for site in self.sites for name in site.sources)
+
     @property
     def latents(self) -> str:
         """The placeholder of the latents."""
@@ -158,16 +185,12 @@ class Evaluation:
 
     def run(self, hold: bool) -> list[Tensor]:
         """The model's results; the observer sees every site. What is held is there for the way back."""
-        env, runs = dict(self.feed), list[_Run]()
-        for number, part in enumerate(self._parts):
-            if hold:
-                runs.append(self._with_gradients(part, env))
-                env |= {name: value.detach() for name, value in runs[-1].gave.items()}
-            else:
-                env |= _called(part, env)
+        runs = list[_Run]()
+        env = dict(self.feed)
+        for number, run in self._forwards(env, hold):
+            runs += [run] if run else []
             for site in self.probed.seen[number]:
                 self.observer.saw(self.step, self.branch, site.name, _of(site.values, env))
-            self._drop(env, number)
         self.held = runs if hold else None
         # samplers may change these in place
         return [env[name].clone() if hold else env[name] for name in self._results]
@@ -201,15 +224,12 @@ class Evaluation:
         changed[0] += 1
         before, after = dict(self.feed), {**self.feed, self.probed.latents: changed}
         samples, found = len(latents), set()
-        for number, part in enumerate(self._parts):
-            for env in (before, after):
-                env |= _called(part, env)
+        runs = (self._forwards(env, with_gradients=False) for env in (before, after))
+        for (number, _), _ in zip(*runs, strict=True):
             for site in self.probed.seen[number]:
                 for place, name in enumerate(site.values):
                     if _is_folded(before[name], after[name], samples):
                         found.add((site.name, place))
-            for env in (before, after):
-                self._drop(env, number)
         return frozenset(found)
 
     @property
@@ -220,12 +240,17 @@ class Evaluation:
     def _results(self) -> tuple[str, ...]:
         return self.probed.stretches.results[: self.probed.count]
 
+    def _forwards(self, env: dict[str, Tensor], with_gradients: bool) -> Iterator[tuple[int, _Run | None]]:
+        """Run stretch by stretch: what each gave is in `env` until the next one has run."""
+        for number, part in enumerate(self._parts):
+            run = self._with_gradients(part, env) if with_gradients else None
+            env |= {name: v.detach() for name, v in run.gave.items()} if run else _called(part, env)
+            yield number, run
+            self._drop(env, number)
+
     def _drop(self, env: dict[str, Tensor], number: int) -> None:
-        """Forget what no stretch behind this one reads."""
-        later = self.probed.crossing[number + 1] if number + 1 < len(self._parts) else frozenset[str]()
-        wanted = later | {*self.feed, *self._results}
-        pending = {name for sites in self.probed.seen[number + 1 :] for site in sites for name in site.values}
-        for name in env.keys() - wanted - pending:
+        """Forget what nobody awaits behind a stretch."""
+        for name in env.keys() - self.probed.awaited[number]:
             del env[name]
 
     def _with_gradients(self, part: Stretch, env: Mapping[str, Tensor]) -> _Run:
@@ -242,7 +267,7 @@ class Evaluation:
             yield from reversed([*enumerate(self.held)])
             return
         if not self.stride:
-            runs = self._all_with_gradients()
+            runs = [run for _, run in self._forwards(dict(self.feed), with_gradients=True) if run]
             while runs:
                 yield len(runs) - 1, runs.pop()
             return
@@ -261,14 +286,6 @@ class Evaluation:
             for number in reversed(numbers):
                 yield number, self._with_gradients(self._parts[number], given.pop())
 
-    def _all_with_gradients(self) -> list[_Run]:
-        env, runs = dict(self.feed), list[_Run]()
-        for number, part in enumerate(self._parts):
-            runs.append(self._with_gradients(part, env))
-            env |= {name: value.detach() for name, value in runs[-1].gave.items()}
-            self._drop(env, number)
-        return runs
-
     def _kept(self) -> dict[int, dict[str, Tensor]]:
         """What stretches that stand so far apart, and those behind them, read of those before."""
         kept: dict[int, dict[str, Tensor]] = {}
@@ -286,11 +303,10 @@ class Evaluation:
         """Take the gradients of a stretch's values from those of what it gave."""
         given = [(run.gave[name], known[name]) for name in part.gives if name in known]
         given = [(value, gradient) for value, gradient in given if value.requires_grad]
-        sources = {name for site in self.probed.sites for name in site.sources if name in run.gave}
-        tensors = {name: run.gave[name] for name in sources if run.gave[name].requires_grad}
-        tensors |= {
-            name: value for name, value in run.given.items() if value.requires_grad and name in varying
-        }
+        sources = self.probed.sources & run.gave.keys()
+        tensors = {name: run.gave[name] for name in sources}
+        tensors |= {name: value for name, value in run.given.items() if name in varying}
+        tensors = {name: value for name, value in tensors.items() if value.requires_grad}
         if not given or not tensors:
             return
         roots, gradients = zip(*given, strict=True)
@@ -305,12 +321,7 @@ class Evaluation:
 
     def _forget(self, number: int, values: dict[str, Tensor], known: dict[str, Tensor]) -> None:
         """Drop values and gradients that nothing before this stretch has to do with."""
-        pending = {
-            name
-            for sites in self.probed.pulled[:number]
-            for site in sites
-            for name in (*site.values, *site.sources)
-        }
+        pending = self.probed.unsettled[number]
         for name in values.keys() - pending:
             del values[name]
         for name in known.keys() - pending - self.probed.crossing[number] - {*self.asked.values()}:

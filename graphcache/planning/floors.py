@@ -8,7 +8,7 @@ from torch.utils.benchmark import Timer
 
 from graphcache.analysis.cost import graph_flops
 from graphcache.compiler.flat import weights_of
-from graphcache.ir.graph import StepGraph, storage_bytes, value_of
+from graphcache.ir.graph import StepGraph, has_static_shape, storage_bytes, value_of
 
 _WIDTH = 2048
 """Rows and columns of the matrices that are multiplied."""
@@ -50,8 +50,8 @@ class Floor:
 
     @staticmethod
     def of(step: StepGraph, rates: Rates) -> "Floor":
-        values = [*map(value_of, [*step.placeholders(), *step.results()]), *weights_of(step).values()]
-        size = sum(storage_bytes(v) for v in values if all(isinstance(length, int) for length in v.shape))
+        nodes = filter(has_static_shape, (*step.placeholders(), *step.results()))
+        size = sum(map(storage_bytes, (*map(value_of, nodes), *weights_of(step).values())))
         return Floor(1e3 * graph_flops(step) / rates.flops, 1e3 * size / rates.bytes)
 
     @property

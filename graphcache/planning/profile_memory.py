@@ -111,10 +111,5 @@ def _passing(stretches: Stretches, stride: int) -> int:
     if not stride:
         return sum(part.bytes for part in parts) + max(part.bytes for part in parts)
     across = [sum(sizes[name] for name in names) for names in crossing]
-    kept = sum(across[::stride])
-    run = (
-        max(sum(across[first : first + stride]) for first in range(0, len(parts), stride))
-        if stride > 1
-        else 0
-    )
-    return kept + run + _GRADIENTS * max(part.bytes for part in parts)
+    again = max(sum(across[first : first + stride]) for first in range(0, len(parts), stride))
+    return sum(across[::stride]) + again * (stride > 1) + _GRADIENTS * max(part.bytes for part in parts)

@@ -14,7 +14,7 @@ from diffusers.utils.logging import is_progress_bar_enabled
 from typer.testing import CliRunner, Result
 
 import graphcache
-from graphcache import importers
+from graphcache import importers, presets
 from graphcache.cli.main import app, main
 from graphcache.cli.sources import Placement, load_model, load_sampled
 from graphcache.cli.warming import starts
@@ -244,15 +244,16 @@ def test_starts_are_those_of_two_processes_with_one_empty_cache_for_each_plan() 
         "latents": ["hidden_states"],
     }
     with patch.object(subprocess, "run", start):
-        found = starts(["fora:4:interval=2", "compute:4"], "cli_factory:made", options)
-    assert [item["plan"] for item in found] == ["fora:4:interval=2", "compute:4"]
+        plans = {"fora": presets.fora(4, interval=2), "compute": presets.compute(4)}
+        found = starts(plans, "cli_factory:made", options)
+    assert [item["plan"] for item in found] == ["fora", "compute"]
     assert all(item[kind]["seconds"] > 0 for item in found for kind in ("cold", "warm"))
     assert caches[0] == caches[1] != caches[2] == caches[3]
 
 
 def test_a_process_that_fails_to_get_ready_says_why() -> None:
     with pytest.raises(graphcache.GraphCacheError, match="cannot import no_such_module"):
-        starts(["fora:4"], "no_such_module:made", {"regions": None})
+        starts({"fora": presets.fora(4)}, "no_such_module:made", {"regions": None})
 
 
 def test_warmup_takes_a_pipelines_sizes(tmp_path: Path) -> None:

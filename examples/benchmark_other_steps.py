@@ -1,0 +1,78 @@
+"""Plans for fewer steps than were profiled, beside those that profiles at as many steps give.
+
+python -m examples.benchmark_other_steps digits [--json FILE]
+"""
+
+import argparse
+
+import torch
+
+import graphcache
+from examples.records import Cell, Column, add_json_option, report
+from examples.samplers import EXAMPLES, Example, Item
+from examples.sweep import mean_and_spread
+from graphcache import Profile
+from graphcache.planning.automatic import checker
+from graphcache.planning.metrics import psnr
+from graphcache.planning.sampling import Sampling
+
+SPEEDUPS = (1.5, 2.0, 3.0)
+SHARES = (0.4, 0.6)
+"""Of the profiled steps."""
+PROFILED, JUDGED = 1_000, 3_000
+"""First seeds of what is profiled and of what judges."""
+COLUMNS = (
+    Column("steps"),
+    Column("speed-up", "×", 1),
+    Column("profiled at as many", "dB", 2),
+    Column("profiled at all", "dB", 2),
+)
+
+
+def rows(example: Example, size: int, seeds: int) -> list[list[Cell]]:
+    """The plans' mean PSNR to the uncached run of as many steps, over generations of `size` samples."""
+    sampling = Sampling.of(example.model, example.sampler(), conditional=example.conditional)
+    samples, judges = example.items(2, size, PROFILED), example.items(seeds, size, JUDGED)
+
+    def profiled(steps: int) -> Profile:
+        return graphcache.profile(sampling, samples, steps=steps, detail="steps", probes=2)
+
+    whole, found = profiled(example.steps), list[list[Cell]]()
+    for steps in (round(share * example.steps) for share in SHARES):
+        check, own = checker(sampling, samples[:1], steps), profiled(steps)
+        for speedup in SPEEDUPS:
+            plans = [
+                graphcache.search(profile, steps=steps, speedup=speedup, check=check).plan
+                for profile in (own, whole)
+            ]
+            quality = [mean_and_spread(_quality(sampling, plan, judges)) for plan in plans]
+            found.append([steps, speedup, *quality])
+    return found
+
+
+def _quality(sampling: Sampling, plan: graphcache.Plan, items: list[Item]) -> list[float]:
+    model = sampling.planned(plan)
+    results = (
+        [sampling.generate(each, item, plan.steps) for each in (model, sampling.model)] for item in items
+    )
+    return [float(psnr(*pair).mean()) for pair in results]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("example", choices=list(EXAMPLES))
+    parser.add_argument("--size", type=int, default=8, help="samples of one generation")
+    parser.add_argument("--seeds", type=int, default=3, help="generations that judge")
+    add_json_option(parser)
+    arguments = parser.parse_args()
+    torch.set_num_threads(2)
+    report(
+        f"Plans for other numbers of steps, {arguments.example}",
+        COLUMNS,
+        rows(EXAMPLES[arguments.example](), arguments.size, arguments.seeds),
+        arguments.json,
+    )
+
+
+if __name__ == "__main__":
+    main()
