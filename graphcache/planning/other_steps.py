@@ -9,11 +9,12 @@ from graphcache.planning.profile import Profile
 
 
 def at_steps(profile: Profile, steps: int) -> Profile:
-    """The profile of generations of so many steps, by the same scheduler from its first timestep to its last.
+    """The profile of generations of so many steps, by the same scheduler.
 
-    Values are interpolated between the profiled steps, and so are effects, over the step and over how far
-    back a value is from; a step that covers more of the way has so much more effect. What was measured at
-    single steps is that of the nearest one.
+    Step i of n is where step i·N/n of the N profiled ones is, as with a flow's timesteps 1 − i/n. Values are
+    interpolated between the profiled steps, and so are effects, over the step and over how far back a value
+    is from; a step that covers more of the way has so much more effect. What was measured at single steps is
+    that of the nearest one.
 
     Raises:
         GraphCacheError: one of the two has fewer than two steps, or a gap of one step is more than was
@@ -24,14 +25,14 @@ def at_steps(profile: Profile, steps: int) -> Profile:
         return profile
     if min(steps, before) < 2:
         raise GraphCacheError(f"a profile of {before} steps says nothing of generations of {steps}")
-    stride = (before - 1) / (steps - 1)
+    stride = before / steps
     window = min(steps - 1, int(profile.window / stride + 1e-9))
     if window < 1:
         raise GraphCacheError(
             f"one step of {steps} is {stride:.1f} of the profile's, which follows effects over "
             f"{profile.window}; profile with a larger window="
         )
-    places = np.arange(steps) * stride
+    places = np.minimum(np.arange(steps) * stride, before - 1)
     weights = _weights(places, before)
     nearest = places.round().astype(int)
     bands = None if profile.bands is None else profile.bands[nearest] * stride
@@ -39,7 +40,7 @@ def at_steps(profile: Profile, steps: int) -> Profile:
         profile,
         provenance=replace(profile.provenance, steps=steps),
         gram=np.einsum("it,sth,jh->sij", weights, profile.gram, weights, optimize=True),
-        effects=_effects(profile.effects, places, stride, window) * np.float32(before / steps),
+        effects=_effects(profile.effects, places, stride, window) * np.float32(stride),
         drift={site: moved * stride for site, moved in profile.drift.items()},
         ranking={site: ranks[nearest] for site, ranks in profile.ranking.items()},
         bands=bands,

@@ -21,7 +21,7 @@ def profiled(steps: int, mode: str | None = "first") -> Profile:
     return graphcache.profile(linear(2), [1, 2], steps=steps, sampler=Sampler(mode), **given)
 
 
-@pytest.mark.parametrize(("before", "after"), [(33, 17), (33, 12), (12, 17)])
+@pytest.mark.parametrize(("before", "after"), [(32, 16), (32, 12), (12, 17)])
 def test_it_says_nearly_what_a_profile_of_so_many_steps_says(before: int, after: int) -> None:
     found, expected = at_steps(profiled(before), after), profiled(after)
     assert found.steps == after
@@ -55,15 +55,15 @@ def test_as_many_steps_change_nothing() -> None:
 
 
 def test_every_second_step_of_a_profile_is_taken_as_it_is() -> None:
-    whole, half = profiled(33), at_steps(profiled(33), 17)
+    whole, half = profiled(32), at_steps(profiled(32), 16)
     np.testing.assert_allclose(half.gram, whole.gram[:, ::2, ::2])
-    expected = whole.effects[:, ::2, ::2] * np.float32(33 / 17)
+    expected = whole.effects[:, ::2, ::2] * np.float32(2)
     np.testing.assert_allclose(half.effects, expected[:, :, : half.window + 1], rtol=1e-5)
 
 
 def test_search_finds_plans_of_so_many_steps() -> None:
-    found = graphcache.search(profiled(33), steps=17, speedup=1.5)
-    assert found.plan.steps == 17
+    found = graphcache.search(profiled(32), steps=16, speedup=1.5)
+    assert found.plan.steps == 16
     assert found.chosen.speedup >= 1.5
 
 
