@@ -41,6 +41,7 @@ empty where none is fast enough.
 {predicted-and-measured-speed-ups}
 {estimates-beside-real-errors}
 {profiling-within-a-limit}
+{plans-for-other-numbers-of-steps-digits}
 
 ## Published methods
 

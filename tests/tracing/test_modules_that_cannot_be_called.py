@@ -3,10 +3,14 @@
 import gc
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphcache
 from graphcache import CaptureError, Plan, PlanError, StateError, presets
@@ -105,6 +109,8 @@ class Conditional(Asking):
 
 
 def test_a_conditional_is_refused_or_right() -> None:
+    # PyTorch fails where another test has watched a cond
+    torch._dynamo.reset()
     model = holding(Conditional, 1)
     plain = [model(**arguments(seed)) for seed in range(2)]
     made = graphcache.transform(model, presets.compute(2))
@@ -116,6 +122,25 @@ def test_a_conditional_is_refused_or_right() -> None:
         assert "Nor can it be called as it is: it fails within an operation" in told
     else:
         assert_same(told, plain)
+
+
+class Watching(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.foreign_fault
+def test_pytorchs_conditional_fails_for_good_where_its_operations_were_watched() -> None:
+    def chosen(x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda given: given * 2, lambda given: given * 3, (x,))
+
+    torch._dynamo.reset()
+    with Watching(), suppress(Exception):
+        chosen(torch.ones(2))
+    with pytest.raises(Unsupported):
+        chosen(torch.ones(2))
+    torch._dynamo.reset()
+    assert_same(chosen(torch.ones(2)), torch.full((2,), 2.0))
 
 
 class MeasuringItself(Transformer):
