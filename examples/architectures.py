@@ -146,6 +146,26 @@ def wan_14b() -> Made:
     return wan(40, 40, 13824)
 
 
+def hunyuan_video() -> Made:
+    """129 frames of 720 × 1280."""
+    with torch.device("meta"):
+        mask = torch.ones(1, 256, dtype=torch.int64)
+    return _made(
+        "HunyuanVideoTransformer3DModel", (1, 16, 33, 90, 160), {},
+        encoder_hidden_states=_of(1, 256, 4096), encoder_attention_mask=mask,
+        pooled_projections=_of(1, 768), guidance=_of(1),
+    )  # fmt: skip
+
+
+def z_image() -> Made:
+    """1024², a prompt of 128 tokens."""
+    with torch.device("meta"):
+        model = diffusers.ZImageTransformer2DModel().to(torch.bfloat16).eval()
+        latents, text = torch.empty(16, 1, 128, 128), torch.empty(128, 2560)
+        call = {"x": [_cast(latents)], "t": _cast(torch.empty(1)), "cap_feats": [_cast(text)]}
+    return model, {**call, "return_dict": False}
+
+
 def ltx_video() -> Made:
     """161 frames of 512 × 704."""
     return _made(
@@ -165,6 +185,8 @@ MODELS: Mapping[str, Callable[[], Made]] = {
     "CogVideoX-5B": cogvideox_5b,
     "Wan 2.1 1.3B": wan_1b,
     "Wan 2.1 14B": wan_14b,
+    "HunyuanVideo": hunyuan_video,
+    "Z-Image": z_image,
     "LTX-Video": ltx_video,
 }
 
