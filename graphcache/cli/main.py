@@ -74,12 +74,15 @@ def inspect(
     call: Call = None,
     timestep: Timestep = None,
     latents: Latents = None,
+    sizes: Annotated[
+        bool, typer.Option("--sizes", help="also which sizes of the call may change without another trace")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """List a model's sites: role, shape of a cached value, share of the FLOPs."""
     module, kwargs = load_model(model, inputs, json_argument(call), Placement(device, dtype))
-    found = inspect_model(module, kwargs, timestep=timestep, latents=latents or ())
+    found = inspect_model(module, kwargs, timestep=timestep, latents=latents or (), sizes=sizes)
     table = Table("site", "role", "cached value", "bytes", "MFLOPs", "share")
     for column in table.columns[3:]:
         column.justify = "right"
@@ -87,7 +90,7 @@ def inspect(
         cost = f"{site.flops / 1e6:.2f}", f"{site.share:.1%}"
         table.add_row(site.name, site.role, site.shape, f"{site.bytes:,}", *cost)
     console.print(table)
-    for line in (found.totals, *found.opaque):
+    for line in (found.totals, *found.opaque, *found.sizes.lines):
         console.print(line, soft_wrap=True)
 
 

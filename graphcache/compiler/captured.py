@@ -15,6 +15,8 @@ from graphcache.tracing.capture import capture
 from graphcache.tracing.conditions import Conditions
 from graphcache.tracing.symbolic import Symbolic
 
+_LARGE = 1 << 16
+
 
 @dataclass(frozen=True)
 class Captured:
@@ -66,6 +68,27 @@ class Captured:
         if step is None:
             return None
         return Captured(analysed(step, split, observers), call, symbolic.output, _strides(examples))
+
+    def elsewhere(
+        self,
+        symbolic: Symbolic,
+        model: nn.Module,
+        tensors: Sequence[torch.Tensor],
+        observers: Sequence[Observer],
+        split: bool,
+    ) -> "tuple[Captured, list[torch.Tensor]] | None":
+        """The same call at other sizes, and its tensors there; None where its trace is right at no others.
+
+        Small sizes stand in relations by chance, and large ones are costly: those are raised, these lowered.
+        """
+        examples = examples_of(tensors)
+        are_large = sum(tensor.numel() for tensor in examples) > _LARGE
+        for smaller in (are_large, not are_large):
+            others = symbolic.elsewhere(examples, smaller)
+            made = Captured.at(symbolic, model, self.call, others, observers, split) if others else None
+            if made and others:
+                return made, others
+        return None
 
     def again(
         self, model: nn.Module, tensors: Sequence[torch.Tensor], observers: Sequence[Observer]

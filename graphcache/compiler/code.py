@@ -20,7 +20,7 @@ from graphcache.compiler.backends import (
     replays_cuda_graphs,
 )
 from graphcache.compiler.flat import flattened, weights_of
-from graphcache.compiler.regions import InRegions, regions
+from graphcache.compiler.regions import InRegions, Region, regions
 from graphcache.ir.graph import StepGraph, has_symbolic_shapes, layout, value_of
 from graphcache.ir.opaque import Opaque
 from graphcache.ir.sizes import skeleton
@@ -163,11 +163,15 @@ class _Code:
         return [*map(value_of, self.step.placeholders()), *self.weights.values()]
 
     def announce(self) -> None:
-        """Note the graph's sizes as an example more; those of regions are known as they are called."""
-        found = None if self.ways.by_region else self._family(self.module, self._fed)
-        if found is not None:
-            family, sizes, signature = found
-            family.note(sizes, signature)
+        """Note the graph's sizes as an example more, or those of its regions."""
+        parts = self._parts() or ()
+        given = dict(zip(self.module.graph.find_nodes(op="placeholder"), self._fed, strict=True))
+        graphs = [(part.module, part.fed(given)) for part in parts] or [(self.module, self._fed)]
+        for module, fed in graphs:
+            found = self._family(module, fed)
+            if found is not None:
+                family, sizes, signature = found
+                family.note(sizes, signature)
 
     def _family(
         self, module: fx.GraphModule, fed: Sequence[torch.Tensor]
@@ -190,10 +194,13 @@ class _Code:
 
     def regions(self) -> Compiled | None:
         """The code of its regions; None where it has none, or is not given its weights."""
+        parts = self._parts()
+        return None if parts is None else InRegions(self.module.graph, parts, self._of_region)
+
+    def _parts(self) -> list[Region] | None:
         if not self.ways.by_region or not self.takes_weights or has_symbolic_shapes(self.step):
             return None
-        parts = regions(self.module.graph)
-        return None if parts is None else InRegions(self.module.graph, parts, self._of_region)
+        return regions(self.module.graph)
 
     def _of_region(self, module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> Compiled:
         key = f"{structure(module.graph, module)} {_arriving(tensors)}"

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from graphcache.compiler.code import FIXED, Kept, Ways, build
 from graphcache.compiler.guidance_half import Half, capture_half
 from graphcache.compiler.histories import entries
 from graphcache.compiler.phase_code import Runnable
-from graphcache.ir.errors import PlanError
+from graphcache.ir.errors import CaptureError, PlanError
 from graphcache.ir.graph import Input, StepGraph, storage_bytes, value_of
 from graphcache.ir.history import History
 from graphcache.ir.plan import Plan, Row
@@ -29,6 +30,14 @@ from graphcache.ir.resolve import resolve
 from graphcache.ir.schedule import Guided, Memory, Phase, Role, Schedule
 from graphcache.libraries.exclusive import COMPILING
 from graphcache.passes.base import Observer
+
+
+class Elsewhere(NamedTuple):
+    """The program of a call at other sizes, which is never run, and tensors of that call."""
+
+    program: "Program"
+    tensors: Sequence[torch.Tensor]
+
 
 PhaseKey = tuple[
     Phase, tuple[tuple[str, int, int], ...], Guided | None, tuple[Memory, ...], frozenset[History]
@@ -47,6 +56,7 @@ class Program:
         observers: told of every pass.
         kept: compiled code of graphs that were captured before.
         ways: how phases are compiled.
+        elsewhere: tells what differs at another size, where code is for any size from the first on.
         half: the step for the conditional half of a doubled batch, once a plan needs it.
         tokens: rows and tokens of the sites that have had budgets.
         phases: the code of those that were needed so far.
@@ -59,21 +69,30 @@ class Program:
     observers: Sequence[Observer] = ()
     kept: Kept | None = None
     ways: Ways = FIXED
+    elsewhere: Elsewhere | None = None
     half: Half | None = None
     tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
     phases: dict[PhaseKey, Runnable] = field(default_factory=dict)
     _schedules: dict[tuple[Plan, int, Role, bool], Schedule] = field(default_factory=dict)
     _sizes: dict[int, tuple[Schedule, dict[History, int]]] = field(default_factory=dict)
+    _elsewhere: dict[int, tuple[Schedule, Schedule]] = field(default_factory=dict)
 
     def without(self, changed: set[int]) -> "Program":
         """The same, with these inputs taken to change at every step."""
         varying = self.varying | changed
-        return replace(self, varying=varying, half=None, phases={}, _schedules={}, _sizes={})
+        return self._alone(varying=varying, half=None, _schedules={}, _sizes={})
+
+    def compiled_with(self, backend: Backend) -> "Program":
+        """The same, its phases made anew for another backend."""
+        return self._alone(backend=backend)
+
+    def _alone(self, **changes: Any) -> "Program":
+        return replace(self, phases={}, elsewhere=None, _elsewhere={}, **changes)
 
     @cached_property
     def offloaded(self) -> "Program":
         """The same, with its caches in host memory."""
-        return self if self.offload else replace(self, offload=True).prepared()
+        return self if self.offload else replace(self, offload=True, elsewhere=None).prepared()
 
     def halve(self, model: nn.Module, tensors: Sequence[torch.Tensor], conditional: str) -> None:
         """Capture the step for the conditional half of these inputs as well.
@@ -84,6 +103,12 @@ class Program:
         inputs = laid(self.captured.strides, tensors)
         self.half = capture_half(model, self.captured, self._held, inputs, conditional, self.observers)
         self.__dict__.pop("offloaded", None)  # it has no half
+        if self.elsewhere is not None:
+            other, others = self.elsewhere
+            try:
+                other.halve(model, others, conditional)
+            except CaptureError:  # without an example of another size, code is for this one
+                self.elsewhere = None
 
     @cached_property
     def _held(self) -> tuple[str, ...]:
@@ -149,7 +174,10 @@ class Program:
                 self.tokens |= {name: (cut.rows, cut.tokens) for name, cut in cuts.items()}
                 if role == "doubled":
                     self._refuse_mixed(schedule)
-                return self._schedules.setdefault(key, schedule)
+                if self.elsewhere is not None:
+                    other = self.elsewhere.program.schedule(*key)
+                    self._elsewhere[id(schedule)] = schedule, other
+                self._schedules[key] = schedule
         return self._schedules[key]
 
     def _refuse_other_model(self, plan: Plan) -> None:
@@ -189,6 +217,9 @@ class Program:
             with COMPILING:
                 if key not in self.phases:
                     self.phases[key] = self._made(phase, schedule, moved)
+                    if self.elsewhere is not None and id(schedule) in self._elsewhere:
+                        other = self._elsewhere[id(schedule)][1]
+                        self.elsewhere.program.phase(other, index).announce()
         return self.phases[key]
 
     def _made(self, phase: Phase, schedule: Schedule, moved: frozenset[History]) -> Runnable:

@@ -1,7 +1,7 @@
 """A phase in regions: stretches that repeat are compiled once, and called one after the other."""
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcache.analysis.repeats import Repeats, find_repeats
-from graphcache.ir.graph import is_tensor
+from graphcache.ir.graph import is_tensor, value_of
 from graphcache.libraries.torch_private import OpOverload, schema_of
 
 _COPYING = (torch.ops.aten.to, torch.ops.aten.contiguous)
@@ -27,6 +27,10 @@ class Region:
     module: fx.GraphModule
     inputs: tuple[fx.Node, ...]
     results: tuple[fx.Node, ...]
+
+    def fed(self, given: Mapping[fx.Node, Tensor]) -> list[Tensor]:
+        """For each input a tensor laid out as eager operations do; `given`: those of the whole graph."""
+        return [given[node] if node in given else value_of(node) for node in self.inputs]
 
 
 def regions(graph: fx.Graph) -> list[Region] | None:

@@ -15,8 +15,8 @@ from graphcache.ir.errors import CaptureError
 from graphcache.passes.base import Observer
 from graphcache.tracing.symbolic import Symbolic
 
-_FIXED = 2
-"""Sizes that are traced as they are, which takes half as long as with symbols."""
+FIXED = 2
+"""Sizes that are traced as they are, which takes half as long as with symbols, where nobody says how many."""
 _MOST_KINDS = 8
 _MOST_TRACES = 4
 """Of one kind of calls: a model may fold otherwise at some sizes, as where a batch is 1."""
@@ -50,11 +50,12 @@ class _Kind:
 class SymbolicCaptures:
     """Traces with symbols, by the kind of calls that they are for: those that differ in sizes alone.
 
-    The first two of a kind are traced as they are, since most models have one size, or two prompts of
+    The first `fixed` of a kind are traced as they are, since most models have one size, or two prompts of
     different lengths; a further one with symbols, unless an earlier trace serves it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, fixed: int = FIXED) -> None:
+        self._fixed = fixed
         self._kinds: OrderedDict[Key, _Kind] = OrderedDict()
 
     def find(
@@ -65,8 +66,8 @@ class SymbolicCaptures:
         tensors: Sequence[torch.Tensor],
         observers: Sequence[Observer],
         split: bool,
-    ) -> Captured | None:
-        """The capture of a call; None where it has to be traced by itself.
+    ) -> tuple[Captured, Symbolic | None] | None:
+        """The capture of a call, and the trace if it was made now; None where it has to be traced by itself.
 
         Args:
             key: of its program.
@@ -81,7 +82,7 @@ class SymbolicCaptures:
         self._kinds.move_to_end(kind)
         while len(self._kinds) > _MOST_KINDS:
             self._kinds.popitem(last=False)
-        if known.fixed < _FIXED:
+        if known.fixed < self._fixed:
             known.fixed += 1
             return None
         examples = examples_of(tensors)
@@ -94,12 +95,12 @@ class SymbolicCaptures:
         made = next(filter(None, map(filled, known.traces)), None)
         if made is not None or not known.may_be_traced:
             known.served = known.served or made is not None
-            return made
+            return (made, None) if made else None
         trace = _traced(model, call, examples)
         made = filled(trace)
         # one that is not right for its own call is for none
         known.traces.append(trace if made else None)
-        return made
+        return (made, trace) if made else None
 
     def forget_others(self, variants: set[int]) -> None:
         """Drop those of all forms of the model but these."""

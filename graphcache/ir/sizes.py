@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from graphcache.ir.structure import Place
-from graphcache.libraries.torch_private import OpOverload, schema_of
+from graphcache.libraries.torch_private import FakeTensor, OpOverload, schema_of
 
 _SYMBOLIC = ("SymIntType", "NumberType", "TensorType")
 """Kinds of arguments of operations whose numbers may be symbols; dimensions, as of `transpose`, are none."""
@@ -52,10 +52,11 @@ def skeleton(graph: fx.Graph, fed: Sequence[torch.Tensor]) -> Skeleton:
 
 
 def _kind(tensor: torch.Tensor, note: Change) -> Any:
+    kind = torch.Tensor if isinstance(tensor, FakeTensor) else type(tensor)
     return (
         tensor.dtype,
         tensor.device,
-        type(tensor).__name__,
+        kind.__name__,
         tensor.is_inference(),
         *layout_with(tensor, note),
     )

@@ -2,19 +2,21 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from graphcache.analysis.branches import branch_flops
 from graphcache.analysis.cost import graph_flops
+from graphcache.compiler.captured import examples_of
 from graphcache.ir.graph import storage_bytes, value_of
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
 from graphcache.ir.text import describe
 from graphcache.runtime.engine import Engine, original
 from graphcache.runtime.options import Options
+from graphcache.tracing.free_sizes import FreeSizes
 from graphcache.tracing.untraceable import told
 
 
@@ -35,7 +37,8 @@ class SiteReport:
 class Inspection:
     """The sites of a model for one signature; FLOPs are those of one step, per batch as given.
 
-    `opaque` says which modules are called because they cannot be traced, and why.
+    `opaque` says which modules are called because they cannot be traced, and why; `sizes` which sizes of the
+    call may change without another trace, where that was asked for.
     """
 
     sites: tuple[SiteReport, ...]
@@ -44,6 +47,7 @@ class Inspection:
     hoisted_flops: int
     nodes: int
     opaque: tuple[str, ...] = ()
+    sizes: FreeSizes = field(default_factory=FreeSizes)
 
     @property
     def roles(self) -> dict[str, int]:
@@ -57,7 +61,7 @@ class Inspection:
             f"{site.name:{width}} {site.shape:18} {site.flops / 1e6:10.2f} {site.share:6.1%}"
             for site in self.sites
         ]
-        return "\n".join((*lines, self.totals, *self.opaque))
+        return "\n".join((*lines, self.totals, *self.opaque, *self.sizes.lines))
 
     @property
     def totals(self) -> str:
@@ -76,6 +80,7 @@ def inspect(
     *,
     timestep: str | None = None,
     latents: str | Sequence[str] = (),
+    sizes: bool = False,
 ) -> Inspection:
     """Capture a model and report its sites: names, roles, shapes, FLOPs.
 
@@ -84,6 +89,8 @@ def inspect(
         example_inputs: arguments of one call, as a mapping of keywords or a tuple of positions.
         timestep: forward's timestep argument, and
         latents: those that hold the latents, as for `transform`.
+        sizes: whether the call is traced once more, with symbols for its sizes, to say which may change
+            without another trace, and what fixes the others.
 
     Raises:
         CaptureError: the model cannot be captured; the message says why.
@@ -94,7 +101,7 @@ def inspect(
     total = graph_flops(step)
     work = branch_flops(step)
     nodes = step.nodes()
-    sites = tuple(
+    reports = tuple(
         SiteReport(
             name=branch.name,
             role=branch.role + (".context" if branch.context else ""),
@@ -108,4 +115,8 @@ def inspect(
     )
     hoisted = graph_flops(program.prologue.step) if program.prologue else 0
     opaque = tuple(told(step.opaque))
-    return Inspection(sites, step.blocks, total, hoisted, len(step.calls()), opaque)
+    found = FreeSizes()
+    if sizes:
+        tensors = engine.prepared(example_inputs, engine.options.plan, "")[2]
+        found = FreeSizes.of(engine.model, program.captured.call, examples_of(tensors))
+    return Inspection(reports, step.blocks, total, hoisted, len(step.calls()), opaque, found)

@@ -26,6 +26,6 @@ class Options:
     signatures: int = SIGNATURES
     watches_all: bool = False
     regions: Literal["auto"] | bool = "auto"
-    sizes: Literal["auto", "fixed"] = "auto"
+    sizes: Literal["auto", "fixed", "any"] = "auto"
     max_cache_bytes: int | None = None
     names: Names = UNNAMED

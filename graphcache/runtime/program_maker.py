@@ -1,8 +1,7 @@
 """Finds the program of a call, or makes it: captures, and how their phases are compiled."""
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +12,16 @@ from graphcache.compiler.captured import Captured
 from graphcache.compiler.code import Ways
 from graphcache.compiler.decisions import Decisions
 from graphcache.compiler.modes import ambient
-from graphcache.compiler.program import Program
+from graphcache.compiler.program import Elsewhere, Program
 from graphcache.compiler.programs import Programs
-from graphcache.compiler.symbolic_captures import SymbolicCaptures
+from graphcache.compiler.symbolic_captures import FIXED, SymbolicCaptures
 from graphcache.compiler.variants import Variants
 from graphcache.ir.call import Binder, CallSpec, Key, Signature
 from graphcache.ir.opaque import Opaque
 from graphcache.runtime.options import Options
 from graphcache.runtime.spoken import Spoken
 from graphcache.tracing.capture import forward_parameters
+from graphcache.tracing.symbolic import Symbolic
 from graphcache.tracing.untraceable import told
 
 
@@ -50,7 +50,7 @@ class ProgramMaker:
         self.programs = Programs(options.signatures)
         self.decisions = Decisions()
         self.spoken = spoken
-        self._symbolic = SymbolicCaptures()
+        self._symbolic = SymbolicCaptures(0 if options.sizes == "any" else FIXED)
         self._opaque: Sequence[Opaque] = ()
         self._specs: dict[Key, CallSpec] = {}
         self._lock = threading.RLock()
@@ -99,22 +99,36 @@ class ProgramMaker:
         signature = self.binder.signature(bound)[0]
         asks = self.decisions.knows(key)
         spec = self.spec(signature, bound)
-        captured = twin.captured if twin else self._captured(key, spec, tensors, asks)
+        captured, trace = (twin.captured, None) if twin else self._captured(key, spec, tensors, asks)
         modes = *ambient(), tuple([tensor.requires_grad for tensor in tensors])
-        return Program(
-            captured,
-            self.compilation(),
-            offload=self.options.offload,
-            observers=self.options.observers,
-            kept=self.programs.compilations.under(signature, modes),
-            ways=self._ways(),
+
+        def program(captured: Captured, signature: Hashable, elsewhere: Elsewhere | None = None) -> Program:
+            return Program(
+                captured,
+                self.compilation(),
+                offload=self.options.offload,
+                observers=self.options.observers,
+                kept=self.programs.compilations.under(signature, modes),
+                ways=self._ways(),
+                elsewhere=elsewhere,
+            )
+
+        there = None
+        if trace is not None and self.options.sizes == "any":
+            observers, split = self.options.observers, self.options.plan.splits_parallel
+            there = captured.elsewhere(trace, self.model, tensors, observers, split)
+        if there is None:
+            return program(captured, signature).prepared()
+        other, others = there
+        return program(
+            captured, signature, Elsewhere(program(other, (signature, "elsewhere")), others)
         ).prepared()
 
     def _ways(self) -> Ways:
         """How phases are compiled: as was asked for, or by regions as the model was."""
         asked = self.options.regions
         by_region = compiled_by_blocks(self.model) if asked == "auto" else asked
-        return Ways(by_region, self.options.sizes == "auto")
+        return Ways(by_region, self.options.sizes != "fixed")
 
     def compilation(self) -> Backend:
         """What phases are compiled with: what was asked for, or what the model was compiled with."""
@@ -122,18 +136,22 @@ class ProgramMaker:
             return self.backend
         return prior_compilation(self.model)
 
-    def _captured(self, key: Key, spec: CallSpec, tensors: Sequence[torch.Tensor], asks: bool) -> Captured:
+    def _captured(
+        self, key: Key, spec: CallSpec, tensors: Sequence[torch.Tensor], asks: bool
+    ) -> tuple[Captured, Symbolic | None]:
+        """A call's capture, and a trace with symbols that was made for it."""
         split, observers = self.options.plan.splits_parallel, self.options.observers
-        captured = None
-        if self.options.sizes == "auto" and not asks and not self._opaque:
-            captured = self._symbolic.find(key, self.model, spec, tensors, observers, split)
-        if captured is None:
-            captured = Captured.of(self.model, spec, tensors, observers, split, asks, self._opaque)
+        found = None
+        if self.options.sizes != "fixed" and not asks and not self._opaque:
+            found = self._symbolic.find(key, self.model, spec, tensors, observers, split)
+        if found is None:
+            found = Captured.of(self.model, spec, tensors, observers, split, asks, self._opaque), None
+        captured = found[0]
         self._opaque = captured.step.opaque
         for text in told(captured.step.opaque):
             self.spoken.once(text)
         self.variants.captured()
-        return captured
+        return found
 
     def halve(self, program: Program, tensors: Sequence[torch.Tensor], conditional: str, key: Key) -> None:
         """Capture the step for the conditional half of these inputs too, unless it was."""
@@ -150,7 +168,7 @@ class ProgramMaker:
             self.backend = backend
             self.programs.compilations.clear()
             for key, program in self.programs.items():
-                self.programs[key] = replace(program, backend=backend, phases={}).prepared()
+                self.programs[key] = program.compiled_with(backend).prepared()
 
     def leave_prologue(
         self, key: Key, program: Program, changed: set[int], tensors: Sequence[torch.Tensor]

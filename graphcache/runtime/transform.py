@@ -133,7 +133,7 @@ def transform(
     signatures: int = SIGNATURES,
     watch: Literal["adapters", "everything"] = "adapters",
     regions: Literal["auto"] | bool = "auto",
-    sizes: Literal["auto", "fixed"] = "auto",
+    sizes: Literal["auto", "fixed", "any"] = "auto",
     max_cache_bytes: int | None = None,
 ) -> Target:
     """Make a model, or the denoisers of a diffusers pipeline, run under a plan.
@@ -180,8 +180,11 @@ def transform(
             weights or by other compilers than PyTorch's a phase is whole.
         sizes: "auto" compiles the first size as a fixed one, and from the second on code for every further
             size, prompt length and batch; from the third on what is captured serves others, too, as far as
-            the model allows; "fixed" captures and compiles each size anew. Compiled by other means than
-            Inductor, by CUDA graphs, with frozen weights or gradients, each size has its own code.
+            the model allows; "fixed" captures and compiles each size anew. "any" prepares for other sizes at
+            the first, which then takes about twice as long, and compiles no size for itself; where a model
+            does not allow that it is "auto" (`inspect(..., sizes=True)` says what the model makes fixed).
+            Compiled by other means than Inductor, by CUDA graphs, with frozen weights or gradients, each size
+            has its own code.
         max_cache_bytes: how much the caches of a generation may take on the device, all its branches
             together. A branch for which too little is left keeps its cache in host memory, as by `offload`;
             where that does not help, its first call is refused, and told a plan that would fit.
@@ -265,8 +268,8 @@ def _check_options(
         raise GraphCacheError(f"regions={regions!r}: must be True, False or 'auto'")
     if max_cache_bytes is not None and not _is_count(max_cache_bytes):
         raise GraphCacheError(f"max_cache_bytes={max_cache_bytes!r}: say how many bytes, at least 1")
-    if sizes not in ("auto", "fixed"):
-        raise GraphCacheError(f"sizes={sizes!r}: must be 'auto' or 'fixed'")
+    if sizes not in ("auto", "fixed", "any"):
+        raise GraphCacheError(f"sizes={sizes!r}: must be 'auto', 'fixed' or 'any'")
     if wait not in ("step", "never"):
         raise GraphCacheError(f"wait={wait!r}: must be 'step' or 'never'")
     if wait == "never" and (branches or 1) > 1:

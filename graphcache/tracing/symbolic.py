@@ -2,11 +2,14 @@
 the model's own bits.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from operator import attrgetter
 from typing import Any
 
+import sympy
 import torch
 from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -77,6 +80,34 @@ class Symbolic:
         fits = len(found) == len(expected) and all(map(same_bits, found, expected))
         return step if fits else None
 
+    def elsewhere(self, tensors: Sequence[torch.Tensor], smaller: bool) -> list[torch.Tensor] | None:
+        """The tensors of a call at other sizes, each changed in its own way, where tracing allows any.
+
+        What stands together in a dimension stays together, such as the real words before the padding.
+        `smaller`: rather lowered than raised.
+        """
+        shapes: list[Sequence[Any]] = [value_of(node).shape for node in self.step.placeholders()]
+        sizes = [size.node for shape in shapes for size in shape if isinstance(size, torch.SymInt)]
+        now = {size.expr: size.hint for size in sizes if size.expr.is_Symbol}
+        found = dict(now)
+        for symbol in now:
+            taken = {relation for other in now for relation in _relations(found[other], now[other])}
+            others = (
+                size
+                for size in _others(now[symbol], smaller)
+                if taken.isdisjoint(_relations(size, now[symbol]))
+            )
+            size = next(others)
+            # some are only said to be equal in a guard
+            alike = [other for other in now if now[other] == now[symbol] and found[other] == now[other]]
+            for changed in ([symbol], alike):
+                trial = {**found, **dict.fromkeys(changed, size)}
+                shaped = [torch.empty(shape, device="meta") for shape in _at(shapes, trial)]
+                if symbol in alike and self.environment.evaluate_guards_expression(self.guards, shaped):
+                    found = trial
+                    break
+        return None if found == now else list(map(_resized, tensors, _at(shapes, found)))
+
     def _filled(self, tensors: Sequence[torch.Tensor]) -> StepGraph:
         """The graph with numbers for symbols, every value described anew."""
         graph, env, values = fx.Graph(), dict[fx.Node, Any](), dict[fx.Node, Any]()
@@ -104,6 +135,40 @@ class Symbolic:
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         target: Any = node.target
         return target(*args, **kwargs)
+
+
+def _others(size: int, smaller: bool) -> Iterator[int]:
+    """Other sizes, in steps of a power of two that models may divide by, the smaller ones down to a half."""
+    unit = min(16, 1 << max(0, (size // 4).bit_length() - 1))
+    if smaller:
+        yield from (less for less in range(size - unit, 1, -unit) if 2 * less >= size)
+    yield from itertools.count(size + unit, unit)
+
+
+def _relations(size: int, before: int) -> tuple[Fraction, int]:
+    """What two sizes must not have in common: one would be taken for the other times or plus a number."""
+    return Fraction(size, before), size - before
+
+
+def _at(shapes: Sequence[Sequence[Any]], values: Mapping[Any, int]) -> list[tuple[int, ...]]:
+    numbers = {symbol: sympy.Integer(value) for symbol, value in values.items()}
+    return [
+        tuple(
+            [
+                int(size.node.expr.xreplace(numbers)) if isinstance(size, torch.SymInt) else size
+                for size in shape
+            ]
+        )
+        for shape in shapes
+    ]
+
+
+def _resized(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    for dim, (before, after) in enumerate(zip(tensor.shape, shape, strict=True)):
+        if before != after:
+            rows = torch.arange(after, device=tensor.device) * before // after
+            tensor = tensor.index_select(dim, rows)
+    return tensor
 
 
 def _called(model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

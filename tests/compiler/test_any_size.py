@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -11,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
-from torch._dispatch.python import enable_python_dispatcher
 
 import graphcache
-from graphcache import GraphCacheError, Plan, presets
+from counted import PLAN, PLANS, compilations, generation
+from graphcache import GraphCacheError, presets
 from graphcache.analysis.size_expressions import expressions
 from graphcache.compiler import any_size, backends, code
 from graphcache.compiler.compilations import EVERYONES, EVERYONES_FAMILIES
@@ -26,9 +25,6 @@ from sized import Sizes, subject
 from strategies import QUICK
 from tiny import TinyDiT, arguments, tiny
 
-STEPS = 4
-PLAN = presets.taylorseer(STEPS, interval=2)
-
 
 @pytest.fixture(autouse=True)
 def inference() -> Iterator[None]:
@@ -37,50 +33,10 @@ def inference() -> Iterator[None]:
         yield
 
 
-class Compilations:
-    """How many graphs were compiled for one size, and how many for any."""
-
-    def __init__(self) -> None:
-        self.fixed = self.any = 0
-
-    def since(self, run: Callable[[], Any]) -> tuple[int, int]:
-        before = self.fixed, self.any
-        run()
-        return self.fixed - before[0], self.any - before[1]
-
-
-@contextmanager
-def counted(eagerly: bool = True) -> Iterator[Compilations]:
-    """`eagerly`: nothing but tracing with symbols is done, which asks what has to be known of them."""
-    made, inductor, compiled = Compilations(), code.inductor, code.compiled
-
-    def for_any(backend: Any, shapes: str, module: fx.GraphModule, examples: Sequence[Any]) -> Any:
-        made.any += shapes == "from_graph"
-        if not eagerly or shapes != "from_graph":
-            return inductor(backend, shapes, module, examples)
-        mode = next(example for example in examples if isinstance(example, Tensor)).fake_mode
-        with mode, enable_python_dispatcher():
-            fx.Interpreter(module).run(*examples)
-        return module.forward
-
-    def for_one(module: nn.Module, backend: Any, guarded: bool) -> Any:
-        made.fixed += 1
-        return module.forward if eagerly else compiled(module, backend, guarded)
-
-    with patch.object(code, "inductor", for_any), patch.object(code, "compiled", for_one):
-        yield made
-
-
-def generation(model: Any, plan: Plan = PLAN, **sizes: int) -> list[Tensor]:
-    call = arguments(**sizes)
-    times = [torch.full_like(call["timestep"], 1 - step / plan.steps) for step in range(plan.steps)]
-    return [model(**{**call, "timestep": time}) for time in times]
-
-
 def test_one_fixed_size_and_one_code_for_the_others() -> None:
     model = tiny(2)
     plain = graphcache.transform(model, PLAN)
-    with counted(eagerly=False) as made:
+    with compilations(eagerly=False) as made:
         cached = graphcache.transform(model, PLAN, backend="inductor")
         for tokens, expected in zip((3, 5, 4, 9, 2, 3, 17), ((2, 0), (0, 2), *[(0, 0)] * 5), strict=True):
             ours: list[Tensor] = []
@@ -100,7 +56,7 @@ def test_one_fixed_size_and_one_code_for_the_others() -> None:
 def test_sizes_that_are_announced_share_code_from_the_first_on() -> None:
     plain = graphcache.transform(tiny(2), PLAN)
     sizes = [{"tokens": 3}, {"tokens": 9}, {"tokens": 5, "batch": 3}, {"tokens": 7, "batch": 4}]
-    with counted(eagerly=False) as made:
+    with compilations(eagerly=False) as made:
         cached: Any = graphcache.transform(tiny(2), PLAN, backend="inductor")
         assert made.since(lambda: cached.warmup(*(arguments(**at) for at in sizes), progress=False)) == (0, 2)
         for at in (*sizes, {"tokens": 8, "batch": 5}):
@@ -110,18 +66,18 @@ def test_sizes_that_are_announced_share_code_from_the_first_on() -> None:
 
 
 def test_sizes_are_fixed_where_that_is_asked_for_or_gradients_are() -> None:
-    with counted() as made:
+    with compilations() as made:
         fixed = graphcache.transform(tiny(1), PLAN, backend="inductor", sizes="fixed")
         assert made.since(lambda: [generation(fixed, tokens=at) for at in (3, 4, 5)]) == (6, 0)
         learning = graphcache.transform(tiny(2), PLAN, backend="inductor")
         with torch.enable_grad():
             assert made.since(lambda: [generation(learning, tokens=at) for at in (3, 4, 5)]) == (6, 0)
-    with pytest.raises(GraphCacheError, match="sizes='all': must be 'auto' or 'fixed'"):
+    with pytest.raises(GraphCacheError, match="sizes='all': must be 'auto', 'fixed' or 'any'"):
         graphcache.transform(tiny(1), PLAN, sizes="all")  # type: ignore[arg-type]
 
 
 def test_another_model_of_one_architecture_is_served_too() -> None:
-    with counted() as made:
+    with compilations() as made:
         first, second = (graphcache.transform(tiny(2), PLAN, backend="inductor") for _ in range(2))
         for tokens in (3, 4):
             generation(first, tokens=tokens)
@@ -132,7 +88,7 @@ def test_another_model_of_one_architecture_is_served_too() -> None:
 
 
 def test_code_lives_as_long_as_a_model_that_uses_it() -> None:
-    with counted():
+    with compilations():
         cached = graphcache.transform(tiny(1), PLAN, backend="inductor")
         for tokens in (3, 4):
             generation(cached, tokens=tokens)
@@ -143,7 +99,7 @@ def test_code_lives_as_long_as_a_model_that_uses_it() -> None:
 
 def test_regions_are_compiled_for_any_size() -> None:
     model = tiny(6)
-    with counted() as made, patch.object(backends, "standalone_compile", _forward):
+    with compilations() as made, patch.object(backends, "standalone_compile", _forward):
         cached = graphcache.transform(model, PLAN, backend="inductor", regions=True)
         runs = [made.since(lambda at=at: generation(cached, tokens=at)) for at in (3, 4, 5, 9)]
         assert [run[1] > 0 for run in runs] == [False, True, False, False]
@@ -174,7 +130,7 @@ def test_what_the_examples_had_in_common_by_chance_is_compiled_anew() -> None:
     """Two lengths were equal, then one twice the other, in all sizes so far."""
     model = tiny(1, Pooled)
     plan = presets.compute(1)
-    with counted() as made:
+    with compilations() as made:
         for relation in (1, 2):
             EVERYONES.clear()
             cached = graphcache.transform(model, plan, backend="inductor")
@@ -208,7 +164,7 @@ def test_sizes_that_fold_otherwise_have_code_of_their_own() -> None:
     model = tiny(1, Choosing)
     cached = graphcache.transform(model, PLAN, backend="inductor")
     plain = graphcache.transform(model, PLAN)
-    with counted(eagerly=False) as made:
+    with compilations(eagerly=False) as made:
         for tokens in (3, 5, 20, 7, 11, 30, 12, 9, 13, 8):
             ours, theirs = (generation(run, tokens=tokens) for run in (cached, plain))
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -221,34 +177,27 @@ def test_what_a_compiler_cannot_do_with_symbols_is_compiled_as_it_is(
     def fails(*_: Any) -> Any:
         raise NotImplementedError("symbols")
 
-    with counted() as made, patch.object(code, "inductor", fails):
+    with compilations() as made, patch.object(code, "inductor", fails):
         cached = graphcache.transform(tiny(1), PLAN, backend="inductor")
         assert made.since(lambda: [generation(cached, tokens=at) for at in (3, 4, 5)]) == (6, 0)
     assert [record.getMessage() for record in caplog.records if "symbols" in record.getMessage()]
 
 
 def test_code_that_is_not_right_for_its_own_example_is_made_once() -> None:
-    with counted() as made, patch.object(any_size.AnySize, "numbers", return_value=None):
+    with compilations() as made, patch.object(any_size.AnySize, "numbers", return_value=None):
         cached = graphcache.transform(tiny(1), PLAN, backend="inductor")
         assert made.since(lambda: [generation(cached, tokens=at) for at in (3, 4, 5, 6)]) == (8, 2)
 
 
 def test_only_so_many_codes_of_one_form() -> None:
     model = tiny(1, Pooled)
-    with counted() as made, patch.object(any_size, "_MOST", 1):
+    with compilations() as made, patch.object(any_size, "_MOST", 1):
         cached = graphcache.transform(model, presets.compute(1), backend="inductor")
         for one, other in ((3, 3), (4, 4), (4, 7), (9, 2)):
             assert_same(cached(**(call := texts(one, other))), model(**call))
     assert (made.fixed, made.any) == (3, 1)
 
 
-PLANS: Mapping[str, Plan] = {
-    "taylorseer": PLAN,
-    "toca": presets.toca(STEPS),
-    "range": Plan.parse("plan steps=4\nrange(0..1) #.#."),
-    "fraction": Plan.parse("plan steps=4\na = tokens .5 by norm multiple=1\n@mlp #aa."),
-    "packed": Plan.parse("plan steps=4\nl = linear8 weight=0.5\n@joint ##l.\n@mlp #.#."),
-}
 DRAWN: Mapping[str, Mapping[str, Sequence[int]]] = {
     "pixart": {"batch": (1, 5), "height": (2, 9), "width": (2, 9), "text": (3, 77)},
     "sd3": {"batch": (1, 5), "height": (2, 4), "width": (2, 4), "text": (1, 77)},
@@ -286,7 +235,7 @@ def test_every_size_is_right(sized: str) -> None:
         for call in on.calls(at, plan.steps):
             assert_same(cached(**call), plain(**call))
 
-    with counted() as made:
+    with compilations() as made:
         check()
     assert made.any
 

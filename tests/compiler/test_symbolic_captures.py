@@ -5,7 +5,6 @@ import logging
 import random
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -15,10 +14,9 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import graphcache
+from counted import traces
 from graphcache import presets
-from graphcache.compiler import captured
 from graphcache.ir.structure import structure
-from graphcache.tracing import symbolic
 from inside import programs_of
 from reference import assert_same
 from seeding import Run
@@ -32,32 +30,6 @@ PLAN = presets.fora(2, interval=2)
 def inference(captured_anew: None) -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-class Traces:
-    """How often a model was traced with its sizes as they are, and with symbols."""
-
-    def __init__(self) -> None:
-        self.fixed = self.any = 0
-
-    def __str__(self) -> str:
-        return f"{self.fixed}+{self.any}"
-
-
-@contextmanager
-def counted() -> Iterator[Traces]:
-    made, fixed, any_ = Traces(), captured.capture, symbolic.capture
-
-    def as_it_is(*args: Any, **kwargs: Any) -> Any:
-        made.fixed += 1
-        return fixed(*args, **kwargs)
-
-    def with_symbols(*args: Any, **kwargs: Any) -> Any:
-        made.any += 1
-        return any_(*args, **kwargs)
-
-    with patch.object(captured, "capture", as_it_is), patch.object(symbolic, "capture", with_symbols):
-        yield made
 
 
 def traced(model: nn.Module) -> str:
@@ -98,12 +70,12 @@ def test_a_trace_with_symbols_gives_what_tracing_gives(sized: str) -> None:
     options: Any = {"timestep": on.timestep}
     cached: Any = graphcache.transform(on.model, PLAN, **options)
     fixed = graphcache.transform(on.model, PLAN, **options, sizes="fixed")
-    with counted() as traces:
+    with traces() as made:
         found = []
         for sizes, expected in SIZES[sized]:
             calls = list(on.calls(sizes, PLAN.steps))
             found.append((calls, [cached(**call) for call in calls]))
-            assert (sizes, str(traces)) == (sizes, expected)
+            assert (sizes, str(made)) == (sizes, expected)
     for calls, results in found:
         assert_same(results, [fixed(**call) for call in calls])
     assert traced(cached) == traced(fixed)
@@ -114,13 +86,13 @@ def test_a_trace_with_symbols_gives_what_tracing_gives(sized: str) -> None:
 def test_what_is_not_right_with_symbols_is_traced_at_each_size(unfit: str) -> None:
     on = subject(unfit)
     cached: Any = graphcache.transform(on.model, PLAN, timestep=on.timestep)
-    with counted() as traces:
+    with traces() as found:
         for frames in (3, 2, 5, 4):
             for call in on.calls({"frames": frames}, 1):
                 theirs = on.model(**call)
                 assert_same(cached(**call)[0], theirs[0])
             cached.reset()
-    assert str(traces) == "4+1", "symbols are tried once"
+    assert str(found) == "4+1", "symbols are tried once"
 
 
 class Weighted(TinyDiT):
@@ -132,23 +104,23 @@ class Weighted(TinyDiT):
 
 def test_a_constant_that_was_a_size_serves_that_size_alone() -> None:
     cached: Any = graphcache.transform(tiny(1, Weighted), PLAN)
-    with counted() as traces:
+    with traces() as found:
         for tokens, expected in zip((3, 4, 4, 5, 6, 7, 8, 9), (1, 2, 2, 3, 4, 5, 6, 7), strict=True):
             for batch in (2, 3):
                 cached.reset()
                 call = arguments(tokens=tokens, batch=batch)
                 assert_same(cached(**call), tiny(1, Weighted)(**call))
-            assert traces.fixed + traces.any >= expected
-    assert traces.any <= 4
+            assert found.fixed + found.any >= expected
+    assert found.any <= 4
 
 
 def test_traces_that_serve_their_own_call_alone_are_given_up() -> None:
     cached: Any = graphcache.transform(tiny(1, Weighted), PLAN)
-    with counted() as traces:
+    with traces() as found:
         for tokens in range(3, 10):
             cached.reset()
             cached(**arguments(tokens=tokens))
-    assert str(traces) == "5+2"
+    assert str(found) == "5+2"
 
 
 def test_bits_are_compared_beside_guards() -> None:
@@ -194,13 +166,13 @@ def test_inputs_are_left_as_they_were(kind: type[TinyDiT]) -> None:
     """PyTorch marks tensors whose sizes become symbols, and takes marked ones for such from then on."""
     model = tiny(1, kind)
     cached: Any = graphcache.transform(model, PLAN)
-    with counted() as traces:
+    with traces() as found:
         for tokens in (3, 4, 5):
             call = arguments(tokens=tokens)
             cached.reset()
             assert_same(cached(**call), model(**call))
             assert [vars(given) for given in call.values()] == [{}] * 3
-    assert traces.any == 1
+    assert found.any == 1
 
 
 def test_other_weights_and_forms_are_traced_anew_and_old_ones_are_freed() -> None:
@@ -211,12 +183,12 @@ def test_other_weights_and_forms_are_traced_anew_and_old_ones_are_freed() -> Non
         cached(**arguments(tokens=tokens))
     old = weakref.ref(model.blocks[0].out.weight)
     model.blocks[0].out = nn.Linear(4, 4, bias=False)
-    with counted() as traces:
+    with traces() as found:
         for tokens in (5, 6, 7):
             cached.reset()
             call = arguments(tokens=tokens)
             assert_same(cached(**call), model(**call))
-    assert str(traces) == "2+1"
+    assert str(found) == "2+1"
     gc.collect()
     assert old() is None
 
@@ -224,10 +196,10 @@ def test_other_weights_and_forms_are_traced_anew_and_old_ones_are_freed() -> Non
 def test_layouts_that_no_symbols_describe_are_traced_as_they_are() -> None:
     model = tiny(1)
     cached: Any = graphcache.transform(model, PLAN)
-    with counted() as traces:
+    with traces() as found:
         for tokens in (3, 4, 5, 6):
             call = arguments(tokens=tokens)
             call["x"] = call["x"].transpose(1, 2).contiguous().transpose(1, 2)
             cached.reset()
             assert_same(cached(**call), model(**call))
-    assert str(traces) == "4+0"
+    assert str(found) == "4+0"
