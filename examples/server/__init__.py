@@ -1,0 +1,1 @@
+"""An HTTP server over a diffusers pipeline under a plan."""
