@@ -32,9 +32,10 @@ from graphcache.planning.automatic import checker
 from graphcache.planning.bench import TimedGeneration
 from graphcache.planning.calibration import step_seconds
 from graphcache.planning.candidates import Candidate
+from graphcache.planning.convergence import converged
 from graphcache.planning.metrics import psnr
 from graphcache.planning.profile import families
-from graphcache.planning.sampling import Sampling, converged
+from graphcache.planning.sampling import Sampling
 from graphcache.planning.search import search
 from graphcache.planning.site_sensitivity import sensitivity
 from graphcache.planning.timeline import meet

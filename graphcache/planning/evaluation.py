@@ -1,153 +1,16 @@
-"""One evaluation whose sites are looked at: stretch by stretch, forwards and on the way back."""
+"""One evaluation as a function of its inputs: stretch by stretch, forwards and on the way back."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from graphcache.compiler.phase_code import Runnable
-from graphcache.compiler.program import Program
-from graphcache.compiler.stretches import Stretch, Stretches
-from graphcache.ir.graph import CacheWrite, Input
-from graphcache.ir.history import OUTPUT, History
-from graphcache.runtime.session import CallSlot
+from graphcache.compiler.stretches import Stretch
+from graphcache.planning.in_stretches import InStretches, SiteNodes
 
 Tensors = tuple[Tensor, ...]
-
-
-class Observer(Protocol):
-    """Told of every site of every evaluation, and of every one again on the way back, last first."""
-
-    def saw(self, step: int, branch: CallSlot, site: str, values: Tensors) -> None: ...
-
-    def pulled(self, step: int, branch: CallSlot, site: str, values: Tensors, gradients: Tensors) -> None: ...
-
-
-@dataclass(frozen=True)
-class SiteNodes:
-    """The nodes that a site's value is made of, and those whose gradients are the site's."""
-
-    name: str
-    values: tuple[str, ...]
-    sources: tuple[str, ...]
-
-
-@dataclass
-class Probed:
-    """A program's graph that hands out its sites, in stretches.
-
-    Attributes:
-        program: that of the plain model.
-        runnable: the whole graph, which says what it is fed.
-        count: results of the model; the others are sites'.
-        folded: tensors, by site and place, of which every sample has several rows in a row; known after the
-            first evaluation.
-    """
-
-    program: Program
-    runnable: Runnable
-    count: int
-    folded: frozenset[tuple[str, int]] | None = None
-    _varying: dict[frozenset[str], frozenset[str]] = field(default_factory=dict)
-
-    @cached_property
-    def stretches(self) -> Stretches:
-        return Stretches.of(self.runnable.step)
-
-    @cached_property
-    def sites(self) -> tuple[SiteNodes, ...]:
-        """All sites; the model's result is one."""
-        names = self.stretches.results
-        parts: dict[History, list[str]] = {History(OUTPUT): list(names[: self.count])}
-        for port, name in zip(self.runnable.step.outputs, names, strict=True):
-            if isinstance(port, CacheWrite):
-                parts.setdefault(port.history, []).append(name)
-        values = {history.site: tuple(nodes) for history, nodes in parts.items() if history.is_value}
-        return tuple(
-            SiteNodes(site, nodes, tuple(parts.get(History(site, "handle"), nodes)))
-            for site, nodes in values.items()
-        )
-
-    @cached_property
-    def nodes(self) -> dict[str, fx.Node]:
-        """The graph's nodes by name."""
-        return self.runnable.step.nodes()
-
-    @cached_property
-    def seen(self) -> list[list[SiteNodes]]:
-        """For every stretch the sites whose values are whole behind it."""
-        return self._by_stretch(lambda site: max(self._made_in(name) for name in site.values))
-
-    @cached_property
-    def pulled(self) -> list[list[SiteNodes]]:
-        """For every stretch the sites whose gradients are whole before it."""
-        return self._by_stretch(
-            lambda site: min(self._made_in(name) for name in (*site.values, *site.sources))
-        )
-
-    def _by_stretch(self, place: Callable[[SiteNodes], int]) -> list[list[SiteNodes]]:
-        found: list[list[SiteNodes]] = [[] for _ in self.stretches.parts]
-        for site in self.sites:
-            found[place(site)].append(site)
-        return found
-
-    def _made_in(self, name: str) -> int:
-        return self._places.get(name, 0)
-
-    @cached_property
-    def _places(self) -> dict[str, int]:
-        return {name: i for i, part in enumerate(self.stretches.parts) for name in part.gives}
-
-    @cached_property
-    def crossing(self) -> list[frozenset[str]]:
-        """For every stretch the values from before it that it or a later one reads."""
-        return self.stretches.crossing()
-
-    @cached_property
-    def awaited(self) -> list[frozenset[str]]:
-        """For every stretch what is still needed behind it on the way forwards: by later stretches, of sites
-        that are not whole yet, and the inputs and results.
-        """
-        always = {*self.stretches.inputs, *self.stretches.results[: self.count]}
-        found, pending = list[frozenset[str]](), frozenset(always)
-        later = (*self.crossing[1:], frozenset[str]())
-        for read, sites in zip(reversed(later), reversed(self.seen), strict=True):
-            found.append(read | pending)
-            pending |= {name for site in sites for name in site.values}
-        return found[::-1]
-
-    @cached_property
-    def unsettled(self) -> list[frozenset[str]]:
-        """For every stretch the nodes of sites whose gradients are whole before an earlier one."""
-        found, pending = list[frozenset[str]](), frozenset[str]()
-        for sites in self.pulled:
-            found.append(pending)
-            pending |= {name for site in sites for name in (*site.values, *site.sources)}
-        return found
-
-    @cached_property
-    def sources(self) -> frozenset[str]:
-        """The nodes whose gradients are some site's."""
-        return frozenset(name for site in self.sites for name in site.sources)
-
-    @property
-    def latents(self) -> str:
-        """The placeholder of the latents."""
-        ports = zip(self.runnable.step.inputs, self.stretches.inputs, strict=True)
-        return next(name for port, name in ports if isinstance(port, Input) and port.kind == "latent")
-
-    def varying(self, changed: frozenset[str]) -> frozenset[str]:
-        """The nodes that depend on some of the placeholders, these included."""
-        if changed not in self._varying:
-            found = set(changed)
-            for node in self.runnable.step.graph.nodes:
-                if any(item.name in found for item in node.all_input_nodes):
-                    found.add(node.name)
-            self._varying[changed] = frozenset(found)
-        return self._varying[changed]
 
 
 class _Run(NamedTuple):
@@ -157,76 +20,79 @@ class _Run(NamedTuple):
     gave: Mapping[str, Tensor]
 
 
+def _unseen(*given: object) -> None:
+    """Nobody looks."""
+
+
 @dataclass
 class Evaluation:
     """One evaluation as a function of its inputs.
 
     Attributes:
-        step, branch: which one it is.
-        observer: is told of its sites.
-        probed: its graph.
+        graph: what is evaluated.
         feed: the graph's inputs by name.
-        asked: by their numbers among the call's leaves, the placeholders of those with a gradient.
+        asked: by their numbers among the inputs of whoever asks, the placeholders of those with a gradient.
         autocast: the state that it runs under.
         stride: stretches between those whose inputs are kept on the way back, where all run again; 0 if all
             of them with what their gradients need.
+        repeats: whether there may be several ways back.
+        saw: told of every site, and its values, on the way forwards.
+        pulled: told of every site, its values and their gradients on the way back, last first.
         held: its stretches with what their gradients need, or None: then they are run again.
     """
 
-    step: int
-    branch: CallSlot
-    observer: Observer
-    probed: Probed
+    graph: InStretches
     feed: dict[str, Tensor]
     asked: Mapping[int, str]
     autocast: torch.autocast
     stride: int = 1
+    repeats: bool = True
+    saw: Callable[[str, Tensors], None] = _unseen
+    pulled: Callable[[str, Tensors, Tensors], None] = _unseen
     held: list[_Run] | None = None
 
     def run(self, hold: bool) -> list[Tensor]:
-        """The model's results; the observer sees every site. What is held is there for the way back."""
+        """The results; every site is seen. What is held is there for the way back."""
         runs = list[_Run]()
         env = dict(self.feed)
         for number, run in self._forwards(env, hold):
             runs += [run] if run else []
-            for site in self.probed.seen[number]:
-                self.observer.saw(self.step, self.branch, site.name, _of(site.values, env))
+            for site in self.graph.seen[number]:
+                self.saw(site.name, _of(site.values, env))
         self.held = runs if hold else None
-        # samplers may change these in place
-        return [env[name].clone() if hold else env[name] for name in self._results]
+        return [env[name] for name in self.graph.results]
 
     def back(self, gradients: Sequence[Tensor | None]) -> dict[int, Tensor]:
-        """The gradients of what was asked for, from those of the results; the observer sees every site's."""
-        known = {
-            name: pulled for name, pulled in zip(self._results, gradients, strict=True) if pulled is not None
-        }
-        varying = self.probed.varying(frozenset((*self.asked.values(), self.probed.latents)))
+        """The gradients of what was asked for, from those of the results; every site's is seen."""
+        known: dict[str, Tensor] = {}
+        for name, gradient in zip(self.graph.results, gradients, strict=True):
+            if gradient is not None:
+                known[name] = known[name] + gradient if name in known else gradient
         values: dict[str, Tensor] = {}
         for number, run in self._backwards():
-            self._pull(self._parts[number], run, known, varying)
+            self._pull(self._parts[number], run, known)
             values |= {name: value.detach() for name, value in run.gave.items()}
             del run
-            for site in self.probed.pulled[number]:
+            for site in self.graph.pulled[number]:
                 own = {**self.feed, **values}
                 found = self._by_sample(site, _of(site.values, own))
                 pulled = [_or_zero(known.get(name), own[name]) for name in site.sources]
-                by_sample = self._by_sample(site, tuple(pulled))
-                self.observer.pulled(self.step, self.branch, site.name, found, by_sample)
+                self.pulled(site.name, found, self._by_sample(site, tuple(pulled)))
             self._forget(number, values, known)
-        return {leaf: known[name] for leaf, name in self.asked.items() if name in known}
+        return {number: known[name] for number, name in self.asked.items() if name in known}
 
     def folding(self) -> frozenset[tuple[str, int]]:
         """The tensors, by site and place, of which every sample has several rows in a row: those whose first
         rows alone move when the first sample's latents do.
         """
-        latents = self.feed[self.probed.latents]
+        latents = self.feed[self.graph.latents]
         changed = latents.clone()
         changed[0] += 1
-        before, after = dict(self.feed), {**self.feed, self.probed.latents: changed}
+        before, after = dict(self.feed), {**self.feed, self.graph.latents: changed}
         samples, found = len(latents), set()
         runs = (self._forwards(env, with_gradients=False) for env in (before, after))
         for (number, _), _ in zip(*runs, strict=True):
-            for site in self.probed.seen[number]:
+            for site in self.graph.seen[number]:
                 for place, name in enumerate(site.values):
                     if _is_folded(before[name], after[name], samples):
                         found.add((site.name, place))
@@ -234,11 +100,16 @@ class Evaluation:
 
     @property
     def _parts(self) -> tuple[Stretch, ...]:
-        return self.probed.stretches.parts
+        return self.graph.stretches.parts
 
     @property
-    def _results(self) -> tuple[str, ...]:
-        return self.probed.stretches.results[: self.probed.count]
+    def _stays(self) -> bool:
+        """Whether what is held is needed once more."""
+        return self.repeats and self.held is not None
+
+    @property
+    def _varying(self) -> frozenset[str]:
+        return self.graph.varying(self.asked.values())
 
     def _forwards(self, env: dict[str, Tensor], with_gradients: bool) -> Iterator[tuple[int, _Run | None]]:
         """Run stretch by stretch: what each gave is in `env` until the next one has run."""
@@ -250,24 +121,24 @@ class Evaluation:
 
     def _drop(self, env: dict[str, Tensor], number: int) -> None:
         """Forget what nobody awaits behind a stretch."""
-        for name in env.keys() - self.probed.awaited[number]:
+        for name in env.keys() - self.graph.awaited[number]:
             del env[name]
 
     def _with_gradients(self, part: Stretch, env: Mapping[str, Tensor]) -> _Run:
         given = {name: env[name].detach() for name in part.reads}
-        for value in given.values():
-            if value.is_floating_point() or value.is_complex():
-                value.requires_grad_()
+        for name in self._varying & given.keys():
+            if given[name].is_floating_point() or given[name].is_complex():
+                given[name].requires_grad_()
         with torch.enable_grad(), self.autocast:
             return _Run(given, _called(part, given))
 
     def _backwards(self) -> Iterator[tuple[int, _Run]]:
         """The stretches with gradients, last one first: as they are held, or run again."""
-        if self.held is not None:
-            yield from reversed([*enumerate(self.held)])
-            return
-        if not self.stride:
+        runs = self.held
+        if runs is None and not self.stride:
             runs = [run for _, run in self._forwards(dict(self.feed), with_gradients=True) if run]
+        if runs is not None:
+            runs = [*runs] if self._stays else runs
             while runs:
                 yield len(runs) - 1, runs.pop()
             return
@@ -293,25 +164,24 @@ class Evaluation:
         with torch.no_grad(), self.autocast:
             for number, part in enumerate(self._parts[: last + 1]):
                 if number % self.stride == 0:
-                    kept[number] = {name: env[name] for name in self.probed.crossing[number]}
+                    kept[number] = {name: env[name] for name in self.graph.crossing[number]}
                 if number < last:
                     env |= _called(part, env)
                     self._drop(env, number)
         return kept
 
-    def _pull(self, part: Stretch, run: _Run, known: dict[str, Tensor], varying: frozenset[str]) -> None:
+    def _pull(self, part: Stretch, run: _Run, known: dict[str, Tensor]) -> None:
         """Take the gradients of a stretch's values from those of what it gave."""
         given = [(run.gave[name], known[name]) for name in part.gives if name in known]
         given = [(value, gradient) for value, gradient in given if value.requires_grad]
-        sources = self.probed.sources & run.gave.keys()
+        sources = self.graph.sources & run.gave.keys()
         tensors = {name: run.gave[name] for name in sources}
-        tensors |= {name: value for name, value in run.given.items() if name in varying}
-        tensors = {name: value for name, value in tensors.items() if value.requires_grad}
+        tensors = {name: value for name, value in (tensors | run.given).items() if value.requires_grad}
         if not given or not tensors:
             return
         roots, gradients = zip(*given, strict=True)
         pulled = torch.autograd.grad(
-            roots, [*tensors.values()], gradients, retain_graph=self.held is not None, allow_unused=True
+            roots, [*tensors.values()], gradients, retain_graph=self._stays, allow_unused=True
         )
         for name, gradient in zip(tensors, pulled, strict=True):
             if gradient is None:
@@ -321,19 +191,59 @@ class Evaluation:
 
     def _forget(self, number: int, values: dict[str, Tensor], known: dict[str, Tensor]) -> None:
         """Drop values and gradients that nothing before this stretch has to do with."""
-        pending = self.probed.unsettled[number]
+        pending = self.graph.unsettled[number]
         for name in values.keys() - pending:
             del values[name]
-        for name in known.keys() - pending - self.probed.crossing[number] - {*self.asked.values()}:
+        for name in known.keys() - pending - self.graph.crossing[number] - {*self.asked.values()}:
             del known[name]
 
     def _by_sample(self, site: SiteNodes, tensors: Tensors) -> Tensors:
         """The same with the samples of the latents outermost, where they can be told apart."""
-        samples, folded = len(self.feed[self.probed.latents]), self.probed.folded or ()
+        samples, folded = len(self.feed[self.graph.latents]), self.graph.folded or ()
         return tuple(
             tensor.reshape(samples, -1, *tensor.shape[1:]) if (site.name, place) in folded else tensor
             for place, tensor in enumerate(tensors)
         )
+
+
+def in_stretches(graph: InStretches, fed: Sequence[Tensor], stride: int, hold: bool) -> Tensors:
+    """A graph's results, with gradients for what it is fed that is computed.
+
+    Args:
+        graph: what is run, once forwards and once back.
+        fed: one tensor for each of its inputs.
+        stride: as for `Evaluation`.
+        hold: whether what its gradients need is held.
+    """
+    names = graph.stretches.inputs
+    asked = {place: names[place] for place, tensor in enumerate(fed) if tensor.grad_fn is not None}
+    feed = {name: tensor.detach() for name, tensor in zip(names, fed, strict=True)}
+    evaluation = Evaluation(graph, feed, asked, ambient(fed[0]), stride, repeats=False)
+    results: Tensors = _InStretches.apply(evaluation, hold, *fed)  # type: ignore[no-untyped-call]
+    return results
+
+
+class _InStretches(torch.autograd.Function):
+    """An evaluation without its graph, which is held, or made again on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, evaluation: Evaluation, hold: bool, *fed: Tensor) -> Tensors:
+        ctx.set_materialize_grads(False)
+        ctx.evaluation, ctx.amount = evaluation, len(fed)
+        # autograd notes itself at what it is given, which may be what was fed
+        return tuple([result.detach() for result in evaluation.run(hold)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        found = ctx.evaluation.back(gradients)
+        return None, None, *(found.get(place) for place in range(ctx.amount))
+
+
+def ambient(like: Tensor) -> torch.autocast:
+    """The present state of autocast for a tensor's device, to be entered again."""
+    kind = like.device.type
+    enabled = torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, torch.get_autocast_dtype(kind) if enabled else None, enabled)
 
 
 def _called(part: Stretch, env: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,22 @@ from graphcache.compiler.program import Program
 from graphcache.ir.graph import Input
 from graphcache.libraries.exclusive import COMPILING
 from graphcache.libraries.torch_private import tree_flatten, tree_unflatten
-from graphcache.planning.evaluation import Evaluation, Observer, Probed
+from graphcache.planning.evaluation import Evaluation, Tensors, ambient
 from graphcache.planning.gradient_memory import GradientMemory, with_own_inputs
+from graphcache.planning.in_stretches import InStretches
 from graphcache.planning.profile_memory import Share
 from graphcache.runtime.engine import Engine
 from graphcache.runtime.options import Options
 from graphcache.runtime.runner import BranchState, end, feed, run_prologue
 from graphcache.runtime.session import CallSlot
+
+
+class Observer(Protocol):
+    """Told of every site of every evaluation, and of every one again on the way back, last first."""
+
+    def saw(self, step: int, branch: CallSlot, site: str, values: Tensors) -> None: ...
+
+    def pulled(self, step: int, branch: CallSlot, site: str, values: Tensors, gradients: Tensors) -> None: ...
 
 
 class ProbeEngine(Engine):
@@ -51,7 +61,7 @@ class ProbeEngine(Engine):
         self.branches = branches
         self.latest: Evaluation | None = None
         self._held: list[Evaluation] = []
-        self._probes: dict[int, Probed] = {}
+        self._probes: dict[int, InStretches] = {}
 
     @contextmanager
     def observed_by(self, observer: Observer, share: Share) -> Iterator["ProbeEngine"]:
@@ -89,26 +99,27 @@ class ProbeEngine(Engine):
         probed = self.probe(state.program)
         fed = with_own_inputs(probed.runnable, feed(state.cache, probed.runnable, inputs, state.now))
         evaluation = self.latest = Evaluation(
-            state.step,
-            branch,
-            self.observer,
             probed,
             dict(zip(probed.stretches.inputs, fed, strict=True)),
             self._asked(probed, tensors),
-            _autocast(tensors[captured.call.latents[0]]),
+            ambient(tensors[captured.call.latents[0]]),
             self.share.stride,
+            saw=partial(self.observer.saw, state.step, branch),
+            pulled=partial(self.observer.pulled, state.step, branch),
         )
         hold = self.asked is not None and self.left.takes(probed.runnable)
         results = evaluation.run(hold)
         if hold:
             self._held.append(evaluation)
+            # samplers may change these in place
+            results = [result.clone() for result in results]
         if probed.folded is None:
             probed.folded = evaluation.folding()
         if state.finished:
             end(state)
         return captured.output.build(results)
 
-    def _asked(self, probed: Probed, tensors: Sequence[Tensor]) -> dict[int, str]:
+    def _asked(self, probed: InStretches, tensors: Sequence[Tensor]) -> dict[int, str]:
         """The placeholders of what has a gradient, by the leaves' numbers."""
         found: dict[int, str] = {}
         for port, name in zip(probed.runnable.step.inputs, probed.stretches.inputs, strict=True):
@@ -117,7 +128,7 @@ class ProbeEngine(Engine):
                 found |= {number: name for number, leaf in asked.items() if leaf is fed}
         return found
 
-    def probe(self, program: Program) -> Probed:
+    def probe(self, program: Program) -> InStretches:
         """A program's graph that hands out its sites."""
         known = self._probes.get(id(program))
         if known is None:
@@ -129,7 +140,7 @@ class ProbeEngine(Engine):
             live = set(map(id, self.maker.programs.values()))
             for place in self._probes.keys() - live:
                 self._probes.pop(place, None)
-            probed = Probed(program, made, program.captured.output.count)
+            probed = InStretches.probed(made, program.captured.output.count)
             known = self._probes.setdefault(id(program), probed)
         return known
 
@@ -157,13 +168,6 @@ class _Evaluated(torch.autograd.Function):
         for number, gradient in found.items():
             given[number] = gradient
         return None, None, None, *given
-
-
-def _autocast(like: Tensor) -> torch.autocast:
-    """The present state for a tensor's device, to be entered again."""
-    kind = like.device.type
-    enabled = torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, torch.get_autocast_dtype(kind) if enabled else None, enabled)
 
 
 def _needs_gradient(leaf: Any) -> bool:

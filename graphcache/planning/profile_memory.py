@@ -1,12 +1,13 @@
-"""What profiling may hold at a time, and what is spared where that is little."""
+"""What profiling and tuning may hold at a time, and what is spared where that is little."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from graphcache.compiler.phase_code import Runnable
 from graphcache.compiler.stretches import Stretches
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.graph import Input, has_static_shape, value_of
-from graphcache.planning.evaluation import Probed
+from graphcache.planning.in_stretches import InStretches
 from graphcache.planning.recording import SKETCH
 
 LEAST_TOKENS = 1 / 32
@@ -35,20 +36,25 @@ class Share:
 
 @dataclass(frozen=True)
 class Needs:
-    """What profiling one generation takes, in bytes.
+    """What one generation and its way back take, in bytes.
 
     Attributes:
-        fixed: what is always there: gradients of ranges, output and guidance, sketches, the calls' tensors.
+        fixed: what is always there: of profiling gradients of ranges, output and guidance, sketches, the
+            calls' tensors.
         branches: gradients of the branches at all tokens.
         passing: what comes and goes while an evaluation runs again, by `Share.stride`.
+        purpose: what this is for.
+        advice: what takes less.
     """
 
     fixed: int
     branches: int
     passing: Mapping[int, int]
+    purpose: str = "profiling"
+    advice: str = 'a smaller window= or detail="steps", which needs no gradients of branches, takes less'
 
     @staticmethod
-    def of(probed: Probed, *, steps: int, window: int, calls: int) -> "Needs":
+    def of(probed: InStretches, *, steps: int, window: int, calls: int) -> "Needs":
         """Of a model's graph.
 
         Args:
@@ -57,18 +63,17 @@ class Needs:
             window: steps back to which effects are followed.
             calls: branches of guidance that are called one by one.
         """
-        inside = {branch.name for branch in probed.program.captured.step.block_branches}
+        inside = {branch.name for branch in probed.runnable.step.block_branches}
         values = [
             (site.name in inside, _numbers(probed, name)) for site in probed.sites for name in site.values
         ]
         gradients = calls * (window + 1) * _FLOAT
         sketches = _FLOAT * sum(min(SKETCH, numbers) for _, numbers in values)
         fixed = gradients * sum(numbers for is_branch, numbers in values if not is_branch)
-        fixed += calls * steps * (_input_bytes(probed) + sketches)
+        fixed += calls * steps * (input_bytes(probed.runnable) + sketches)
         fixed += _SIGN_AND_BUCKET * sum({numbers for _, numbers in values})
         branches = gradients * sum(numbers for is_branch, numbers in values if is_branch)
-        strides = (0, *(2**power for power in range(len(probed.stretches.parts).bit_length())))
-        return Needs(fixed, branches, {stride: _passing(probed.stretches, stride) for stride in strides})
+        return Needs(fixed, branches, passing([probed.stretches]))
 
     @property
     def least(self) -> int:
@@ -83,8 +88,7 @@ class Needs:
         """
         if memory < self.least:
             raise GraphCacheError(
-                f"memory={memory} is less than profiling needs here: {self.least} bytes; a smaller window= "
-                'or detail="steps", which needs no gradients of branches, takes less'
+                f"memory={memory} is less than {self.purpose} needs here: {self.least} bytes; {self.advice}"
             )
         whole = [n for n, size in self.passing.items() if self.fixed + size + self.branches <= memory]
         stride = whole[0] if whole else min(self.passing, key=self.passing.__getitem__)
@@ -93,16 +97,22 @@ class Needs:
         return Share(left - int(tokens * self.branches), stride, tokens)
 
 
-def _numbers(probed: Probed, name: str) -> int:
+def _numbers(probed: InStretches, name: str) -> int:
     """Of a value; 0 where its size depends on data."""
     node = probed.nodes[name]
     return value_of(node).numel() if has_static_shape(node) else 0
 
 
-def _input_bytes(probed: Probed) -> int:
+def input_bytes(runnable: Runnable) -> int:
     """Of the call's tensors, which are copied at every step."""
-    step = probed.runnable.step
-    return sum(value_of(node).nbytes for port, node in step.ports() if isinstance(port, Input))
+    return sum(value_of(node).nbytes for port, node in runnable.step.ports() if isinstance(port, Input))
+
+
+def passing(graphs: Sequence[Stretches]) -> dict[int, int]:
+    """The most that comes and goes while one evaluation of some graphs runs again, by the stride."""
+    longest = max(len(stretches.parts) for stretches in graphs)
+    strides = (0, *(2**power for power in range(longest.bit_length())))
+    return {stride: max(_passing(stretches, stride) for stretches in graphs) for stride in strides}
 
 
 def _passing(stretches: Stretches, stride: int) -> int:

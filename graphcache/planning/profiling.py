@@ -107,7 +107,7 @@ def profile(
     engine = ProbeEngine(sampling.model, options, sampling.pipe, branches=detail != "steps")
     subject = describe(engine, sampling.first_call(samples[0], steps), sampling.conditional)
     engine.ranges = subject.ranges
-    uncached, calls = _uncached(sampling, samples[0], steps)
+    uncached, calls = sampling.uncached(samples[0], steps)
     probed = engine.probe(engine.prepare(subject.inputs))
     spent = Needs.of(probed, steps=steps, window=window, calls=calls).share(memory)
     task = Task(steps, window, probes, seed, sampling.conditional, sampling.names, detail, spent.tokens)
@@ -140,18 +140,6 @@ def profile(
             assert place is not None
             place.unlink(missing_ok=True)
     return made
-
-
-def _uncached(sampling: Sampling, sample: Any, steps: int) -> tuple[Tensor, int]:
-    """What a sample gives under one global seed, and how many calls a step makes."""
-    calls: list[None] = []
-    handle = sampling.model.register_forward_pre_hook(lambda *_: calls.append(None))
-    try:
-        with global_seed(0):
-            result = sampling.generate(sampling.model, sample, steps)
-    finally:
-        handle.remove()
-    return result, max(1, round(len(calls) / steps))
 
 
 def _part_path(path: str | os.PathLike[str] | None, number: int) -> Path | None:
@@ -207,7 +195,7 @@ class _Measuring:
             refuse_infinite(result)
             if not number and not torch.equal(result, self.uncached):
                 # a graph's kernels may round otherwise than the model's: what counts is two runs of the model
-                refuse_random(self.sampling, sample, task.steps)
+                refuse_random(self.sampling, sample, task.steps, self.uncached)
             recording.turn(result)
             for probe in range(task.probes):
                 generator = torch.Generator().manual_seed((task.seed * 1_000_003 + number) * 1_003 + probe)

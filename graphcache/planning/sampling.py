@@ -97,6 +97,17 @@ class Sampling:
             result: Tensor = inspect.unwrap(self.sampler)(model, sample, steps)
             return result
 
+    def uncached(self, sample: Any, steps: int) -> tuple[Tensor, int]:
+        """What a sample gives under one global seed, and how many calls a step makes."""
+        calls: list[None] = []
+        handle = self.model.register_forward_pre_hook(lambda *_: calls.append(None))
+        try:
+            with global_seed(0):
+                result = self.generate(self.model, sample, steps)
+        finally:
+            handle.remove()
+        return result, max(1, round(len(calls) / steps))
+
     def first_call(self, sample: Any, steps: int) -> Mapping[str, Any]:
         """The arguments, by name, of the first evaluation of a sample's generation.
 
@@ -290,14 +301,13 @@ def with_frozen_weights(function: _Function) -> _Function:
     return cast(_Function, frozen)
 
 
-def refuse_random(sampling: Sampling, sample: Any, steps: int) -> None:
-    """Raise GraphCacheError if the result depends on the global random state."""
-    results = []
-    for seed in (0, 1):
-        with global_seed(seed):
-            results.append(sampling.generate(sampling.model, sample, steps))
-    refuse_infinite(*results)
-    if not torch.equal(*results):
+def refuse_random(sampling: Sampling, sample: Any, steps: int, uncached: Tensor | None = None) -> None:
+    """Raise GraphCacheError if the result depends on the global random state; `uncached` is one result."""
+    known = sampling.uncached(sample, steps)[0] if uncached is None else uncached
+    with global_seed(1):
+        other = sampling.generate(sampling.model, sample, steps)
+    refuse_infinite(known, other)
+    if not torch.equal(known, other):
         raise GraphCacheError(
             "two runs of one sample differ, because the sampler draws random numbers; profiling and "
             "tuning follow one deterministic run: take a scheduler without noise (eta=0), and give the "
@@ -312,37 +322,3 @@ def refuse_infinite(*results: Tensor) -> None:
             "a sample's result, or its gradient, is not finite; float16 may be too narrow: take bfloat16 or "
             "float32"
         )
-
-
-MOST_DOUBLINGS = 6
-CLOSER = 10.0
-"""Decibels by which half of a reference's steps have to be closer to it than the uncached run is."""
-
-
-def converged(sampling: Sampling, sample: Any, steps: int) -> Tensor:
-    """The result of so many steps that half of them would not change it by much.
-
-    Steps are doubled until half as many come 10 dB closer to the result than the `steps` asked for do.
-
-    Raises:
-        GraphCacheError: that is not reached, the sampler refuses so many steps, or a result is not finite.
-    """
-    uncached = before = sampling.generate(sampling.model, sample, steps)
-    for doubling in range(1, MOST_DOUBLINGS + 1):
-        count = steps * 2**doubling
-        try:
-            result = sampling.generate(sampling.model, sample, count)
-        except (ValueError, IndexError, RuntimeError) as error:
-            raise GraphCacheError(
-                f"no converged solution: the sampler fails at {count} steps ({error}); tune against the "
-                "uncached run instead"
-            ) from error
-        if not torch.isfinite(result).all():
-            raise GraphCacheError(f"no converged solution: the result of {count} steps is not finite")
-        near, far = ((item.double() - result.double()).square().mean() for item in (before, uncached))
-        if doubling > 1 and float(far) >= 10 ** (CLOSER / 10) * float(near):
-            return result
-        before = result
-    raise GraphCacheError(
-        f"no converged solution: results still change at {count} steps; tune against the uncached run instead"
-    )

@@ -1,7 +1,7 @@
 """`tune`: a plan's listed coefficients, trained through the sampler."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,16 +13,22 @@ from torch.utils.checkpoint import checkpoint
 
 from graphcache.compiler.phase_code import Runnable
 from graphcache.ir.errors import GraphCacheError, PlanError
-from graphcache.ir.graph import Coefficients
+from graphcache.ir.graph import CacheRead, Coefficients
 from graphcache.ir.history import OUTPUT, range_site
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, Plan
 from graphcache.ir.resolve import resolve
 from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Phase
+from graphcache.planning.convergence import converged
+from graphcache.planning.evaluation import in_stretches
 from graphcache.planning.gradient_memory import MEMORY, GradientMemory, with_own_inputs
+from graphcache.planning.in_stretches import InStretches
 from graphcache.planning.metrics import psnr
-from graphcache.planning.sampling import Sampler, Sampling, converged, refuse_random, with_frozen_weights
+from graphcache.planning.plan_memory import lowered
+from graphcache.planning.profile_memory import Needs, Share
+from graphcache.planning.sampling import Sampler, Sampling, refuse_random, with_frozen_weights
+from graphcache.planning.tuning_memory import tuning_needs
 from graphcache.runtime.engine import Engine
 from graphcache.runtime.options import Options
 from graphcache.runtime.runner import BranchState, run_step
@@ -94,34 +100,40 @@ def tune(
         data_range: largest minus smallest value of a result, for the decibels.
         timestep: the name of the timestep argument, if it is not found.
         latents: those of the latents, as for `transform`.
-        memory: bytes that evaluations' intermediate results may take; what does not fit is computed again.
+        memory: bytes that this may take beside the model and what capturing left. What does not fit is
+            computed again, at last stretch by stretch; on a CPU it changes no bit of the result.
 
     Raises:
         GraphCacheError: the plan lists no coefficients, or none that reaches the result, or the sampler is
-            random or does not converge.
+            random or does not converge, or `memory` is too little.
     """
     for name, given in (("samples", samples), ("held_out", held_out)):
         if not given:
             raise GraphCacheError(f"{name} is empty: tuning needs at least one sample there")
     sampling = Sampling.of(model_or_pipe, sampler, timestep, latents)
-    refuse_random(sampling, samples[0], plan.steps)
-    chosen = {"uncached": _uncached, "converged": converged}[reference]
-    targets = [chosen(sampling, sample, plan.steps) for sample in samples]
-    held_targets = [chosen(sampling, sample, plan.steps) for sample in held_out]
     weights = Weights(plan)
     engine = TuningEngine(sampling.model, weights, sampling.names, sampling.pipe)
+    inputs = sampling.first_call(samples[0], plan.steps)
+    engine.prepare(inputs)
+    uncached, calls = sampling.uncached(samples[0], plan.steps)
+    share = engine.needs(inputs, calls, uncached, len(samples) + len(held_out)).share(memory)
+    refuse_random(sampling, samples[0], plan.steps, uncached)
+    chosen = {"uncached": _uncached, "converged": converged}[reference]
+    targets = [] if reference == "converged" else [uncached]
+    targets += [chosen(sampling, sample, plan.steps) for sample in samples[len(targets) :]]
+    held_targets = [chosen(sampling, sample, plan.steps) for sample in held_out]
     model = wrapped(sampling.model, engine)
     trained = list(weights.parameters())
 
     def judged() -> float:
-        results = [sampling.generate(model, sample, plan.steps) for sample in held_out]
+        results = (sampling.generate(model, sample, plan.steps) for sample in held_out)
         return mean_psnr(results, held_targets, data_range)
 
     best_plan, before = plan, judged()
     best, stale, curve = before, 0, list[Iteration]()
     for number in range(iterations):
         turn = number % len(samples)
-        engine.budget = GradientMemory(memory)
+        engine.share, engine.left = share, GradientMemory(share.held)
         result = sampling.generate(model, samples[turn], plan.steps, gradients=True)
         error = psnr(result, targets[turn], data_range, _LEAST_ERROR).mean()
         reached = float(error.detach())
@@ -183,7 +195,7 @@ def with_corrections(plan: Plan, symbol: str = "c") -> Plan:
     return replace(plan, letters=letters, rows=tuple(rows), preset=None)
 
 
-def mean_psnr(results: Sequence[Tensor], references: Sequence[Tensor], data_range: float = 2.0) -> float:
+def mean_psnr(results: Iterable[Tensor], references: Iterable[Tensor], data_range: float = 2.0) -> float:
     """Mean over all samples of the results' first dimensions, in decibels."""
     pairs = zip(results, references, strict=True)
     return float(
@@ -235,7 +247,8 @@ def _name(key: Key) -> str:
 class TuningEngine(Engine):
     """Runs a model under a plan whose coefficients are parameters.
 
-    What gradients need is held for the first evaluations, within `budget`; of others the inputs alone.
+    What gradients need is held for the first evaluations, as far as the share of memory for that goes; the
+    others are computed again on the way back.
     """
 
     def __init__(self, model: nn.Module, weights: Weights, names: Names, pipe: Any = None) -> None:
@@ -243,8 +256,23 @@ class TuningEngine(Engine):
         # code that is compiled without gradients has none later
         self.maker.adopts = False
         self.weights = weights
-        self.budget = GradientMemory(0)
+        self.share = Share(0)
+        self.left = GradientMemory(0)
         self._keys: dict[tuple[Phase, int], dict[int, Key]] = {}
+        self._cut: dict[int, InStretches | None] = {}
+
+    def needs(self, inputs: Mapping[str, Any], calls: int, result: Tensor, references: int) -> Needs:
+        """What tuning takes where a step makes so many calls like one with these arguments."""
+        plan = self.weights.given
+        return tuning_needs(lowered(self, inputs, plan, calls), self.in_stretches, result, references)
+
+    def in_stretches(self, runnable: Runnable) -> InStretches | None:
+        """A phase's graph in stretches; None where it writes into cached values, which it can do once."""
+        if id(runnable) not in self._cut:
+            writes = any(isinstance(port, CacheRead) and port.changed for port in runnable.step.inputs)
+            graph = None if writes else InStretches(runnable, len(runnable.step.outputs))
+            self._cut[id(runnable)] = graph
+        return self._cut[id(runnable)]
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
@@ -272,14 +300,15 @@ class TuningEngine(Engine):
                 with torch.no_grad():
                     return runnable.call(*fed)
             fed = with_own_inputs(runnable, fed)
-            if self.budget.takes(runnable):
+            hold, graph = self.left.takes(runnable), self.in_stretches(runnable)
+            if graph is not None:
+                results = in_stretches(graph, fed, self.share.stride, hold)
+            elif hold:
                 results = runnable.call(*fed)
-                # samplers may change these in place
-                return [*(result.clone() for result in results[:count]), *results[count:]]
-            again: Sequence[Tensor] = checkpoint(
-                runnable.call, *fed, use_reentrant=False, preserve_rng_state=False
-            )
-            return again
+            else:
+                results = checkpoint(runnable.call, *fed, use_reentrant=False, preserve_rng_state=False)
+            # samplers may change these in place
+            return [*(result.clone() for result in results[:count]), *results[count:]]
 
         return run_step(state, tensors, evaluated)
 

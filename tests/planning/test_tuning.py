@@ -13,8 +13,9 @@ from examples.digits.model import ddim_scheduler, load_model
 from examples.digits.sample import sample as sample_digits
 from graphcache import GraphCacheError, Plan, PlanError, restore, tune, with_corrections
 from graphcache.ir.roles import Names
+from graphcache.planning.convergence import converged
 from graphcache.planning.gradient_memory import GradientMemory
-from graphcache.planning.sampling import Sampling, converged
+from graphcache.planning.sampling import Sampling
 from graphcache.planning.tuning import MOST_RATE, TuningEngine, Weights, decibel_rate, mean_psnr
 from graphcache.runtime.transform import wrapped
 from linear import LinearDiT, Replanned, Sampler, linear
@@ -113,7 +114,7 @@ def test_gradients_of_coefficients_are_finite_differences(
     sampling = Sampling.of(model, Sampler(mode, dtype=torch.float64, in_place=in_place, fades=in_place))
     weights = Weights(plan).double()
     engine = TuningEngine(model, weights, Names())
-    engine.budget = GradientMemory(memory)
+    engine.left = GradientMemory(memory)
     tuned = wrapped(model, engine)
     target = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -142,7 +143,7 @@ def test_a_model_that_was_compiled_has_the_same_gradients(memory: int) -> None:
     def gradients(model: nn.Module) -> list[Tensor]:
         sampling, weights = Sampling.of(model, Sampler()), Weights(PLAN)
         engine = TuningEngine(sampling.model, weights, Names())
-        engine.budget = GradientMemory(memory)
+        engine.left = GradientMemory(memory)
         sampling.generate(wrapped(sampling.model, engine), 1, 6, gradients=True).sum().backward()
         return [parameter.grad for parameter in weights.parameters()]
 
@@ -164,7 +165,7 @@ def test_results_may_be_changed_in_place(memory: int) -> None:
     for in_place in (False, True):
         sampling, weights = Sampling.of(model, Sampler("calls", in_place=in_place)), Weights(PLAN)
         engine = TuningEngine(model, weights, Names())
-        engine.budget = GradientMemory(memory)
+        engine.left = GradientMemory(memory)
         sampling.generate(wrapped(model, engine), 1, 6, gradients=True).sum().backward()
         found.append([parameter.grad for parameter in weights.parameters()])
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
@@ -182,12 +183,12 @@ def test_coefficients_that_reach_no_result_are_refused(rows: str) -> None:
 def test_memory_is_for_evaluations_on_the_way_to_a_coefficient() -> None:
     sampling, memory = Sampling.of(linear().requires_grad_(False), Sampler()), 1 << 20
     engine = TuningEngine(sampling.model, Weights(PLAN), Names())
-    engine.budget = GradientMemory(memory)
+    engine.left = GradientMemory(memory)
     sampling.generate(wrapped(sampling.model, engine), 1, 6, gradients=True)
     ((_, program),) = engine.maker.programs.items()
     computed, forecast = sorted(runnable.computed_bytes for runnable in program.phases.values())
     # the first coefficient is that of step 2
-    assert memory - engine.budget.left == computed + 3 * forecast
+    assert memory - engine.left.left == computed + 3 * forecast
 
 
 def test_tuning_raises_the_psnr_of_samples_it_was_not_trained_on() -> None:
