@@ -196,6 +196,7 @@ class _Run:
             steps=parts.steps,
             fewer=self.fewer,
             backend=parts.backend,
+            memory=parts.memory,
             progress=parts.progress,
         )
         write_bytes(json.dumps([asdict(row) for row in rows], indent=1).encode(), path)

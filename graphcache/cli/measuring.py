@@ -216,6 +216,7 @@ def compare(
     features: Annotated[
         str | None, typer.Option(help="package.module:function from results to features (N, D)")
     ] = None,
+    memory: Memory = MEMORY,
     output: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
     call: Call = None,
     samples: Count = 2,
@@ -240,6 +241,7 @@ def compare(
             timestep=timestep,
             latents=latents or (),
             features=None if features is None else load_object(features),
+            memory=memory,
             progress=status.update,
             run=run,
         )

@@ -15,8 +15,10 @@ from graphcache.compiler.backends import Backend, compile_plainly
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import read_rows
+from graphcache.planning.gradient_memory import MEMORY
 from graphcache.planning.metrics import frechet_distance, psnr, ssim
 from graphcache.planning.pareto import unbeaten
+from graphcache.planning.plan_memory import lowered
 from graphcache.planning.sampling import Sampler, Sampling, refuse_random
 
 Kind = Literal["preset", "searched", "fewer steps", "plain"]
@@ -85,6 +87,7 @@ def compare(
     latents: str | Sequence[str] = (),
     data_range: float = 2.0,
     features: Callable[[Tensor], Tensor] | None = None,
+    memory: int = MEMORY,
     progress: Callable[[str], None] = lambda text: None,
     run: Map = map,
 ) -> tuple[Contender, ...]:
@@ -102,24 +105,50 @@ def compare(
         latents: those of the latents, as for `transform`.
         data_range: largest minus smallest value of a result.
         features: results -> (N, D), for Fréchet distances.
+        memory: bytes that results and a plan's caches may take, beside the model and what its evaluations
+            themselves take; in each worker of a cluster. Of one sample at a time the results of all
+            contenders are held.
         progress: told what is done now.
         run: maps a function over the samples; a cluster's `map` gives the same results. Every sample is run
             by all contenders on one machine, which compiles them anew for each.
 
     Raises:
-        GraphCacheError: the sampler is random, or a plan does not fit.
+        GraphCacheError: the sampler is random, or a plan does not fit the model, or its caches `memory`.
     """
     if not samples:
         raise GraphCacheError("samples is empty: a comparison needs at least one")
     sampling = Sampling.of(model_or_pipe, sampler, timestep, latents)
-    refuse_random(sampling, samples[0], steps)
-    contest = _Contest(sampling, dict(plans), steps, dict(fewer or {}), backend)
+    uncached, calls = sampling.uncached(samples[0], steps)
+    refuse_random(sampling, samples[0], steps, uncached)
+    contest = _Contest(sampling, dict(plans), steps, dict(fewer or {}), backend, calls)
+    contest.left = memory - _results(uncached, len(contest.names), memory)
     progress(f"compiling {len(contest.names)} contenders")
-    rounds = []
+    rounds: list[dict[str, _Judged]] = []
     for measured in run(contest, list(enumerate(samples))):
-        rounds.append(measured)
+        plain = measured["plain"].result
+        judge = _Judge(plain, data_range, features)
+        rounds.append({name: judge(one) for name, one in measured.items()})
         progress(f"sample {len(rounds)} of {len(samples)}")
-    return tuple(_row(name, contest, rounds, data_range, features) for name in contest.names)
+    return tuple(_row(name, contest, rounds) for name in contest.names)
+
+
+_RESULTS = 8
+"""Times a result that comparing one with another takes at most, in double precision."""
+
+
+def _results(result: Tensor, contenders: int, memory: int) -> int:
+    """Bytes of the results that are held at a time.
+
+    Raises:
+        GraphCacheError: these are more than there is.
+    """
+    needed = (contenders + _RESULTS) * result.nbytes
+    if needed > memory:
+        raise GraphCacheError(
+            f"memory={memory} is less than comparing needs here: {needed} bytes for the results of "
+            f"{contenders} contenders; compare fewer at a time"
+        )
+    return needed
 
 
 @dataclass(frozen=True)
@@ -133,13 +162,18 @@ class _Measured:
 
 @dataclass
 class _Contest:
-    """Runs a sample with all contenders, in shuffled order; they are compiled when the first one comes."""
+    """Runs a sample with all contenders, in shuffled order; they are compiled when the first one comes.
+
+    `left` are the bytes that a plan's caches may take, over the `calls` of a step.
+    """
 
     sampling: Sampling
     plans: dict[str, Plan]
     steps: int
     fewer: dict[str, tuple[Sampler | None, int]]
     backend: Backend
+    calls: int = 1
+    left: int = 0
     runs: dict[str, Callable[[Any], Tensor]] = field(default_factory=dict)
     planned: dict[str, Any] = field(default_factory=dict)
 
@@ -150,7 +184,7 @@ class _Contest:
     def __call__(self, turn: tuple[int, Any]) -> dict[str, _Measured]:
         number, sample = turn
         if not self.runs:
-            self._prepare()
+            self._prepare(sample)
             for run in self.runs.values():
                 run(sample)
         order = random.Random(number).sample(self.names, len(self.names))
@@ -167,16 +201,29 @@ class _Contest:
             return "plain"
         return "searched" if self.plans[name].preset is None else "preset"
 
-    def _prepare(self) -> None:
+    def _prepare(self, sample: Any) -> None:
+        inputs = self.sampling.first_call(sample, self.steps)
         plain = compile_plainly(self.sampling.model, self.backend)
         self.runs["plain"] = self._run(self.sampling, plain, self.steps)
         for name, plan in self.plans.items():
             model = self.sampling.transformed(plan, self.backend)
+            self._refuse_large(name, plan, model, inputs)
             self.planned[name] = model
             self.runs[name] = self._run(self.sampling, model, self.steps)
         for name, (sampler, count) in self.fewer.items():
             solver = replace(self.sampling, sampler=sampler or self.sampling.sampler)
             self.runs[name] = self._run(solver, plain, count)
+
+    def _refuse_large(self, name: str, plan: Plan, model: Any, inputs: Mapping[str, Any]) -> None:
+        """Raise GraphCacheError if the plan's caches do not fit."""
+        with torch.no_grad():
+            calls = lowered(model._graphcache, inputs, plan, self.calls)
+        needed = sum(call.peak + call.hoisted for call in calls)
+        if needed > self.left:
+            raise GraphCacheError(
+                f"plan {name} caches {needed} bytes, and memory= leaves {self.left} beside the results: give "
+                f"{needed - self.left} bytes more, or a plan that caches less"
+            )
 
     @staticmethod
     def _run(sampling: Sampling, model: Any, steps: int) -> Callable[[Any], Tensor]:
@@ -194,14 +241,38 @@ class _Contest:
         return _Measured(seconds, result, ideal)
 
 
-def _row(
-    name: str,
-    contest: _Contest,
-    rounds: Sequence[Mapping[str, _Measured]],
-    data_range: float,
-    features: Callable[[Tensor], Tensor] | None,
-) -> Contender:
+@dataclass(frozen=True)
+class _Judged:
+    """What is kept of one contender's generation: `psnr` is the mean, `ssim` that of every frame."""
+
+    seconds: float
+    ideal: float
+    psnr: float
+    ssim: Sequence[float]
+    features: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Compares generations from one sample with the plain model's result."""
+
+    plain: Tensor
+    data_range: float
+    features: Callable[[Tensor], Tensor] | None
+
+    def __call__(self, one: _Measured) -> _Judged:
+        mean = float(psnr(one.result, self.plain, self.data_range).mean())
+        made, wanted = _frames(one.result), _frames(self.plain)
+        alike: list[float] = []
+        if made.dim() == 4 and min(made.shape[-2:]) >= 7:
+            alike = ssim(made, wanted, self.data_range).tolist()
+        found = None if self.features is None else (self.features(made), self.features(wanted))
+        return _Judged(one.seconds, one.ideal, mean, alike, found)
+
+
+def _row(name: str, contest: _Contest, rounds: Sequence[Mapping[str, _Judged]]) -> Contender:
     spent, plain = (statistics.median(one[who].seconds for one in rounds) for who in (name, "plain"))
+    own = [one[name] for one in rounds]
     row = Contender(
         name,
         contest.kind(name),
@@ -209,30 +280,19 @@ def _row(
         None,
         ms=1e3 * spent,
         steps=contest.count(name),
-        ideal=rounds[0][name].ideal,
+        ideal=own[0].ideal,
     )
     if row.kind == "plain":
         return row
-    results, references = ([one[who].result for one in rounds] for who in (name, "plain"))
-    return _judged(row, results, references, data_range, features)
-
-
-def _judged(
-    row: Contender,
-    results: Sequence[Tensor],
-    references: Sequence[Tensor],
-    data_range: float,
-    features: Callable[[Tensor], Tensor] | None,
-) -> Contender:
-    pairs = list(zip(results, references, strict=True))
-    means = [float(psnr(result, target, data_range).mean()) for result, target in pairs]
-    made, wanted = _frames(torch.cat(list(results))), _frames(torch.cat(list(references)))
-    alike = None
-    if made.dim() == 4 and min(made.shape[-2:]) >= 7:
-        alike = float(ssim(made, wanted, data_range).mean())
-    distance = None if features is None else frechet_distance(features(made), features(wanted))
-    mean, spread = statistics.fmean(means), statistics.pstdev(means)
-    return replace(row, psnr=mean, spread=spread, ssim=alike, frechet=distance)
+    means, alike = [one.psnr for one in own], [value for one in own for value in one.ssim]
+    pairs = [one.features for one in own if one.features]
+    return replace(
+        row,
+        psnr=statistics.fmean(means),
+        spread=statistics.pstdev(means),
+        ssim=statistics.fmean(alike) if alike else None,
+        frechet=frechet_distance(*map(torch.cat, zip(*pairs, strict=True))) if pairs else None,
+    )
 
 
 def _frames(results: Tensor) -> Tensor:

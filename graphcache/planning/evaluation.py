@@ -16,8 +16,8 @@ Tensors = tuple[Tensor, ...]
 class _Run(NamedTuple):
     """A stretch that was run with gradients: what it was given, detached, and what it gave."""
 
-    given: Mapping[str, Tensor]
-    gave: Mapping[str, Tensor]
+    given: dict[str, Tensor]
+    gave: dict[str, Tensor]
 
 
 def _unseen(*given: object) -> None:

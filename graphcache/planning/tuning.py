@@ -113,10 +113,11 @@ def tune(
     sampling = Sampling.of(model_or_pipe, sampler, timestep, latents)
     weights = Weights(plan)
     engine = TuningEngine(sampling.model, weights, sampling.names, sampling.pipe)
-    inputs = sampling.first_call(samples[0], plan.steps)
-    engine.prepare(inputs)
-    uncached, calls = sampling.uncached(samples[0], plan.steps)
-    share = engine.needs(inputs, calls, uncached, len(samples) + len(held_out)).share(memory)
+    with torch.enable_grad():
+        inputs = engine.with_gradient(sampling.first_call(samples[0], plan.steps))
+        engine.prepare(inputs)
+        uncached, calls = sampling.uncached(samples[0], plan.steps)
+        share = engine.needs(inputs, calls, uncached, len(samples) + len(held_out)).share(memory)
     refuse_random(sampling, samples[0], plan.steps, uncached)
     chosen = {"uncached": _uncached, "converged": converged}[reference]
     targets = [] if reference == "converged" else [uncached]
@@ -275,16 +276,17 @@ class TuningEngine(Engine):
         return self._cut[id(runnable)]
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        if not torch.is_grad_enabled():
-            return super().__call__(args, kwargs)
-        bound = self.binder.bind(args, kwargs)
+        return super().__call__((), self.with_gradient(self.binder.bind(args, kwargs)))
+
+    def with_gradient(self, bound: Mapping[str, Any]) -> dict[str, Any]:
+        """A call's arguments with latents that need one, as at later steps: that is part of a signature."""
+        bound = dict(bound)
         key, tensors = self.binder.signature(bound)
         spec = self.maker.spec(key, bound)
         latent = spec.leaf_names[spec.sole_latent(tensors, "tune")]
         if not bound[latent].requires_grad:
-            # whether a gradient is needed is part of a signature, and at later steps it is
             bound[latent] = bound[latent].clone().requires_grad_()
-        return super().__call__((), bound)
+        return bound
 
     def evaluate(self, branch: CallSlot, state: BranchState, tensors: Sequence[Tensor]) -> Any:
         keys, count = self._groups(state), state.program.captured.output.count
@@ -301,6 +303,7 @@ class TuningEngine(Engine):
                     return runnable.call(*fed)
             fed = with_own_inputs(runnable, fed)
             hold, graph = self.left.takes(runnable), self.in_stretches(runnable)
+            results: Sequence[Tensor]
             if graph is not None:
                 results = in_stretches(graph, fed, self.share.stride, hold)
             elif hold:

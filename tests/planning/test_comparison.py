@@ -11,12 +11,13 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from graphcache import GraphCacheError, Plan, load_profile, presets, profile, search
+from graphcache import GraphCacheError, Plan, load_profile, presets, profile, search, transform
 from graphcache.cli.main import app
 from graphcache.planning.automatic import checker
 from graphcache.planning.comparison import Contender, compare, load_rows
 from graphcache.planning.metrics import frechet_distance, psnr
 from graphcache.planning.sampling import Sampling, solved_by
+from inside import engine_of
 from linear import Replanned, Sampler, linear
 from pipelines import PIPELINES
 
@@ -77,6 +78,30 @@ def test_rows_hold_distances_to_the_plain_models_results() -> None:
     assert rows["half"].steps == 3
     assert rows["half"].ideal == 2
     assert rows["found"].ideal == pytest.approx(6 / 4, rel=0.05)
+
+
+def test_caches_and_results_that_do_not_fit_are_refused_with_what_would_do() -> None:
+    (uncached,) = {Sampler()(linear(), sample, STEPS).nbytes for sample in SAMPLES}
+    with pytest.raises(GraphCacheError, match=r"less than comparing needs here: (\d+) bytes") as told:
+        compared(memory=0)
+    results = int(str(told.value).split("here: ")[1].split()[0])
+    assert results == 12 * uncached
+    with pytest.raises(GraphCacheError, match=rf"plan fora caches (\d+) bytes.*leaves {uncached} ") as told:
+        compared(memory=results + uncached)
+    schedule, sizes = _lowered(PLANS["fora"])
+    cached = int(str(told.value).split("caches ")[1].split()[0])
+    assert cached >= schedule.peak(sizes) > uncached
+    assert len(compared(memory=results + cached)) == 4
+    with pytest.raises(GraphCacheError, match="plan fora caches"):
+        compared(memory=results + cached - 1)
+
+
+def _lowered(plan: Plan) -> tuple[Any, Any]:
+    """A plan's schedule for the linear model, and the bytes of its entries."""
+    inputs = Sampling.of(linear(), Sampler()).first_call(SAMPLES[0], STEPS)
+    with torch.no_grad():
+        program, schedule, _ = engine_of(transform(linear(), plan)).prepared(inputs, plan, "")
+    return schedule, program.entry_bytes(schedule)
 
 
 def test_the_command_line_writes_the_rows(tmp_path: Path) -> None:
