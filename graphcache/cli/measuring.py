@@ -39,6 +39,7 @@ from graphcache.planning.gradient_memory import MEMORY
 from graphcache.planning.profile_file import load_profile
 from graphcache.planning.profiling import Detail
 from graphcache.planning.profiling import profile as profile_model
+from graphcache.planning.rivals import rivals as known_rivals
 from graphcache.planning.sampling import Sampler, Sampling, solved_by
 from graphcache.planning.search import Found
 from graphcache.planning.search import search as search_plan
@@ -88,7 +89,7 @@ def profile(
 ) -> None:
     """Measure a model's sensitivity; an interrupted run goes on where it was."""
     found = _sampled(model, call, samples, threads, Placement(device, dtype))
-    with _mapping(ray, device) as run, Progress(console=console) as bar:
+    with mapping(ray, device) as run, Progress(console=console) as bar:
         task = bar.add_task("profiling", total=len(found.samples))
         made = profile_model(
             found.model_or_pipe,
@@ -144,7 +145,7 @@ def search(
         found_samples = _sampled(model, call, samples, threads, Placement(device, dtype))
         sampling = Sampling.of(found_samples.model_or_pipe, found_samples.sampler, timestep, latents or ())
         check = checker(sampling, found_samples.samples, steps or made.steps)
-    with _mapping(ray, device) as run:
+    with mapping(ray, device) as run:
         found = search_plan(
             made,
             steps=steps,
@@ -212,6 +213,7 @@ def compare(
     solver: Annotated[
         list[str] | None, typer.Option(help="also fewer steps by this diffusers scheduler; pipelines only")
     ] = None,
+    rivals: Annotated[bool, typer.Option(help="also other libraries' caches that are installed")] = False,
     backend: Backend = "inductor",
     features: Annotated[
         str | None, typer.Option(help="package.module:function from results to features (N, D)")
@@ -229,7 +231,7 @@ def compare(
 ) -> None:
     """Time plans and fewer steps against the plain compiled model, and measure how near they come to it."""
     found = _sampled(model, call, samples, threads, Placement(device, dtype))
-    with _mapping(ray, device) as run, console.status("starting") as status:
+    with mapping(ray, device) as run, console.status("starting") as status:
         rows = compare_runs(
             found.model_or_pipe,
             {text: plan_argument(text, steps) for text in plan or []},
@@ -237,6 +239,7 @@ def compare(
             steps=steps,
             sampler=found.sampler,
             fewer=fewer_steps(found, fewer or [], solver or []),
+            rivals=known_rivals() if rivals else {},
             backend=backend_argument(backend),
             timestep=timestep,
             latents=latents or (),
@@ -278,7 +281,7 @@ def _sampled(model: str, call: str | None, count: int, threads: int | None, plac
 
 
 @contextmanager
-def _mapping(ray: str | None, device: str | None) -> Iterator[Any]:
+def mapping(ray: str | None, device: str | None) -> Iterator[Any]:
     """What maps functions over items: a cluster, or this process."""
     if ray is None:
         yield map
@@ -310,5 +313,8 @@ def print_rows(rows: Sequence[Contender]) -> None:
     for row in rows:
         values = (row.steps, row.ms, row.speedup, row.ideal, row.psnr, row.spread, row.ssim, row.frechet)
         cells = ["" if v is None else form.format(v) for form, v in zip(forms, values, strict=True)]
-        table.add_row(row.name, *cells)
+        table.add_row(row.name, *(cells if row.failure is None else ()))
     console.print(table)
+    for row in rows:
+        if row.failure is not None:
+            console.print(f"{row.name} does not run here: {row.failure}", markup=False)

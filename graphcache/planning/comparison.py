@@ -4,8 +4,9 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,14 +17,15 @@ from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import read_rows
 from graphcache.planning.gradient_memory import MEMORY
-from graphcache.planning.metrics import frechet_distance, psnr, ssim
+from graphcache.planning.metrics import LEAST_ERROR, frechet_distance, psnr, ssim
 from graphcache.planning.pareto import unbeaten
 from graphcache.planning.plan_memory import lowered
+from graphcache.planning.rivals import Rival, hooked
 from graphcache.planning.sampling import Sampler, Sampling, refuse_random
 
-Kind = Literal["preset", "searched", "fewer steps", "plain"]
+Kind = Literal["preset", "searched", "fewer steps", "plain", "rival"]
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
-KINDS: tuple[Kind, ...] = ("preset", "searched", "fewer steps", "plain")
+KINDS: tuple[Kind, ...] = ("preset", "searched", "fewer steps", "plain", "rival")
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,18 @@ class Contender:
 
     Attributes:
         name: also that of its picture.
-        kind: where it comes from; `plain` is the untouched model, which the others are compared with.
-        speedup: the plain model's median time by this one's.
-        psnr: dB to the plain model's results, mean over the samples; None of those themselves.
+        kind: where it comes from; `plain` is the untouched model, which the others are compared with, and a
+            `rival` another library's cache.
+        speedup: the plain model's median time by this one's; 0 where it did not run.
+        psnr: dB to the plain model's results, mean over the samples; None of those themselves. Equal results
+            have some 200.
         ssim: likewise; None where results are no images of 7x7 pixels or more.
         frechet: Fréchet distance of the results' features; None where it was not measured.
         ms: milliseconds of one generation, the median.
         steps: of a generation.
         ideal: speed-up in FLOPs.
         spread: standard deviation of the generations' mean PSNR.
+        failure: why it did not run, else None.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Contender:
     steps: int | None = None
     ideal: float | None = None
     spread: float | None = None
+    failure: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -82,6 +88,8 @@ def compare(
     steps: int,
     sampler: Sampler | None = None,
     fewer: Mapping[str, tuple[Sampler | None, int]] | None = None,
+    rivals: Mapping[str, Rival] | None = None,
+    optional: Collection[str] = (),
     backend: Backend = "inductor",
     timestep: str | None = None,
     latents: str | Sequence[str] = (),
@@ -100,6 +108,9 @@ def compare(
         steps: of the plain model's generation.
         sampler: runs a bare module through a generation.
         fewer: the plain model with other numbers of steps, by name: a sampler, None for the same, and steps.
+        rivals: other libraries' caches, by name; see `graphcache.planning.rivals`. Of one that cannot run on
+            this model the row says why.
+        optional: plans of which that holds too; any other one raises.
         backend: compiles the plain model and the plans' phases.
         timestep: the name of the timestep argument, if it is not found.
         latents: those of the latents, as for `transform`.
@@ -121,15 +132,16 @@ def compare(
     uncached, calls = sampling.uncached(samples[0], steps)
     refuse_random(sampling, samples[0], steps, uncached)
     contest = _Contest(sampling, dict(plans), steps, dict(fewer or {}), backend, calls)
+    contest.rivals, contest.optional = dict(rivals or {}), frozenset(optional)
     contest.left = memory - _results(uncached, len(contest.names), memory)
     progress(f"compiling {len(contest.names)} contenders")
-    rounds: list[dict[str, _Judged]] = []
+    rounds, failures = list[dict[str, _Judged]](), dict[str, str]()
     for measured in run(contest, list(enumerate(samples))):
-        plain = measured["plain"].result
-        judge = _Judge(plain, data_range, features)
-        rounds.append({name: judge(one) for name, one in measured.items()})
+        judge = _Judge(measured.results["plain"].result, data_range, features)
+        rounds.append({name: judge(one) for name, one in measured.results.items()})
+        failures |= measured.failures
         progress(f"sample {len(rounds)} of {len(samples)}")
-    return tuple(_row(name, contest, rounds) for name in contest.names)
+    return tuple(_row(name, contest, rounds, failures.get(name)) for name in contest.names)
 
 
 _RESULTS = 8
@@ -157,7 +169,15 @@ class _Measured:
 
     seconds: float
     result: Tensor
-    ideal: float
+    ideal: float | None
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What all contenders that run gave for one sample, and why others do not run."""
+
+    results: dict[str, _Measured]
+    failures: dict[str, str]
 
 
 @dataclass
@@ -174,21 +194,22 @@ class _Contest:
     backend: Backend
     calls: int = 1
     left: int = 0
+    rivals: dict[str, Rival] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
+    failures: dict[str, str] = field(default_factory=dict)
     runs: dict[str, Callable[[Any], Tensor]] = field(default_factory=dict)
     planned: dict[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
-        return ["plain", *self.plans, *self.fewer]
+        return ["plain", *self.plans, *self.fewer, *self.rivals]
 
-    def __call__(self, turn: tuple[int, Any]) -> dict[str, _Measured]:
+    def __call__(self, turn: tuple[int, Any]) -> _Round:
         number, sample = turn
         if not self.runs:
             self._prepare(sample)
-            for run in self.runs.values():
-                run(sample)
-        order = random.Random(number).sample(self.names, len(self.names))
-        return {name: self._measured(name, sample) for name in order}
+        order = random.Random(number).sample([*self.runs], len(self.runs))
+        return _Round({name: self._measured(name, sample) for name in order}, self.failures)
 
     def count(self, name: str) -> int:
         """Steps of a contender's generation."""
@@ -197,22 +218,41 @@ class _Contest:
     def kind(self, name: str) -> Kind:
         if name in self.fewer:
             return "fewer steps"
+        if name in self.rivals:
+            return "rival"
         if name not in self.plans:
             return "plain"
         return "searched" if self.plans[name].preset is None else "preset"
 
     def _prepare(self, sample: Any) -> None:
+        """Compile all contenders and run each once; what fails of those that may is noted."""
         inputs = self.sampling.first_call(sample, self.steps)
         plain = compile_plainly(self.sampling.model, self.backend)
-        self.runs["plain"] = self._run(self.sampling, plain, self.steps)
-        for name, plan in self.plans.items():
-            model = self.sampling.transformed(plan, self.backend)
-            self._refuse_large(name, plan, model, inputs)
-            self.planned[name] = model
-            self.runs[name] = self._run(self.sampling, model, self.steps)
+        made: dict[str, Callable[[], Callable[[Any], Tensor]]] = {
+            "plain": lambda: self._run(self.sampling, plain, self.steps)
+        }
+        made |= {name: partial(self._planned, name, inputs) for name in self.plans}
         for name, (sampler, count) in self.fewer.items():
             solver = replace(self.sampling, sampler=sampler or self.sampling.sampler)
-            self.runs[name] = self._run(solver, plain, count)
+            made[name] = partial(self._run, solver, plain, count)
+        for name, rival in self.rivals.items():
+            made[name] = partial(hooked, self.sampling, rival, inputs, self.steps, self.backend)
+        for name, make in made.items():
+            try:
+                run = make()
+                run(sample)
+            except Exception as error:
+                if name not in self.rivals and name not in self.optional:
+                    raise
+                self.failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                continue
+            self.runs[name] = run
+
+    def _planned(self, name: str, inputs: Mapping[str, Any]) -> Callable[[Any], Tensor]:
+        plan = self.plans[name]
+        self.planned[name] = model = self.sampling.transformed(plan, self.backend)
+        self._refuse_large(name, plan, model, inputs)
+        return self._run(self.sampling, model, self.steps)
 
     def _refuse_large(self, name: str, plan: Plan, model: Any, inputs: Mapping[str, Any]) -> None:
         """Raise GraphCacheError if the plan's caches do not fit."""
@@ -235,7 +275,7 @@ class _Contest:
         if result.is_cuda:
             torch.cuda.synchronize(result.device)
         seconds = time.perf_counter() - start
-        ideal = self.steps / self.count(name)
+        ideal = None if name in self.rivals else self.steps / self.count(name)
         if name in self.planned:
             ideal = self.planned[name].summary().branches[0].ideal_speedup
         return _Measured(seconds, result, ideal)
@@ -246,7 +286,7 @@ class _Judged:
     """What is kept of one contender's generation: `psnr` is the mean, `ssim` that of every frame."""
 
     seconds: float
-    ideal: float
+    ideal: float | None
     psnr: float
     ssim: Sequence[float]
     features: tuple[Tensor, Tensor] | None
@@ -261,7 +301,7 @@ class _Judge:
     features: Callable[[Tensor], Tensor] | None
 
     def __call__(self, one: _Measured) -> _Judged:
-        mean = float(psnr(one.result, self.plain, self.data_range).mean())
+        mean = float(psnr(one.result, self.plain, self.data_range, LEAST_ERROR).mean())
         made, wanted = _frames(one.result), _frames(self.plain)
         alike: list[float] = []
         if made.dim() == 4 and min(made.shape[-2:]) >= 7:
@@ -270,7 +310,11 @@ class _Judge:
         return _Judged(one.seconds, one.ideal, mean, alike, found)
 
 
-def _row(name: str, contest: _Contest, rounds: Sequence[Mapping[str, _Judged]]) -> Contender:
+def _row(
+    name: str, contest: _Contest, rounds: Sequence[Mapping[str, _Judged]], failure: str | None
+) -> Contender:
+    if failure is not None:
+        return Contender(name, contest.kind(name), 0.0, None, steps=contest.count(name), failure=failure)
     spent, plain = (statistics.median(one[who].seconds for one in rounds) for who in (name, "plain"))
     own = [one[name] for one in rounds]
     row = Contender(

@@ -6,6 +6,9 @@ from torch import Tensor
 from graphcache.ir.errors import GraphCacheError
 from graphcache.libraries.extras import require
 
+LEAST_ERROR = 1e-20
+"""Mean square error that smaller ones are taken for, so that equal results have no infinite decibels."""
+
 
 def psnr(images: Tensor, reference: Tensor, data_range: float = 2.0, least: float = 0.0) -> Tensor:
     """Peak signal-to-noise ratio of each image.

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graphcache.compiler.phase_code import Runnable
 from graphcache.ir.errors import GraphCacheError, PlanError
-from graphcache.ir.graph import CacheRead, Coefficients
+from graphcache.ir.graph import Coefficients
 from graphcache.ir.history import OUTPUT, range_site
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, Plan
@@ -24,11 +24,11 @@ from graphcache.planning.convergence import converged
 from graphcache.planning.evaluation import in_stretches
 from graphcache.planning.gradient_memory import MEMORY, GradientMemory, with_own_inputs
 from graphcache.planning.in_stretches import InStretches
-from graphcache.planning.metrics import psnr
+from graphcache.planning.metrics import LEAST_ERROR, psnr
 from graphcache.planning.plan_memory import lowered
 from graphcache.planning.profile_memory import Needs, Share
 from graphcache.planning.sampling import Sampler, Sampling, refuse_random, with_frozen_weights
-from graphcache.planning.tuning_memory import tuning_needs
+from graphcache.planning.tuning_memory import cut, tuning_needs
 from graphcache.runtime.engine import Engine
 from graphcache.runtime.options import Options
 from graphcache.runtime.runner import BranchState, run_step
@@ -37,8 +37,6 @@ from graphcache.runtime.transform import wrapped
 
 MOST_RATE = 0.05
 """Coefficients are near 1: larger updates of them are not small."""
-_LEAST_ERROR = 1e-20
-"""Mean square error; equal results would have infinite decibels."""
 Key = tuple[int, int]
 """(row, step) of listed coefficients."""
 
@@ -136,7 +134,7 @@ def tune(
         turn = number % len(samples)
         engine.share, engine.left = share, GradientMemory(share.held)
         result = sampling.generate(model, samples[turn], plan.steps, gradients=True)
-        error = psnr(result, targets[turn], data_range, _LEAST_ERROR).mean()
+        error = psnr(result, targets[turn], data_range, LEAST_ERROR).mean()
         reached = float(error.detach())
         if not math.isfinite(reached):
             raise GraphCacheError(f"iteration {number}: PSNR is {reached}; lower rate=")
@@ -200,7 +198,7 @@ def mean_psnr(results: Iterable[Tensor], references: Iterable[Tensor], data_rang
     """Mean over all samples of the results' first dimensions, in decibels."""
     pairs = zip(results, references, strict=True)
     return float(
-        torch.cat([psnr(result, target, data_range, _LEAST_ERROR) for result, target in pairs]).mean()
+        torch.cat([psnr(result, target, data_range, LEAST_ERROR) for result, target in pairs]).mean()
     )
 
 
@@ -265,14 +263,13 @@ class TuningEngine(Engine):
     def needs(self, inputs: Mapping[str, Any], calls: int, result: Tensor, references: int) -> Needs:
         """What tuning takes where a step makes so many calls like one with these arguments."""
         plan = self.weights.given
-        return tuning_needs(lowered(self, inputs, plan, calls), self.in_stretches, result, references)
+        calls_under = lowered(self, inputs, plan, calls)
+        return tuning_needs(calls_under, self.in_stretches, result.nbytes, references)
 
     def in_stretches(self, runnable: Runnable) -> InStretches | None:
-        """A phase's graph in stretches; None where it writes into cached values, which it can do once."""
+        """A phase's graph in stretches, where it can be cut."""
         if id(runnable) not in self._cut:
-            writes = any(isinstance(port, CacheRead) and port.changed for port in runnable.step.inputs)
-            graph = None if writes else InStretches(runnable, len(runnable.step.outputs))
-            self._cut[id(runnable)] = graph
+            self._cut[id(runnable)] = cut(runnable)
         return self._cut[id(runnable)]
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
