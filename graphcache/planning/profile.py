@@ -71,6 +71,7 @@ class Profile:
         calls: evaluations of the model in a step: two where guidance's branches are called one by one.
         timings: measured seconds of a compiled step: `plain`, the untouched model; `compute`, a whole step
             whose values are kept; and, by family of sites, a step that takes them from the cache.
+        unmeasured: branches that the arrays have nothing of, with their costs.
     """
 
     provenance: Provenance
@@ -84,6 +85,7 @@ class Profile:
     flops: int
     calls: int = 1
     timings: dict[str, float] = field(default_factory=dict)
+    unmeasured: tuple[Site, ...] = ()
 
     @property
     def steps(self) -> int:

@@ -65,6 +65,7 @@ class ProfileDocument(msgspec.Struct, forbid_unknown_fields=True):
     flops: int
     calls: int
     timings: dict[str, float]
+    unmeasured: list[SiteLine] = []
 
 
 class _Versioned(msgspec.Struct):
@@ -93,7 +94,7 @@ def encode(profile: Profile) -> bytes:
     document = ProfileDocument(
         version=VERSION,
         provenance=msgspec.convert(msgspec.to_builtins(profile.provenance), ProvenanceLine),
-        sites=[msgspec.convert(msgspec.to_builtins(site), SiteLine) for site in profile.sites],
+        sites=[*map(_line, profile.sites)],
         gram=pack(profile.gram),
         effects=pack(profile.effects),
         drift={name: pack(values) for name, values in profile.drift.items()},
@@ -103,8 +104,13 @@ def encode(profile: Profile) -> bytes:
         flops=profile.flops,
         calls=profile.calls,
         timings=profile.timings,
+        unmeasured=[*map(_line, profile.unmeasured)],
     )
     return msgspec.json.encode(document) + b"\n"
+
+
+def _line(site: Site) -> SiteLine:
+    return msgspec.convert(msgspec.to_builtins(site), SiteLine)
 
 
 def decode(data: bytes) -> Profile:
@@ -122,7 +128,10 @@ def decode(data: bytes) -> Profile:
         document = msgspec.json.decode(data, type=ProfileDocument)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         raise GraphCacheError(f"not a profile in JSON: {error}") from None
-    sites = tuple(Site(**msgspec.structs.asdict(line)) for line in document.sites)
+    sites, unmeasured = (
+        tuple(Site(**msgspec.structs.asdict(line)) for line in lines)
+        for lines in (document.sites, document.unmeasured)
+    )
     profile = Profile(
         provenance=Provenance(**msgspec.structs.asdict(document.provenance)),
         sites=sites,
@@ -138,6 +147,7 @@ def decode(data: bytes) -> Profile:
         flops=document.flops,
         calls=document.calls,
         timings=document.timings,
+        unmeasured=unmeasured,
     )
     _check(profile)
     return profile
@@ -228,8 +238,11 @@ def _check(profile: Profile) -> None:
     shape = profile.effects.shape
     if len(shape) != 5 or shape[:2] != (count, steps) or not 1 <= shape[2] <= steps or 0 in shape:
         raise GraphCacheError(f"effects are {shape} for {count} sites and {steps} steps")
-    if len({site.name for site in profile.sites}) < count:
+    every = (*profile.sites, *profile.unmeasured)
+    if len({site.name for site in every}) < len(every):
         raise GraphCacheError("a site is there twice")
+    if any(site.kind != "branch" for site in profile.unmeasured):
+        raise GraphCacheError("what was not measured are branches")
     if any(site.kind not in ("branch", "range", "output", "guidance") for site in profile.sites):
         raise GraphCacheError("a site is a branch, range, output or guidance")
     if min(profile.numbers, profile.flops, profile.calls) < 1:

@@ -239,6 +239,7 @@ def merge(parts: Sequence[SampleProfile], subject: Subject, task: Task, sampling
         numbers=parts[0].numbers,
         flops=subject.flops,
         calls=parts[0].calls,
+        unmeasured=tuple(site for site in subject.sites if site.kind == "branch" and site not in sites),
     )
 
 

@@ -24,7 +24,7 @@ def branches_of(profile: Profile, split: bool = False) -> tuple[Branch, ...]:
         profile: whose sites' names are read.
         split: whether fused branches are taken apart into attention and MLP.
     """
-    names = [site.name for site in profile.sites if site.kind == "branch"]
+    names = [site.name for site in (*profile.sites, *profile.unmeasured) if site.kind == "branch"]
     found = [(name, parsed(name)) for name in names]
     paths = [match["path"] if match else name for name, match in found]
     order = {path: block for block, path in enumerate(dict.fromkeys(paths))}
@@ -122,8 +122,9 @@ class Timeline:
         without one. An entry of `linear8` has three bytes for each of four. The conditional result, which
         only the other call of its step reads, does not count.
         """
-        sites = {site.name: site.bytes_kept for site in self.profile.sites}
-        widest = max((site.bytes_kept for site in self.profile.sites if site.kind == "branch"), default=0)
+        every = (*self.profile.sites, *self.profile.unmeasured)
+        sites = {site.name: site.bytes_kept for site in every}
+        widest = max((site.bytes_kept for site in every if site.kind == "branch"), default=0)
         halves = 2 if self.schedule.guided and self.schedule.guided.conditional else 1
         bands = 2 if self.schedule.guided and self.schedule.guided.divisor is not None else 1
         found: dict[History, int] = {}
