@@ -2,13 +2,15 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
 import torch
 import typer
+from rich.progress import Progress, TaskID
+from rich.table import Table
 
 from graphcache import presets
 from graphcache.cli.arguments import (
@@ -23,22 +25,43 @@ from graphcache.cli.arguments import (
     json_argument,
 )
 from graphcache.cli.console import console
-from graphcache.cli.measuring import Memory, Steps, Subject, fewer_steps, print_rows
+from graphcache.cli.measuring import Memory, Ray, Steps, Subject, fewer_steps, mapping, print_rows
 from graphcache.cli.sources import Placement, Sampled, load_sampled
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import read_bytes, write_bytes
+from graphcache.ir.units import size
 from graphcache.page import write_page
-from graphcache.planning.automatic import MOST_PROFILED, Parts
+from graphcache.planning.automatic import Parts
 from graphcache.planning.candidates import candidates
 from graphcache.planning.comparison import Contender, compare, load_rows
 from graphcache.planning.gradient_memory import MEMORY
+from graphcache.planning.outlook import Part
 from graphcache.planning.profile import Profile
 from graphcache.planning.profile_file import load_profile
 from graphcache.planning.profiling import Detail, versions
+from graphcache.planning.rivals import Rival
+from graphcache.planning.rivals import rivals as known_rivals
 from graphcache.planning.sampling import Sampler, Sampling
 
 Made = TypeVar("Made")
+FILES = {"profile": "profile.json", "search": "plan.txt", "tune": "tuned.txt", "compare": "comparison.json"}
+"""What each part leaves behind."""
+
+
+@dataclass(frozen=True)
+class _Bars:
+    """A progress bar for every part."""
+
+    bar: Progress
+    tasks: Mapping[str, TaskID]
+
+    def told(self, part: str, done: int, total: int) -> None:
+        self.bar.start_task(self.tasks[part])
+        self.bar.update(self.tasks[part], completed=done, total=total or None)
+
+    def finished(self, part: str) -> None:
+        self.told(part, 1, 1)
 
 
 def auto(
@@ -51,11 +74,12 @@ def auto(
     conditional: Annotated[
         str | None, typer.Option(help="first or last: the conditional half of a doubled batch")
     ] = None,
-    detail: Annotated[str, typer.Option(help="steps, sites or tokens: what is looked at")] = "tokens",
+    detail: Annotated[str, typer.Option(help="steps, sites or tokens: what is profiled")] = "steps",
     iterations: Annotated[int, typer.Option(help="of tuning, at most; 0 for none")] = 60,
     solver: Annotated[
         list[str] | None, typer.Option(help="also fewer steps by this diffusers scheduler; pipelines only")
     ] = None,
+    rivals: Annotated[bool, typer.Option(help="also other libraries' caches that are installed")] = True,
     memory: Memory = MEMORY,
     backend: Backend = "inductor",
     call: Call = None,
@@ -64,6 +88,7 @@ def auto(
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
+    ray: Ray = None,
 ) -> None:
     """Profile, search, tune and compare: the best plan for a model. Called again it goes on where it was."""
     if threads:
@@ -74,19 +99,21 @@ def auto(
         "model": model, "steps": steps, "speedup": speedup, "prompts": texts, "samples": samples,
         "conditional": conditional, "detail": detail, "iterations": iterations, "solver": solver,
         "backend": backend, "call": dict(given), "timestep": timestep, "latents": latents, "dtype": dtype,
-        "memory": memory, "versions": versions(),
+        "rivals": rivals, "memory": memory, "versions": versions(),
     }  # fmt: skip
     _claim(output, settings)
     found = load_sampled(model, given, samples, Placement(device, dtype))
     if texts is not None:
         found = replace(found, samples=_of_prompts(found, texts, given))
     sampling = Sampling.of(found.model_or_pipe, found.sampler, timestep, latents or (), conditional)
-    with console.status("starting") as status:
+    fewer = fewer_steps(found, [max(1, round(steps / speedup))], solver or [])
+    with mapping(ray, device) as run, Progress(*Progress.get_default_columns(), console=console) as bar:
+        bars = _Bars(bar, {name: bar.add_task(name, total=None, start=False) for name in FILES})
         parts = Parts(
             sampling, found.samples, steps, speedup, iterations=iterations, detail=cast(Detail, detail),
-            memory=memory, backend=backend_argument(backend), progress=status.update,
+            memory=memory, backend=backend_argument(backend), progress=bars.told, run=run,
         )  # fmt: skip
-        _Run(output, parts, fewer_steps(found, [max(1, round(steps / speedup))], solver or [])).everything()
+        _Run(output, parts, fewer, known_rivals() if rivals else {}, bars).everything()
 
 
 def _prompts(path: Path) -> list[str]:
@@ -123,14 +150,16 @@ class _Run:
     folder: Path
     parts: Parts
     fewer: Mapping[str, tuple[Sampler | None, int]]
+    rivals: Mapping[str, Rival]
+    bars: _Bars
 
     def everything(self) -> None:
         """All parts, one after the other."""
         self._announce()
-        measured = self._part("profile.json", load_profile, self.parts.profiled)
-        plan = self._part("plan.txt", Plan.load, lambda path: self._searched(path, measured))
-        tuned = self._part("tuned.txt", Plan.load, lambda path: self._tuned(path, plan))
-        rows = self._part("comparison.json", load_rows, lambda path: self._compared(path, tuned))
+        measured = self._part("profile", load_profile, self.parts.profiled)
+        plan = self._part("search", Plan.load, lambda path: self._searched(path, measured))
+        tuned = self._part("tune", Plan.load, lambda path: self._tuned(path, plan))
+        rows = self._part("compare", load_rows, lambda path: self._compared(path, tuned))
         print_rows(rows)
         page = self.folder / "report.html"
         plans = {"tuned": tuned, "searched": plan}
@@ -141,35 +170,41 @@ class _Run:
         console.print(f"    pipe = graphcache.transform(pipe, plan, backend={self.parts.backend!r})")
 
     def _part(self, name: str, load: Callable[[Path], Made], make: Callable[[Path], Made]) -> Made:
-        path = self.folder / name
+        path = self.folder / FILES[name]
         if path.exists():
             console.print(f"{path} is there")
-            return load(path)
-        began = time.perf_counter()
-        made = make(path)
-        console.print(f"wrote {path} after {time.perf_counter() - began:.0f} s")
+            made = load(path)
+        else:
+            began = time.perf_counter()
+            made = make(path)
+            console.print(f"wrote {path} after {time.perf_counter() - began:.0f} s")
+        self.bars.finished(name)
         return made
 
     def _announce(self) -> None:
-        """Say how long what is left will take, by the time of one generation."""
-        parts, probes = self.parts, 1 if self.parts.detail == "steps" else 2
-        runs = {
-            "profile.json": min(len(parts.trained), MOST_PROFILED) * (1 + 4 * probes),
-            "plan.txt": 8,
-            "tuned.txt": 4 * parts.iterations,
-            "comparison.json": 20,
-        }
-        left = {name: count for name, count in runs.items() if not (self.folder / name).exists()}
-        if not left:
+        """Say how long what is left will take, by the time of one generation, and how much memory."""
+        parts = self.parts
+        if all((self.folder / name).exists() for name in FILES.values()):
             return
+        foreseen = [
+            part for part in parts.outlook(len(self.rivals)) if not (self.folder / FILES[part.name]).exists()
+        ]
         began = time.perf_counter()
         parts.sampling.generate(parts.sampling.model, parts.samples[0], parts.steps)
         seconds = time.perf_counter() - began
+        total = sum(part.generations for part in foreseen)
         console.print(
             f"One generation takes {seconds:.1f} s without compilation. Ahead is the work of about "
-            f"{sum(left.values())} ({', '.join(f'{name} {count}' for name, count in left.items())}): "
-            f"{sum(left.values()) * seconds / 60:.0f} minutes"
+            f"{total:.0f}, {total * seconds / 60:.0f} minutes on one worker, and what compilation takes:"
         )
+        print_outlook(foreseen, seconds)
+
+    def _counted(self, function: Callable[[Any], Any], samples: Sequence[Any]) -> Iterator[Any]:
+        """The run's map, which tells of every sample that all contenders have done."""
+        self.parts.progress("compare", 0, len(samples))
+        for done, result in enumerate(self.parts.run(function, samples), 1):
+            yield result
+            self.parts.progress("compare", done, len(samples))
 
     def _searched(self, path: Path, measured: Profile) -> Plan:
         plan = replace(self.parts.searched(measured).plan, graph=measured.provenance.graph)
@@ -195,9 +230,19 @@ class _Run:
             parts.judges,
             steps=parts.steps,
             fewer=self.fewer,
+            rivals=self.rivals,
+            optional=("fora", "taylorseer"),
             backend=parts.backend,
             memory=parts.memory,
-            progress=parts.progress,
+            run=self._counted,
         )
         write_bytes(json.dumps([asdict(row) for row in rows], indent=1).encode(), path)
         return rows
+
+
+def print_outlook(parts: Sequence[Part], seconds: float) -> None:
+    table = Table("", "uncached generations", "minutes", "memory, at least", "at most", box=None)
+    for part in parts:
+        minutes = f"{part.generations * seconds / 60:.1f}"
+        table.add_row(part.name, f"{part.generations:.0f}", minutes, size(part.least), size(part.most))
+    console.print(table)

@@ -95,11 +95,7 @@ def price(
         CaptureError: there is no such call of the model, or it can only be captured by running it.
         PlanError: a plan does not fit the model or the call.
     """
-    binder = Binder(forward_parameters(original(model)), Names.of(timestep, latents))
-    by_position = () if isinstance(example_inputs, Mapping) else example_inputs
-    by_name = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
-    bound = binder.bind(by_position, by_name)
-    example = Example(CallSpec.of(binder, bound), binder.signature(bound)[1])
+    example = _example(model, example_inputs, Names.of(timestep, latents))
     given = example.spec.given_latents(example.tensors)
     roles = {name: _roles(name, plan, given) for name, plan in plans.items()}
     calls = max([calls, *map(len, roles.values())])
@@ -113,6 +109,25 @@ def price(
                 work *= calls
             found.append(_priced(name, plan, here, work))
     return tuple(found)
+
+
+def without_weights(
+    model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], names: Names
+) -> Program:
+    """A call's program that holds no weights; with them where the model looks at values that they make.
+
+    Raises:
+        CaptureError: there is no such call of the model.
+    """
+    return _Sized(original(model), _example(model, example_inputs, names), {}, split=False).program
+
+
+def _example(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], names: Names) -> Example:
+    binder = Binder(forward_parameters(original(model)), names)
+    by_position = () if isinstance(example_inputs, Mapping) else example_inputs
+    by_name = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    bound = binder.bind(by_position, by_name)
+    return Example(CallSpec.of(binder, bound), binder.signature(bound)[1])
 
 
 def cheapest(prices: Sequence[Price]) -> tuple[Price, ...]:

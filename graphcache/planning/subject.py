@@ -63,18 +63,13 @@ def describe(engine: Engine, inputs: Mapping[str, Any], conditional: str | None)
         for b in step.block_branches
     ]
     total, result = graph_flops(step), sum(storage_bytes(value_of(node)) for node in step.results())
-    ranges = []
-    for name, first, last in dict.fromkeys(_bounds(depths, step.blocks) for depths in RANGES if step.blocks):
-        try:
-            left, kept = _reused(program, name)
-        except PlanError:
-            continue
+    found = ranges(program)
+    for (name, first, last), (left, kept) in found.items():
         spent = sum(seconds[b.name] for b in step.branches if first <= b.block <= last)
-        ranges.append((name, first, last))
         sites.append(Site(name, "range", total - left, kept, spent))
     sites.append(Site(OUTPUT, "output", total, result, seconds[OUTPUT]))
     sites.append(Site(GUIDANCE, "guidance", total // 2, result // 2, seconds[OUTPUT] / 2))
-    return Subject(program.fingerprint, tuple(sites), tuple(ranges), total, inputs)
+    return Subject(program.fingerprint, tuple(sites), tuple(found), total, inputs)
 
 
 def _reused(program: Program, name: str) -> tuple[int, int]:
@@ -95,6 +90,17 @@ def _token_bytes(flow: Dataflow, branch: Branch) -> int:
     except PlanError:
         return 0
     return sum(storage_bytes(value_of(node)) for node in (cut.value, *cut.memory))
+
+
+def ranges(program: Program) -> dict[tuple[str, int, int], tuple[int, int]]:
+    """The ranges of blocks that can be cached: FLOPs of a step that reuses one, and the bytes kept for it."""
+    found, blocks = {}, program.step.blocks
+    for bounds in dict.fromkeys(_bounds(depths, blocks) for depths in RANGES if blocks):
+        try:
+            found[bounds] = _reused(program, bounds[0])
+        except PlanError:
+            continue
+    return found
 
 
 def _bounds(depths: tuple[float, float], blocks: int) -> tuple[str, int, int]:

@@ -1,6 +1,7 @@
 """The command `auto`: from a folder and prompts to a plan, in one call that may be interrupted."""
 
 import json
+import re
 from pathlib import Path
 
 import diffusers
@@ -13,6 +14,7 @@ from typer.testing import CliRunner, Result
 import graphcache
 from graphcache.cli.main import app
 from graphcache.planning.comparison import load_rows
+from graphcache.planning.rivals import rivals
 from pipelines import PIPELINES
 
 FACTORY = """
@@ -31,8 +33,9 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
-def run(folder: Path, *arguments: str) -> Result:
+def run(folder: Path, *arguments: str, rivals: str = "--no-rivals") -> Result:
     options = (
+        rivals,
         "--output",
         str(folder),
         "--backend",
@@ -85,8 +88,9 @@ def test_a_folder_and_prompts_give_a_plan_and_a_report(tmp_path: Path) -> None:
         str(tmp_path / "prompts.txt"),
     )
     result = run(
-        tmp_path / "out", saved(tmp_path / "pipe"), *given, "--conditional", "last", "--speedup", "1.3"
-    )
+        tmp_path / "out", saved(tmp_path / "pipe"), *given, "--conditional", "last", "--speedup", "1.3",
+        rivals="--rivals",
+    )  # fmt: skip
     assert result.exception is None, result.exception
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     profile = graphcache.load_profile(tmp_path / "out" / "profile.json")
@@ -94,9 +98,18 @@ def test_a_folder_and_prompts_give_a_plan_and_a_report(tmp_path: Path) -> None:
     plan = graphcache.Plan.load(tmp_path / "out" / "tuned.txt")
     assert plan.steps == 6
     assert plan.graph == profile.provenance.graph
-    names = {row.name for row in load_rows(tmp_path / "out" / "comparison.json")}
-    assert {"found", "fora", "taylorseer", "5 steps"} < names
+    rows = {row.name: row for row in load_rows(tmp_path / "out" / "comparison.json")}
+    assert {"found", "fora", "taylorseer", "5 steps"} < rows.keys()
+    kinds = {row.kind for name, row in rows.items() if name in rivals()}
+    assert kinds == {"rival"}
+    for name in rivals():
+        ran = rows[name].failure is None
+        assert ran == (rows[name].psnr is not None) == (rows[name].speedup > 0)
+        assert (f"{name} does not run here: " in result.output) != ran
+    assert "PixArtTransformer2DModel has no enable_cache" in str(rows["FirstBlockCache"].failure)
     assert "One generation takes" in result.output
+    for part in ("profile", "search", "tune", "compare"):
+        assert re.search(rf"{part} +\d+ +[\d.]+ +[\d.]+ \w+ +[\d.]+ \w+", result.output), result.output
     assert f'plan = graphcache.Plan.load("{tmp_path / "out" / "tuned.txt"}")' in result.output
 
 

@@ -384,8 +384,8 @@ def test_auto_finds_tunes_and_applies_a_plan(mode: str | None, tmp_path: Path) -
     (summary,) = made.model.summary().branches
     assert summary.ideal_speedup >= 1.5
     assert restore(made.model) is model
-    assert told[0] == "profiling, sample 0 of 3"
-    assert told[-1] == "checking"
+    assert told[0] == "profile, 0 of 3"
+    assert told[-1] == "check"
 
 
 def test_auto_wants_a_sample_to_judge_by() -> None:
