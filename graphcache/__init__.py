@@ -9,6 +9,7 @@ from graphcache.planning.comparison import compare
 from graphcache.planning.profile import Profile
 from graphcache.planning.profile_file import load_profile, save_profile
 from graphcache.planning.profiling import profile
+from graphcache.planning.resampling import Resampler
 from graphcache.planning.sampling import Sampling
 from graphcache.planning.search import search
 from graphcache.planning.tuning import tune, with_corrections
@@ -21,6 +22,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Profile",
+    "Resampler",
     "Sampling",
     "StateError",
     "auto",

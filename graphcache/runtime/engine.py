@@ -64,7 +64,7 @@ class Engine:
         self.caller = Caller()
         self.driver = Driver(pipe=pipe, caller=self.caller)
         self.scopes = Scopes(Surroundings(self.new_session(self.driver)))
-        self.plans = Plans(options.plan)
+        self.plans = Plans(options.plan, options.resample)
         self.given = model
         self.timesteps_before: Any = None
         self.outer: Any = None

@@ -8,6 +8,7 @@ from graphcache.compiler.backends import Backend
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import UNNAMED, Names
 from graphcache.passes.base import Observer
+from graphcache.runtime.plans import Resample
 
 SIGNATURES = 8
 """Captures that are kept where nobody says how many."""
@@ -28,4 +29,5 @@ class Options:
     regions: Literal["auto"] | bool = "auto"
     sizes: Literal["auto", "fixed", "any"] = "auto"
     max_cache_bytes: int | None = None
+    resample: Resample | None = None
     names: Names = UNNAMED

@@ -17,6 +17,7 @@ from graphcache.runtime.likeness import alike
 from graphcache.runtime.options import SIGNATURES, Options
 from graphcache.runtime.parts import denoisers, modules
 from graphcache.runtime.passed_by import say_if_passed_by, timesteps_of
+from graphcache.runtime.plans import Resample
 from graphcache.runtime.summary import Summary, summarise
 from graphcache.runtime.surroundings import Around, OpenSession
 from graphcache.runtime.warmup import warm_up
@@ -135,6 +136,7 @@ def transform(
     regions: Literal["auto"] | bool = "auto",
     sizes: Literal["auto", "fixed", "any"] = "auto",
     max_cache_bytes: int | None = None,
+    resample: Resample | None = None,
 ) -> Target:
     """Make a model, or the denoisers of a diffusers pipeline, run under a plan.
 
@@ -144,7 +146,7 @@ def transform(
             original stays as it is; both share their weights. The scheduler of whatever pipeline calls tells
             the step; a loop outside of any pipeline follows that of the one given here.
         plan: what each site does at each step. For a generation with another number of steps a preset is
-            evaluated anew, any other plan resampled; the log says so once.
+            evaluated anew, any other plan resampled (see `resample`); the log says so once.
         backend: None runs the graphs as they are, or compiles them with what the model was compiled with;
             "inductor" or any torch.compile backend compiles each phase without a break (see `regions`); a
             mapping holds torch.compile's own keyword arguments. Under {"mode": "reduce-overhead"}, CUDA
@@ -188,6 +190,9 @@ def transform(
         max_cache_bytes: how much the caches of a generation may take on the device, all its branches
             together. A branch for which too little is left keeps its cache in host memory, as by `offload`;
             where that does not help, its first call is refused, and told a plan that would fit.
+        resample: makes the plan for a generation of another number of steps, once for each;
+            `graphcache.Resampler(profile)` searches one, as fast as the given plan, by the profile that this
+            was found by.
 
     Returns:
         An instance of the model's class, or the pipeline.
@@ -212,6 +217,7 @@ def transform(
         regions=regions,
         sizes=sizes,
         max_cache_bytes=max_cache_bytes,
+        resample=resample,
         names=Names.of(timestep, latents),
     )
     named = (parts,) if isinstance(parts, str) else tuple(parts)

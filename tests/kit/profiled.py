@@ -1,6 +1,7 @@
 """Profiles of the linear model, and how much memory they take."""
 
 from collections.abc import Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +20,13 @@ def profiled(
     conditional = mode if mode in ("first", "last") else None
     options = {"sampler": Sampler(mode), "probes": 1, "conditional": conditional, **options}
     return graphcache.profile(linear(depth), samples, steps=3, **options)
+
+
+@cache
+def of_steps(steps: int, mode: str | None = "first") -> Profile:
+    """Of two samples of so many steps, effects over all of them."""
+    given: Any = {"conditional": mode, "window": steps - 1, "probes": 2}
+    return graphcache.profile(linear(2), [1, 2], steps=steps, sampler=Sampler(mode), **given)
 
 
 def needs(mode: str | None = None, **options: Any) -> Needs:

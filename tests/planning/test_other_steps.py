@@ -1,6 +1,5 @@
 """A profile at another number of steps: nearly what one at that number would say, where values are smooth."""
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -9,16 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import graphcache
-from graphcache import GraphCacheError, Profile
+from graphcache import GraphCacheError
 from graphcache.planning.other_steps import at_steps
 from linear import Sampler, linear
+from profiled import of_steps as profiled
 from strategies import QUICK
-
-
-@cache
-def profiled(steps: int, mode: str | None = "first") -> Profile:
-    given: Any = {"conditional": mode, "window": steps - 1, "probes": 2}
-    return graphcache.profile(linear(2), [1, 2], steps=steps, sampler=Sampler(mode), **given)
 
 
 @pytest.mark.parametrize(("before", "after"), [(32, 16), (32, 12), (12, 17)])
