@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import networkx
 from torch import fx
 
 from graphcache.analysis import ops
@@ -121,6 +120,8 @@ def _produced(flow: Dataflow, source: fx.Node, branch: fx.Node) -> fx.Node:
 def _immediate_dominators(flow: Dataflow, source: fx.Node, target: fx.Node) -> dict[fx.Node, fx.Node]:
     members = flow.between(source, target)
     inside = set(members)
+    import networkx
+
     graph: networkx.DiGraph[fx.Node] = networkx.DiGraph()
     graph.add_edges_from((node, user) for node in members for user in node.users if user in inside)
     return dict(networkx.immediate_dominators(graph, source))

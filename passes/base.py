@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
 from graphcache.ir.errors import CaptureError, GraphCacheError
 from graphcache.ir.graph import StepGraph
 
@@ -26,6 +24,8 @@ def run(passes: Sequence[Pass], step: StepGraph, observers: Sequence[Observer] =
     Raises:
         CaptureError: a pass would compare sizes that depend on values.
     """
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
     for item in passes:
         name = type(item).__name__
         try:

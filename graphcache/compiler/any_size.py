@@ -3,17 +3,19 @@
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from graphcache.analysis.size_expressions import Column, Expression, Expressions, expressions
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.sizes import layout_with, with_sizes
-from graphcache.libraries.torch_private import ConstantSource, FakeTensorMode
+from graphcache.libraries.torch_private import FakeTensorMode
+
+if TYPE_CHECKING:  # sympy takes half a second to import
+    import sympy
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 log = logging.getLogger("graphcache")
 
@@ -40,7 +42,7 @@ class AnySize:
     code: Callable[..., Sequence[torch.Tensor]]
     columns: tuple[Column, ...]
     found: Expressions
-    free: tuple[sympy.Symbol, ...]
+    free: "tuple[sympy.Symbol, ...]"
     guards: tuple[Any, ...]
 
     def numbers(self, sizes: Sizes) -> tuple[int, ...] | None:
@@ -54,6 +56,8 @@ class AnySize:
         given = tuple(value for value, unit in zip(values, units, strict=True) if unit.made is None)
         if self.found.values(given) != values:
             return None
+        import sympy
+
         symbols = dict(zip(self.free, map(sympy.Integer, given), strict=True))
         return given if all(guard.xreplace(symbols) == sympy.true for guard in self.guards) else None
 
@@ -124,6 +128,8 @@ def _made(
     columns: tuple[Column, ...], module: fx.GraphModule, fed: Sequence[torch.Tensor], compile_: Compile
 ) -> AnySize:
     """Code for graphs of these sizes: those of the module are the latest ones."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     found = expressions(columns)
     environment = ShapeEnv(duck_shape=False)
     hints = [unit.column[-1] for unit in found.units if unit.made is None]
@@ -135,7 +141,11 @@ def _made(
     return AnySize(code, columns, found, symbols, guards)
 
 
-def _symbol(environment: ShapeEnv, name: str, hint: int) -> torch.SymInt:
+def _symbol(environment: "ShapeEnv", name: str, hint: int) -> torch.SymInt:
+    from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+    from graphcache.libraries.torch_compilers_private import ConstantSource
+
     source = ConstantSource(name)
     symbol = environment.create_symbol(hint, source, DimDynamic.DYNAMIC)
     size: Any = environment.create_symintnode(symbol, hint=hint, source=source)

@@ -1,4 +1,7 @@
-"""What compiles graphs: torch.compile's backends, as they are chosen, adopted and called."""
+"""What compiles graphs: torch.compile's backends, as they are chosen, adopted and called.
+
+PyTorch's compilers are imported where they are used: a packaged model runs without them.
+"""
 
 import copy
 import inspect
@@ -11,18 +14,7 @@ import torch
 from torch import fx, nn
 
 from graphcache.ir.errors import CaptureError, GraphCacheError
-from graphcache.libraries.torch_private import (
-    OptimizedModule,
-    compiled_call,
-    compiled_module,
-    dynamo_options,
-    error_on_graph_break,
-    get_eval_frame_callback,
-    inductor_config,
-    innermost_backend,
-    list_mode_options,
-    standalone_compile,
-)
+from graphcache.libraries.torch_private import compiled_call, compiled_module, get_eval_frame_callback
 
 _AS_FULLGRAPH = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
 
@@ -47,6 +39,8 @@ def inductor(
     backend: Backend, dynamic_shapes: str, module: fx.GraphModule, examples: Sequence[Any]
 ) -> Compiled:
     """Inductor's own code, without gradients: torch.compile adds 100 µs to each call of it."""
+    from graphcache.libraries.torch_compilers_private import standalone_compile
+
     options = _options(backend)
     code: Compiled = standalone_compile(
         module,
@@ -77,6 +71,8 @@ def as_one_graph() -> Iterator[None]:
     torch.compile's own fullgraph counts frames in a variable that all threads share, and then takes a call
     for one that was not compiled.
     """
+    from graphcache.libraries.torch_compilers_private import dynamo_options, error_on_graph_break
+
     with error_on_graph_break(True), dynamo_options(_AS_FULLGRAPH):
         yield
 
@@ -127,6 +123,8 @@ def replays_cuda_graphs(backend: Backend) -> bool:
     """Whether code runs as CUDA graphs, whose inputs and results lie where they were recorded."""
     compiler = arguments(backend)["backend"]
     if compiler == "inductor":
+        from graphcache.libraries.torch_compilers_private import inductor_config
+
         return bool(_options(backend).get("triton.cudagraphs", inductor_config.triton.cudagraphs))
     # a model that was compiled before brings Inductor as an object that holds its options
     return bool(getattr(compiler, "config", {}).get("triton.cudagraphs"))
@@ -146,9 +144,11 @@ def prior_compilation(model: nn.Module) -> Backend:
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, Backend]:
     """The module behind torch.compile(module), and what it was compiled with."""
-    if isinstance(model, OptimizedModule):
-        return compiled_module(model), _innermost(model.dynamo_ctx.callback)
-    return model, None
+    module = compiled_module(model)
+    if module is None:
+        return model, None
+    wrapper: Any = model
+    return module, _innermost(wrapper.dynamo_ctx.callback)
 
 
 def active_compilation() -> Backend:
@@ -163,6 +163,8 @@ def compiled_by_blocks(model: nn.Module) -> bool:
 
 
 def _innermost(callback: Any) -> Backend:
+    from graphcache.libraries.torch_compilers_private import innermost_backend
+
     backend: Any = innermost_backend(callback)
     if getattr(backend, "compiler_name", None) != "inductor":
         return backend  # type: ignore[no-any-return]
@@ -183,6 +185,8 @@ def _options(backend: Backend) -> dict[str, Any]:
 
 def freezes(backend: Backend) -> bool:
     """Whether weights become constants of the code."""
+    from graphcache.libraries.torch_compilers_private import inductor_config
+
     return bool(_options(backend).get("freezing", inductor_config.freezing))
 
 
@@ -191,5 +195,7 @@ def _mode_options(given: dict[str, Any]) -> dict[str, Any]:
     mode = given.pop("mode", None)
     if mode is None:
         return {}
+    from graphcache.libraries.torch_compilers_private import list_mode_options
+
     found: dict[str, Any] = list_mode_options(mode)
     return found

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.history import History
@@ -269,15 +268,23 @@ def layout(tensor: torch.Tensor) -> tuple[Any, ...]:
 def same_sizes(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
     """Whether sizes are known to be equal; of those that depend on data that may be unknown."""
     return len(ours) == len(theirs) and all(
-        statically_known_true(one == other) for one, other in zip(ours, theirs, strict=True)
+        _is_known(one == other) for one, other in zip(ours, theirs, strict=True)
     )
 
 
 def may_be_same_sizes(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
     """Whether sizes are not known to differ."""
     return len(ours) == len(theirs) and not any(
-        statically_known_true(one != other) for one, other in zip(ours, theirs, strict=True)
+        _is_known(one != other) for one, other in zip(ours, theirs, strict=True)
     )
+
+
+def _is_known(claim: Any) -> bool:
+    if isinstance(claim, bool):
+        return claim
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(claim)
 
 
 def has_symbolic_shapes(step: StepGraph) -> bool:

@@ -7,9 +7,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-from graphcache.libraries.torch_private import EXPORT_LOG, FAKE_TENSOR_LOG
+from graphcache.libraries.torch_private import FAKE_TENSOR_LOG
 
-_EXPORTING = ("torch.export", EXPORT_LOG, "torch.fx.experimental.symbolic_shapes")
+_EXPORTING = ("torch.export", "torch.fx.experimental.symbolic_shapes")
 
 
 @contextlib.contextmanager
@@ -22,7 +22,9 @@ def quiet_shapes() -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_tracing() -> Iterator[None]:
     """What fails is told by one error: PyTorch's log says it too, unless it was asked to by TORCH_LOGS."""
-    names = () if os.environ.get("TORCH_LOGS") else (FAKE_TENSOR_LOG, *_EXPORTING)
+    from graphcache.libraries.torch_compilers_private import EXPORT_LOG
+
+    names = () if os.environ.get("TORCH_LOGS") else (FAKE_TENSOR_LOG, EXPORT_LOG, *_EXPORTING)
     with _disabled(*names), warnings.catch_warnings():
         # of copies that PyTorch makes of its own structures
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)

@@ -1,10 +1,12 @@
-"""Every private name of PyTorch that graphcache uses, and why.
+"""Every private name of PyTorch that graphcache uses, and why; those of its compilers apart.
 
 All are looked for when graphcache is imported, so that a version of PyTorch without one of them is told then.
+PyTorch's compilers take a second to import: see `torch_compilers_private`.
 The tables of a module, `MODULE_TABLES` and `FORWARD_HOOKS`, may be read by their names anywhere: modules are
 saved with them, and everyone's extensions read them.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,17 +25,11 @@ COMPILED_CALL = "_compiled_call_impl"
 """What Module.compile() leaves on a module: tells its backend, and is put aside by tracing."""
 
 with names_of("torch"):
+    # torch.compiler.disable(recursive=False) would fail while another thread exports
+    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+
     # what a torch.compile region around a model compiles with
     from torch._C._dynamo.eval_frame import get_eval_frame_callback as get_eval_frame_callback
-
-    # what torch.compile(module) returns
-    from torch._dynamo import OptimizedModule as OptimizedModule
-
-    # the backend that a user chose, behind what Dynamo puts around it
-    from torch._dynamo.eval_frame import innermost_backend as innermost_backend
-
-    # where the symbol of a size comes from
-    from torch._dynamo.source import ConstantSource as ConstantSource
 
     # operations with inner graphs, which are refused or inlined
     from torch._ops import HigherOrderOperator as HigherOrderOperator
@@ -107,28 +103,18 @@ with names_of("torch"):
     # a model is called as it is, whatever watches operations around it
     disable_current_modes: Any = torch.utils._python_dispatch._disable_current_modes
 
-    # a phase is compiled as one graph
-    dynamo_options: Any = torch._dynamo.config.patch
-    error_on_graph_break: Any = torch._dynamo.error_on_graph_break
-    # torch.compile's `mode` spelt out, and whether CUDA graphs are on for all
-    list_mode_options: Any = torch._inductor.list_mode_options
-    inductor_config: Any = torch._inductor.config
-    # Inductor's code for one graph without torch.compile's way to it, which takes longer than a small region
-    standalone_compile: Any = torch._inductor.standalone_compile
-    # where PyTorch logs which sizes it takes for constants
-    from torch._export import non_strict_utils as _non_strict
-
-    # torch.compiler.disable(recursive=False) would fail while another thread exports
-    skip_frame: Any = torch._dynamo.decorators.skip
-
-EXPORT_LOG: str = _non_strict.__name__
 FAKE_TENSOR_LOG = FakeTensor.__module__
 """Where PyTorch logs what does not fit, which is expected while sizes are tried."""
 
 
-def compiled_module(wrapper: OptimizedModule) -> nn.Module:
-    """The module behind torch.compile(module), which transform works on."""
+def compiled_module(wrapper: nn.Module) -> nn.Module | None:
+    """The module behind torch.compile(module), which transform works on; None for any other module."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return None
     with names_of("torch"):
+        if not isinstance(wrapper, dynamo.OptimizedModule):
+            return None
         module: nn.Module = wrapper._orig_mod
     return module
 
@@ -138,6 +124,7 @@ def skip(function: Any, reason: str) -> Any:
 
     The reason is what torch.compile says where it is asked for one graph, if it knows the attribute.
     """
-    skipped: Any = skip_frame(function)
-    skipped._torchdynamo_disable_msg = reason
-    return skipped
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.DEFAULT))
+    function._torchdynamo_disable = True
+    function._torchdynamo_disable_msg = reason
+    return function

@@ -7,7 +7,6 @@ import traceback
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from graphcache.libraries.torch_private import (
     DataDependentOutputException,
@@ -18,7 +17,6 @@ from graphcache.libraries.torch_private import (
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 _OWN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 _STANDARD = os.path.join(sysconfig.get_path("stdlib"), "")
-_ON_VALUES = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 _UNKNOWN = re.compile(r"\bz?u[uf]?\d+\b|\bSym(Int|Float|Bool)\b")
 """How PyTorch names numbers that depend on values."""
 _NO_MEMORY = re.compile(r"data pointer|\.numpy\(\)|data is not allocated|'meta' device|meta tensor")
@@ -54,6 +52,13 @@ def because(error: BaseException) -> str:
     return f"{user_line(error)}: {_reason(error)}"
 
 
+def _is_on_values(error: BaseException) -> bool:
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    kinds = GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException
+    return isinstance(error, kinds)
+
+
 def _raised(error: BaseException) -> BaseException:
     return error.__cause__ or error if isinstance(error, Stopped) else error
 
@@ -66,7 +71,7 @@ BRANCHES = (
 
 def _advice(error: BaseException, is_own: bool) -> str:
     text = str(error)
-    if isinstance(error, _ON_VALUES) or _UNKNOWN.search(text):
+    if _is_on_values(error) or _UNKNOWN.search(text):
         return BRANCHES
     if isinstance(error, UnsupportedOperatorException):
         return (
@@ -90,7 +95,7 @@ def _reason(error: BaseException) -> str:
     """The first line of what PyTorch or the model says, and who says it."""
     text = re.split(r"\n| \(unhinted| If you're using", str(error).strip())[0].removesuffix(".")
     kind = type(error).__name__
-    return text if isinstance(error, _ON_VALUES) and text else f"{kind}: {text}" if text else kind
+    return text if _is_on_values(error) and text else f"{kind}: {text}" if text else kind
 
 
 def user_line(error: BaseException) -> str:

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 from torch import fx, nn
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
@@ -25,6 +24,9 @@ from graphcache.tracing.numeric_time import run_as_tensors
 from graphcache.tracing.plain_tensors import Originals
 from graphcache.tracing.rehearsal import rehearse
 from graphcache.tracing.undisturbed import undisturbed
+
+if TYPE_CHECKING:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Symbolic:
     step: StepGraph
     output: OutputSpec
     guards: str
-    environment: ShapeEnv
+    environment: "ShapeEnv"
 
     @staticmethod
     def of(model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor]) -> "Symbolic":

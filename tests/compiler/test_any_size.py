@@ -15,10 +15,11 @@ import graphcache
 from counted import PLAN, PLANS, compilations, generation
 from graphcache import GraphCacheError, presets
 from graphcache.analysis.size_expressions import expressions
-from graphcache.compiler import any_size, backends, code
+from graphcache.compiler import any_size, code
 from graphcache.compiler.compilations import EVERYONES, EVERYONES_FAMILIES
 from graphcache.compiler.symbolic_captures import SymbolicCaptures
 from graphcache.ir.sizes import skeleton
+from graphcache.libraries import torch_compilers_private
 from reference import assert_same
 from seeding import Run
 from sized import Sizes, subject
@@ -99,7 +100,7 @@ def test_code_lives_as_long_as_a_model_that_uses_it() -> None:
 
 def test_regions_are_compiled_for_any_size() -> None:
     model = tiny(6)
-    with compilations() as made, patch.object(backends, "standalone_compile", _forward):
+    with compilations() as made, patch.object(torch_compilers_private, "standalone_compile", _forward):
         cached = graphcache.transform(model, PLAN, backend="inductor", regions=True)
         runs = [made.since(lambda at=at: generation(cached, tokens=at)) for at in (3, 4, 5, 9)]
         assert [run[1] > 0 for run in runs] == [False, True, False, False]

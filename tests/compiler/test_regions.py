@@ -16,10 +16,10 @@ from torch._dynamo.utils import counters
 import graphcache
 from graphcache import GraphCacheError, presets
 from graphcache.analysis.repeats import LEAST, Repeats, find_repeats
-from graphcache.compiler import backends
 from graphcache.compiler.compilations import EVERYONES
 from graphcache.compiler.flat import flattened, weights_of
 from graphcache.compiler.regions import regions
+from graphcache.libraries import torch_compilers_private
 from inside import programs_of
 from reference import assert_same, subject
 from strategies import QUICK
@@ -50,7 +50,9 @@ def compiled(run: Any) -> tuple[Any, int]:
 
 def counted() -> Any:
     """Inductor's calls for single regions."""
-    return patch.object(backends, "standalone_compile", wraps=backends.standalone_compile)
+    return patch.object(
+        torch_compilers_private, "standalone_compile", wraps=torch_compilers_private.standalone_compile
+    )
 
 
 PLANS = {
