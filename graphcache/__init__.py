@@ -4,6 +4,8 @@ from graphcache import importers, presets
 from graphcache.cost.pricing import price
 from graphcache.ir.errors import CaptureError, GraphCacheError, PlanError, StateError
 from graphcache.ir.plan import Plan
+from graphcache.packaging.loading import load
+from graphcache.packaging.writing import package
 from graphcache.planning.automatic import auto
 from graphcache.planning.comparison import compare
 from graphcache.planning.profile import Profile
@@ -29,7 +31,9 @@ __all__ = [
     "compare",
     "importers",
     "inspect",
+    "load",
     "load_profile",
+    "package",
     "presets",
     "price",
     "profile",

@@ -29,6 +29,7 @@ from graphcache.cli.automatic import auto
 from graphcache.cli.benching import bench
 from graphcache.cli.console import console
 from graphcache.cli.measuring import add_commands
+from graphcache.cli.packaging import package
 from graphcache.cli.pricing import price
 from graphcache.cli.sources import Placement, load_model
 from graphcache.cli.warming import warmup
@@ -194,7 +195,7 @@ def _numbers(text: str) -> list[Value]:
 
 
 add_commands(app)
-for command in (auto, price, bench, warmup):
+for command in (auto, price, bench, warmup, package):
     app.command()(command)
 
 

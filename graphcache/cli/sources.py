@@ -156,6 +156,20 @@ def load_calls(
     return _from_pipeline(Path(name), calls, placement)
 
 
+def load_model_for(
+    name: str, inputs: str | None, calls: Sequence[Mapping[str, Any]], placement: Placement
+) -> tuple[nn.Module, list[Mapping[str, Any]]]:
+    """A model, and arguments of one of its calls for each of a pipeline's, or of the one that it comes with.
+
+    Raises:
+        GraphCacheError: see `load_model` and `load_calls`.
+    """
+    if len(calls) > 1:
+        return load_calls(name, calls, placement)
+    model, only = load_model(name, inputs, calls[0] if calls else None, placement)
+    return model, [only]
+
+
 def _from_pipeline(
     folder: Path, calls: Sequence[Mapping[str, Any]], placement: Placement
 ) -> tuple[nn.Module, list[Mapping[str, Any]]]:

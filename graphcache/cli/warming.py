@@ -31,7 +31,7 @@ from graphcache.cli.arguments import (
     regions_argument,
 )
 from graphcache.cli.console import console
-from graphcache.cli.sources import Placement, load_calls, load_model
+from graphcache.cli.sources import Placement, load_model_for
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import write_bytes
@@ -60,12 +60,8 @@ def warmup(
     """Capture and compile what a plan needs: later processes find the code in PyTorch's cache on disk."""
     if threads:
         torch.set_num_threads(threads)
-    placement, wanted = Placement(device, dtype), [json_argument(text) or {} for text in call or []]
-    if len(wanted) > 1:
-        module, calls = load_calls(model, wanted, placement)
-    else:
-        module, only = load_model(model, inputs, wanted[0] if wanted else None, placement)
-        calls = [only]
+    wanted = [json_argument(text) or {} for text in call or []]
+    module, calls = load_model_for(model, inputs, wanted, Placement(device, dtype))
     began, worked = time.perf_counter(), time.process_time()
     made: Any = transform(
         module,

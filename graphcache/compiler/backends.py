@@ -18,21 +18,30 @@ from graphcache.libraries.torch_private import compiled_call, compiled_module, g
 
 _AS_FULLGRAPH = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
 
+AOT = "aot"
+"""The backend that compiles graphs ahead of time, by AOTInductor."""
+
 Backend = str | Callable[..., Any] | Mapping[str, Any] | None
 """None runs the graph as it is; a name or callable is torch.compile's `backend`; a mapping holds
-torch.compile's keyword arguments, such as {"backend": "inductor", "options": {"cpp_wrapper": True}}."""
+torch.compile's keyword arguments, such as {"backend": "inductor", "options": {"cpp_wrapper": True}}. "aot" is
+AOTInductor's native code."""
 
 Compiled = Callable[..., Sequence[torch.Tensor]]
 
 
 def refuse_unknown(backend: Backend) -> None:
     """Raise GraphCacheError if torch.compile takes no such backend or options."""
-    if backend is None:
+    if backend is None or is_ahead(backend):
         return
     try:
         compiled(nn.Identity(), backend, guarded=True)
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         raise GraphCacheError(f"backend={backend!r} is nothing that torch.compile takes: {error}") from error
+
+
+def is_ahead(backend: Backend) -> bool:
+    """Whether graphs are compiled ahead of time."""
+    return bool(arguments(backend)["backend"] == AOT)
 
 
 def inductor(
@@ -41,7 +50,7 @@ def inductor(
     """Inductor's own code, without gradients: torch.compile adds 100 µs to each call of it."""
     from graphcache.libraries.torch_compilers_private import standalone_compile
 
-    options = _options(backend)
+    options = inductor_options(backend)
     code: Compiled = standalone_compile(
         module,
         list(examples),
@@ -81,7 +90,9 @@ def compile_plainly(model: nn.Module, backend: Backend) -> Callable[..., Any]:
     """The untouched model under torch.compile as a user would call it, to compare with."""
     if backend is None:
         return model
-    compiled = torch.compile(model, dynamic=False, **arguments(backend))
+    # what is compiled ahead of time is a graph, and not a model
+    given = {**arguments(backend), "backend": "inductor"} if is_ahead(backend) else arguments(backend)
+    compiled = torch.compile(model, dynamic=False, **given)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         # nothing is kept from call to call; once someone marks generations, PyTorch waits for marks
@@ -125,7 +136,7 @@ def replays_cuda_graphs(backend: Backend) -> bool:
     if compiler == "inductor":
         from graphcache.libraries.torch_compilers_private import inductor_config
 
-        return bool(_options(backend).get("triton.cudagraphs", inductor_config.triton.cudagraphs))
+        return bool(inductor_options(backend).get("triton.cudagraphs", inductor_config.triton.cudagraphs))
     # a model that was compiled before brings Inductor as an object that holds its options
     return bool(getattr(compiler, "config", {}).get("triton.cudagraphs"))
 
@@ -177,7 +188,7 @@ def arguments(backend: Backend) -> dict[str, Any]:
     return {"backend": "inductor", **given}
 
 
-def _options(backend: Backend) -> dict[str, Any]:
+def inductor_options(backend: Backend) -> dict[str, Any]:
     """Those of Inductor, with those of its mode."""
     given = arguments(backend)
     return {**_mode_options(given), **(given.get("options") or {})}
@@ -187,7 +198,7 @@ def freezes(backend: Backend) -> bool:
     """Whether weights become constants of the code."""
     from graphcache.libraries.torch_compilers_private import inductor_config
 
-    return bool(_options(backend).get("freezing", inductor_config.freezing))
+    return bool(inductor_options(backend).get("freezing", inductor_config.freezing))
 
 
 def _mode_options(given: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
+from graphcache.compiler.ahead import following
 from graphcache.compiler.any_size import Family, Sizes
 from graphcache.compiler.backends import (
     Backend,
@@ -17,6 +18,8 @@ from graphcache.compiler.backends import (
     compiled,
     freezes,
     inductor,
+    inductor_options,
+    is_ahead,
     replays_cuda_graphs,
 )
 from graphcache.compiler.flat import flattened, weights_of
@@ -150,13 +153,18 @@ class _Code:
         known = self.kept.find(key, self.backend, takes) if self.kept else None
         if known is not None:
             return known
-        # torch.compile finds code again by a forward's code object, so that other inputs need another one
-        module = fx.GraphModule(self.module, self.module.graph) if gradients else self.module
-        code = self._of_any_size(module, self._fed)
-        code = code or compiled(module, self.backend, has_symbolic_shapes(self.step))
+        code = self._compiled(gradients)
         if self.kept:
             self.kept.keep(key, self.backend, takes, code, self.step.opaque)
         return code
+
+    def _compiled(self, gradients: Gradients) -> Compiled:
+        if is_ahead(self.backend):
+            return following(self.step, inductor_options(self.backend))
+        # torch.compile finds code again by a forward's code object, so that other inputs need another one
+        module = fx.GraphModule(self.module, self.module.graph) if gradients else self.module
+        code = self._of_any_size(module, self._fed)
+        return code or compiled(module, self.backend, has_symbolic_shapes(self.step))
 
     @property
     def _fed(self) -> list[torch.Tensor]:

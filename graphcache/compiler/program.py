@@ -14,7 +14,7 @@ from graphcache.analysis.fingerprint import fingerprint
 from graphcache.analysis.invariant import invariant_values
 from graphcache.analysis.liveness import lower
 from graphcache.analysis.ranges import cut_range
-from graphcache.analysis.tokens import TokenCut, memories, token_cuts
+from graphcache.analysis.tokens import memories, token_cuts
 from graphcache.compiler import pipeline
 from graphcache.compiler.backends import Backend
 from graphcache.compiler.captured import Captured, laid
@@ -152,11 +152,15 @@ class Program:
     def _flow(self) -> Dataflow:
         return Dataflow(self.captured.step)
 
-    def _cuts(self, plan: Plan, rows: Mapping[str, Row]) -> dict[str, TokenCut]:
-        """How the sites whose rows have token budgets run on some of their tokens."""
+    def _cut(
+        self, plan: Plan, rows: Mapping[str, Row]
+    ) -> tuple[tuple[Memory, ...], Mapping[str, tuple[int, int]]]:
+        """What the sites whose rows have token budgets need whole, and their rows and tokens."""
         symbols = {letter.symbol for letter in plan.letters if letter.is_tokens}
         budgeted = [name for name, row in rows.items() if not symbols.isdisjoint(row.actions)]
-        return token_cuts(self._flow, budgeted) if budgeted else {}
+        cuts = token_cuts(self._flow, budgeted) if budgeted else {}
+        tokens = {name: (cut.rows, cut.tokens) for name, cut in cuts.items()}
+        return memories(self.captured.step, cuts), tokens
 
     def schedule(self, plan: Plan, start: int = 0, role: Role = "only", shared: bool = False) -> Schedule:
         """The plan from a step on, lowered for this model and for calls of this role.
@@ -169,9 +173,9 @@ class Program:
                 self._refuse_other_model(plan)
                 step = self.captured.step
                 rows = resolve(plan, step.branches, step.blocks)
-                cuts = self._cuts(plan, rows.branches)
-                schedule = lower(plan, step.branches, rows, start, role, memories(step, cuts), shared)
-                self.tokens |= {name: (cut.rows, cut.tokens) for name, cut in cuts.items()}
+                operands, tokens = self._cut(plan, rows.branches)
+                schedule = lower(plan, step.branches, rows, start, role, operands, shared)
+                self.tokens |= tokens
                 if role == "doubled":
                     self._refuse_mixed(schedule)
                 if self.elsewhere is not None:
@@ -245,7 +249,7 @@ class Program:
 
     def flops(self, schedule: Schedule, index: int, hoists: bool) -> int:
         """Of one step of a schedule; `hoists`: with what is computed once per generation."""
-        once = graph_flops(self.prologue.step) if hoists and self.prologue else 0
+        once = self.prologue.flops if hoists and self.prologue else 0
         return once + self.phase(schedule, schedule.steps[index].phase).flops
 
     @property

@@ -28,5 +28,7 @@ with names_of("torch"):
     inductor_config: Any = torch._inductor.config
     # Inductor's code for one graph without torch.compile's way to it, which takes longer than a small region
     standalone_compile: Any = torch._inductor.standalone_compile
+    # a graph as native code, which is given its weights when it is loaded
+    aot_compile: Any = torch._inductor.aot_compile
 
 EXPORT_LOG: str = _non_strict.__name__

@@ -6,6 +6,7 @@ The tables of a module, `MODULE_TABLES` and `FORWARD_HOOKS`, may be read by thei
 saved with them, and everyone's extensions read them.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -100,6 +101,8 @@ with names_of("torch"):
 
     # export writes no code for modules that nobody calls
     use_lazy_graph_module: Any = torch.fx._lazy_graph_module._use_lazy_graph_module
+    # what runs code that was compiled ahead of time
+    AOT_RUNNERS: Any = torch._C._aoti
     # a model is called as it is, whatever watches operations around it
     disable_current_modes: Any = torch.utils._python_dispatch._disable_current_modes
 
@@ -128,3 +131,11 @@ def skip(function: Any, reason: str) -> Any:
     function._torchdynamo_disable = True
     function._torchdynamo_disable_msg = reason
     return function
+
+
+def aot_runner(device: str, library: str) -> Any:
+    """Runs what AOTInductor compiled for a kind of device; a PyTorch without that device has none."""
+    with names_of("torch"):
+        if device == "cpu":
+            return AOT_RUNNERS.AOTIModelContainerRunnerCpu(library, 1)
+        return AOT_RUNNERS.AOTIModelContainerRunnerCuda(library, 1, device, os.path.dirname(library))

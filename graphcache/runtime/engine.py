@@ -55,11 +55,13 @@ class Engine:
         spoken: what was said once and is not said again.
     """
 
-    def __init__(self, model: nn.Module, options: Options, pipe: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, options: Options, pipe: Any = None, maker: ProgramMaker | None = None
+    ) -> None:
         self.model = model
         self.options = options
-        self.spoken = Spoken()
-        self.maker = ProgramMaker(model, options, self.spoken)
+        self.maker = ProgramMaker(model, options, Spoken()) if maker is None else maker
+        self.spoken = self.maker.spoken
         self.binder = self.maker.binder
         self.caller = Caller()
         self.driver = Driver(pipe=pipe, caller=self.caller)

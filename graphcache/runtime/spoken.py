@@ -21,11 +21,16 @@ class Spoken:
             self._texts.add(text)
             log.warning("%s", text)
 
+    def of_preset(self, plan: Plan) -> None:
+        """Take it that what is to be said of a plan's preset was said."""
+        if plan.preset is not None:
+            self._presets.add(plan.preset.name)
+
     def of_coverage(self, plan: Plan, step: StepGraph) -> None:
         """Warn of a preset that speaks of little of what it is meant for, in this model."""
         if plan.preset is None or plan.preset.name in self._presets:
             return
-        self._presets.add(plan.preset.name)
+        self.of_preset(plan)
         for part in coverage(step, plan):
             if part.share < 0.5:
                 self.once(

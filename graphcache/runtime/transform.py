@@ -149,7 +149,8 @@ def transform(
             evaluated anew, any other plan resampled (see `resample`); the log says so once.
         backend: None runs the graphs as they are, or compiles them with what the model was compiled with;
             "inductor" or any torch.compile backend compiles each phase without a break (see `regions`); a
-            mapping holds torch.compile's own keyword arguments. Under {"mode": "reduce-overhead"}, CUDA
+            mapping holds torch.compile's own keyword arguments. "aot" is native code by AOTInductor, whose
+            calls cost least and which takes longer to make. Under {"mode": "reduce-overhead"}, CUDA
             graphs, one generation at a time: the next one overwrites what this one has cached.
         example_inputs: arguments of one call. With them the capture happens now, and a plan that does not
             fit is an error now; without, at the first call.
@@ -289,9 +290,9 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def wrapped(model: nn.Module, engine: Engine) -> nn.Module:
+def wrapped(model: nn.Module, engine: Engine, base: type[Transformed] = Transformed) -> nn.Module:
     """A model that looks like another one and is run by an engine."""
-    made = alike(model, Transformed)
+    made = alike(model, base)
     engine.caller.attach(made)
     object.__setattr__(made, "_graphcache", engine)
     return made

@@ -34,7 +34,7 @@ def warm_up(engine: Engine, calls: Sequence[Call], plan: Plan, progress: bool) -
         task = bar.add_task("capturing", total=len(calls))
         wanted: list[tuple[BranchState, Sequence[torch.Tensor]]] = []
         for call in calls:
-            wanted += _branches(engine, call, plan)
+            wanted += branches_of(engine, call, plan)
             bar.advance(task)
         for state, _ in wanted:
             for index in range(len(state.schedule.phases)):
@@ -45,7 +45,7 @@ def warm_up(engine: Engine, calls: Sequence[Call], plan: Plan, progress: bool) -
                 bar.advance(task)
 
 
-def _branches(engine: Engine, call: Call, plan: Plan) -> list[tuple[BranchState, list[torch.Tensor]]]:
+def branches_of(engine: Engine, call: Call, plan: Plan) -> list[tuple[BranchState, list[torch.Tensor]]]:
     """The states of a call's branches, and its tensors: of both contexts where guidance makes two calls a
     step and neither is entered.
     """

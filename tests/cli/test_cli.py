@@ -21,6 +21,7 @@ from graphcache.cli.warming import starts
 from graphcache.cost.pricing import load_prices
 from graphcache.ir.plan import Plan
 from pipelines import PIPELINES
+from unbuilt import unbuilt
 from zoo import CASES
 
 FACTORY = """
@@ -265,6 +266,26 @@ def test_warmup_takes_a_pipelines_sizes(tmp_path: Path) -> None:
     assert result.exception is None, result.exception
     assert "2 sizes of calls" in result.output
     assert json.loads(target.read_text())["seconds"] > 0
+
+
+def test_package_takes_a_pipelines_sizes(tmp_path: Path) -> None:
+    PIPELINES["dit"].make().save_pretrained(tmp_path / "pipe")
+    calls = [json.dumps({"class_labels": labels, "guidance_scale": 1.0}) for labels in ([1], [1, 2])]
+    options = ("--plan", "fora:4", "--output", str(tmp_path / "made"))
+    with unbuilt():
+        result = run("package", str(tmp_path / "pipe"), *options, "--call", calls[0], "--call", calls[1])
+        assert result.exception is None, result.exception
+        pipe, other = PIPELINES["dit"].make(), PIPELINES["dit"].make()
+        pipe.transformer = graphcache.load(tmp_path / "made", trust=True)
+        graphcache.transform(other, presets.fora(4))
+        found, expected = (
+            made([1, 2], num_inference_steps=4, guidance_scale=1.0, output_type="np",
+                 generator=torch.Generator().manual_seed(0)).images
+            for made in (pipe, other)
+        )  # fmt: skip
+    assert "for 2 sizes of calls" in result.output
+    assert abs(found - expected).max() < 1e-4
+    assert len(pipe.transformer.summary().branches[0].steps) == 4
 
 
 @pytest.mark.parametrize(

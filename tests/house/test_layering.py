@@ -16,6 +16,7 @@ ROOMS = (
     "graphcache.presets",
     "graphcache.compiler",
     "graphcache.runtime",
+    "graphcache.packaging",
     "graphcache.cost",
     "graphcache.planning",
     "graphcache.page",

@@ -1,0 +1,200 @@
+"""What a package says of itself: JSON, of which nothing is executed."""
+
+import importlib.metadata
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+import torch
+
+from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.graph import (
+    Branch,
+    CacheRead,
+    CacheWrite,
+    Chosen,
+    Coefficients,
+    Hoisted,
+    InPort,
+    Input,
+    OutPort,
+    Output,
+    Table,
+)
+from graphcache.ir.schedule import Guided, Memory, Phase
+from graphcache.packaging.machine import Machine
+from graphcache.packaging.trees import dtype_name, dtype_named
+
+FORMAT = 1
+_PORTS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (Input, Hoisted, CacheRead, Coefficients, Table, Chosen, CacheWrite, Output)
+}
+
+
+class TensorLine(msgspec.Struct, frozen=True):
+    """A tensor without its values."""
+
+    dtype: str
+    shape: list[int]
+    stride: list[int]
+    device: str
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> "TensorLine":
+        return TensorLine(dtype_name(tensor.dtype), [*tensor.shape], [*tensor.stride()], str(tensor.device))
+
+    def empty(self) -> torch.Tensor:
+        """One such tensor, with any values."""
+        return torch.empty_strided(self.shape, self.stride, dtype=dtype_named(self.dtype), device=self.device)
+
+    def weightless(self) -> torch.Tensor:
+        """A tensor of this shape, dtype and device that takes no memory."""
+        return torch.empty((), dtype=dtype_named(self.dtype), device=self.device).expand(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}({', '.join(map(str, self.shape))})"
+
+
+class PortLine(msgspec.Struct):
+    """A port, and the tensor that goes through it."""
+
+    kind: str
+    fields: dict[str, Any]
+    tensor: TensorLine
+
+    @staticmethod
+    def of(port: InPort | OutPort, tensor: torch.Tensor) -> "PortLine":
+        return PortLine(type(port).__name__, msgspec.to_builtins(port), TensorLine.of(tensor))
+
+    def port(self) -> Any:
+        return msgspec.convert(self.fields, _PORTS[self.kind], strict=False)
+
+
+class GraphLine(msgspec.Struct):
+    """A compiled graph: its files, what it is fed and returns, and the weights by their names in it."""
+
+    files: list[str]
+    inputs: list[PortLine]
+    outputs: list[PortLine]
+    flops: int
+    weights: dict[str, str]
+
+
+class PhaseLine(msgspec.Struct):
+    """A phase of plans, and its code."""
+
+    phase: Phase
+    ranges: list[tuple[str, int, int]]
+    guided: Guided | None
+    memories: list[Memory]
+    graph: GraphLine
+
+
+class HalfLine(msgspec.Struct):
+    """The conditional half of a doubled batch; see `guidance_half.Half`."""
+
+    strides: list[list[int]]
+    carriers: list[int]
+    first: bool
+    hoisted: list[str]
+    shared: list[str]
+
+
+class SizeLine(msgspec.Struct):
+    """A call and everything that was compiled for calls like it."""
+
+    call: Any
+    leaves: list[TensorLine]
+    numbers: list[int]
+    strides: list[list[int]]
+    result: Any
+    count: int
+    taken: Any
+    branches: list[Branch]
+    fingerprint: str
+    flops: int
+    prologue: GraphLine | None
+    phases: list[PhaseLine]
+    half: HalfLine | None
+    memories: list[Memory]
+    tokens: dict[str, tuple[int, int]]
+
+
+class ParameterLine(msgspec.Struct):
+    """An argument of forward: its name, its kind as Python numbers them, and whether it has a default."""
+
+    name: str
+    kind: int
+    optional: bool
+
+
+class WeightLine(msgspec.Struct):
+    """A weight: the tensor in the file that holds it, and whether it is a parameter, a buffer or neither."""
+
+    stored: str
+    tensor: TensorLine
+    kind: str
+
+
+class Manifest(msgspec.Struct):
+    """Everything about a package but its code and weights."""
+
+    format: int
+    graphcache: str
+    torch: str
+    machine: Machine
+    model: str
+    plan: str
+    parameters: list[ParameterLine]
+    timestep: str | None
+    latents: list[str]
+    calls: int | None
+    waits: bool
+    modes: Any
+    attributes: dict[str, Any]
+    config: Any
+    weights: dict[str, WeightLine]
+    sizes: list[SizeLine]
+    files: dict[str, str]
+
+    @property
+    def needed(self) -> Iterable[GraphLine]:
+        """All compiled graphs."""
+        for size in self.sizes:
+            yield from [size.prologue] if size.prologue else []
+            yield from (phase.graph for phase in size.phases)
+
+
+class _Versioned(msgspec.Struct):
+    format: int
+
+
+def encode(manifest: Manifest) -> bytes:
+    return msgspec.json.encode(manifest)
+
+
+def decode(data: bytes, where: str) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        GraphCacheError: it is none, or of another format.
+    """
+    try:
+        found = msgspec.json.decode(data, type=_Versioned).format
+        if found != FORMAT:
+            raise GraphCacheError(
+                f"{where}: a package of format {found}, and this graphcache reads format {FORMAT}; package "
+                "the model again"
+            )
+        return msgspec.json.decode(data, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise GraphCacheError(f"{where}: its manifest cannot be read: {error}") from error
+
+
+def own_version() -> str:
+    """graphcache's."""
+    try:
+        return importlib.metadata.version("graphcache-dit")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return ""

@@ -1,0 +1,178 @@
+"""The native code of a package, in a process that compiles nothing and does not know the model."""
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+import graphcache
+from graphcache import CaptureError, GraphCacheError, presets
+from graphcache.compiler import ahead, code
+from graphcache.compiler.ahead import Ahead, Following, compile_ahead
+from graphcache.ir.graph import StepGraph
+from graphcache.packaging import writing
+from graphcache.packaging.archive import WEIGHTS, Archive
+from tiny import TinyDiT, arguments, tiny
+from untraced import arguments as untraced_arguments
+from untraced import holding
+
+STEPS = 4
+PLAN = presets.taylorseer(STEPS, interval=2)
+
+ELSEWHERE = """
+import json, sys
+import torch
+import graphcache
+
+path, values, found = sys.argv[1:]
+model = graphcache.load(path, trust=True)
+made = torch.load(values)
+results = []
+with torch.no_grad(), model.session():
+    for step in range({steps}):
+        made["timestep"] = torch.full((2,), 1 - step / {steps})
+        results.append(model(**made))
+        made["x"] = made["x"] - results[-1] / {steps}
+    said = str(model.summary())
+torch.save(results, found)
+names = ("torch._dynamo", "torch._inductor", "sympy", "networkx", "diffusers", "tiny")
+print(json.dumps([said, [name for name in names if name in sys.modules]]))
+"""
+
+
+class Short(TinyDiT):
+    """Nothing in it holds for a generation, so that there is a graph less to compile."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, timestep, x.mean(1))
+
+
+def short_arguments(t: float = 1.0) -> dict[str, Any]:
+    return {name: value for name, value in arguments(t).items() if name != "text"}
+
+
+def short() -> Short:
+    model = tiny(kind=Short)
+    assert isinstance(model, Short)
+    return model
+
+
+MADE: list[tuple[StepGraph, Ahead]] = []
+"""The graphs of the package, and what they were compiled to."""
+
+
+@functools.cache
+def packaged() -> Path:
+    """One package for all tests, since compiling it takes a while."""
+    path = Path(tempfile.mkdtemp(), "tiny.graphcache")
+
+    def recorded(step: StepGraph, what: str) -> Ahead:
+        MADE.append((step, compile_ahead(step, what)))
+        return MADE[-1][1]
+
+    with torch.no_grad(), patch.object(writing, "compile_ahead", recorded):
+        graphcache.package(short(), path, PLAN, [short_arguments()])
+    return path
+
+
+def test_a_process_without_compilers_runs_it(tmp_path: Path) -> None:
+    torch.save(short_arguments(), tmp_path / "values.pt")
+    done = subprocess.run(
+        [
+            sys.executable, "-c", ELSEWHERE.format(steps=STEPS), str(packaged()),
+            str(tmp_path / "values.pt"), str(tmp_path / "found.pt"),
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert not done.returncode, done.stderr
+    said, imported = json.loads(done.stdout)
+    assert imported == []
+    model, expected, made = graphcache.transform(short(), PLAN), [], short_arguments()
+    with torch.no_grad():
+        for step in range(STEPS):
+            made["timestep"] = torch.full((2,), 1 - step / STEPS)
+            expected.append(model(**made))
+            made["x"] = made["x"] - expected[-1] / STEPS
+    torch.testing.assert_close(torch.load(tmp_path / "found.pt"), expected, rtol=1e-5, atol=1e-5)
+    assert said.splitlines()[2:] == str(model.summary()).splitlines()[2:]
+
+
+def test_weights_are_read_where_they_are() -> None:
+    model, other = graphcache.load(packaged(), trust=True), short()
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.5)
+        model.load_weights(other.state_dict())
+        torch.testing.assert_close(
+            model(**short_arguments()),
+            graphcache.transform(other, PLAN)(**short_arguments()),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+        model.reset()
+        model.load_state_dict(short().state_dict(), assign=True)
+        torch.testing.assert_close(
+            model(**short_arguments()),
+            graphcache.transform(short(), PLAN)(**short_arguments()),
+            rtol=1e-5,
+            atol=1e-5,
+        )
+
+
+def test_all_that_is_in_the_file_has_a_checksum() -> None:
+    held = Archive(packaged()).manifest
+    assert len([*held.needed]) == 2
+    files = {name for graph in held.needed for name in graph.files}
+    assert held.files.keys() == files | {WEIGHTS}
+
+
+def test_code_that_cannot_be_loaded_is_told() -> None:
+    with pytest.raises(GraphCacheError, match="code cannot be loaded"):
+        ahead.unpacked({"code/0/broken.so": b"no library"}, "cpu")
+
+
+@torch.no_grad()
+def test_code_of_a_model_at_hand_follows_its_weights() -> None:
+    packaged()
+    step, made = MADE[0]
+    model = Following(made, "cpu")
+    inputs = [torch.randn(node.meta["val"].shape) for node in step.placeholders()]
+    for factor in (1.0, 1.5):
+        for weight in made.weights.values():
+            weight.data = weight.data * factor
+        torch.testing.assert_close(model(*inputs), [*step.module(*inputs)], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_backend_compiles_phases() -> None:
+    made = []
+
+    def compiled(step: StepGraph, options: Any) -> Any:
+        made.append(dict(options))
+        return step.module.forward
+
+    options = {"max_autotune": False}
+    with patch.object(code, "following", compiled):
+        cached = graphcache.transform(tiny(), PLAN, backend={"backend": "aot", "options": options})
+        cached.warmup(arguments(), progress=False)
+        torch.testing.assert_close(cached(**arguments()), tiny()(**arguments()))
+    assert made == [options, options]
+
+
+def test_what_the_backend_cannot_do_is_refused() -> None:
+    cached = graphcache.transform(tiny(), PLAN, backend="aot")
+    with pytest.raises(CaptureError, match="computes no gradients"):
+        cached(**arguments())
+    opaque: Any = graphcache.transform(holding(), PLAN, backend="aot")
+    with torch.no_grad(), pytest.raises(CaptureError, match="calls back into Python"):
+        opaque(**untraced_arguments())
+    with torch.no_grad(), pytest.raises(CaptureError, match=r"inner.* is called as it is.*transform"):
+        graphcache.package(holding(), "nowhere", PLAN, [untraced_arguments()])
