@@ -1,7 +1,9 @@
 """Graphs compiled ahead of time by AOTInductor, and their code run without any compiler."""
 
 import operator
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +55,10 @@ def compile_ahead(step: StepGraph, what: str, options: Mapping[str, Any] = Mappi
             "are not traced, and for offload=True, take another backend"
         )
     module = flattened(step, {})
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    named = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
     fed = tuple(map(value_of, step.placeholders()))
     with COMPILING:
         try:
@@ -80,12 +85,11 @@ class Code:
     It reads its weights where they were when they were bound: what is written there, it sees.
     """
 
-    def __init__(self, files: Sequence[Path], device: str, folder: Any = None) -> None:
+    def __init__(self, files: Sequence[Path], device: str) -> None:
         library = next(file for file in files if file.suffix == ".so")
         self._runner = aot_runner(device, str(library))
         self.names: list[str] = [*self._runner.get_constant_names_to_original_fqns().values()]
         self._bound: dict[str, torch.Tensor] = {}
-        self._folder = folder
 
     def bind(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Give it all its weights, by the names that it has for them."""
@@ -134,12 +138,14 @@ def unpacked(files: Mapping[str, bytes], device: str) -> Code:
     Raises:
         GraphCacheError: it cannot be loaded here.
     """
-    folder = tempfile.TemporaryDirectory(prefix="graphcache-")
-    paths = []
-    for name, data in files.items():
-        paths.append(Path(folder.name, Path(name).name))
-        paths[-1].write_bytes(data)
+    folder = tempfile.mkdtemp(prefix="graphcache-")
+    paths = [Path(folder, Path(name).name) for name in files]
     try:
-        return Code(paths, device, folder)
-    except (RuntimeError, StopIteration) as error:
+        for path, data in zip(paths, files.values(), strict=True):
+            path.write_bytes(data)
+        code = Code(paths, device)
+    except (OSError, RuntimeError, StopIteration) as error:
+        shutil.rmtree(folder, ignore_errors=True)
         raise GraphCacheError(f"the package's code cannot be loaded: {error}") from error
+    weakref.finalize(code, shutil.rmtree, folder, ignore_errors=True)
+    return code

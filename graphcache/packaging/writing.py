@@ -11,6 +11,7 @@ from torch import nn
 
 from graphcache.analysis.cost import graph_flops
 from graphcache.compiler.ahead import compile_ahead
+from graphcache.compiler.backends import unwrapped
 from graphcache.compiler.guidance_half import Half
 from graphcache.compiler.modes import ambient
 from graphcache.compiler.phase_code import Runnable
@@ -42,6 +43,9 @@ from graphcache.runtime.options import Options
 from graphcache.runtime.parts import denoisers
 from graphcache.runtime.warmup import Call, branches_of
 from graphcache.tracing.capture import forward_parameters
+
+_MANY = 4096
+"""Captures that are kept: those of all sizes."""
 
 
 def package(
@@ -81,18 +85,26 @@ def package(
         raise GraphCacheError("sizes= is empty: give the arguments of one call for each size to package")
     held = _subject(model_or_pipe, part)
     model, given = original(held), getattr(held, "_graphcache", None)
-    plan = plan or (given.options.plan if given else None)
-    if plan is None:
+    if plan is None and given is None:
         raise PlanError("plan= is missing: a package holds the phases of a plan")
-    names = given.options.names if given else Names.of(timestep, latents)
+    if given is None:
+        assert plan is not None
+        options = Options(plan, branches=branches, waits=wait == "step", names=Names.of(timestep, latents))
+    else:
+        options = given.options if plan is None else dataclasses.replace(given.options, plan=plan)
+    if options.offload or options.max_cache_bytes is not None:
+        raise GraphCacheError(
+            "a package keeps its caches on the device: transform the model without offload= and "
+            "max_cache_bytes=, or package the untransformed one"
+        )
     # a backend that is never called: phases are made as for being compiled
-    options = Options(plan, "inductor", branches, wait == "step", sizes="fixed", signatures=4096, names=names)
+    options = dataclasses.replace(options, backend="inductor", sizes="fixed", signatures=_MANY)
     is_pipe = not isinstance(model_or_pipe, nn.Module)
     calls = record_calls(model_or_pipe, held, model, sizes) if is_pipe else sizes
     with torch.no_grad():
         packing = _Packing(model, Engine(model, options))
         for call in calls:
-            for count in (plan.steps, *steps):
+            for count in (options.plan.steps, *steps):
                 packing.add(call, packing.engine.plans[count])
         packing.write(Path(path))
 
@@ -102,11 +114,11 @@ def _subject(model_or_pipe: Any, part: str | None) -> nn.Module:
     if isinstance(model_or_pipe, nn.Module):
         if part is not None:
             raise GraphCacheError(f"part={part!r} names a module of a pipeline, and this is a module")
-        return model_or_pipe
+        return unwrapped(model_or_pipe)[0]
     found = denoisers(model_or_pipe, () if part is None else (part,))
     if len(found) != 1:
         raise GraphCacheError(f"part= must name one of {', '.join(found)}: each is a package of its own")
-    return next(iter(found.values())).module
+    return unwrapped(next(iter(found.values())).module)[0]
 
 
 class _Packing:

@@ -157,6 +157,45 @@ def test_doubled_batches_results_and_attributes(tmp_path: Path) -> None:
     assert not hasattr(model, "names")
 
 
+def test_guidance_by_two_calls_a_step(tmp_path: Path) -> None:
+    plan = Plan.parse("plan steps=6 preset=none\nguidance  #.#.#.\n")
+    graphcache.package(tiny(), tmp_path / "made", plan, [arguments()])
+    ours, theirs = loaded(tmp_path / "made"), graphcache.transform(tiny(), plan)
+    found: list[list[Tensor]] = []
+    for model in (ours, theirs):
+        found.append([])
+        for step in range(STEPS):
+            for name, value in (("cond", 1.0), ("uncond", -1.0)):
+                made = arguments(1 - step / STEPS) | {"text": torch.full((2, 4), value)}
+                with model.cache_context(name):
+                    found[-1].append(model(**made))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    assert len(ours.summary().branches) == 2
+
+
+def test_budgets_of_tokens(tmp_path: Path) -> None:
+    plan = presets.toca(STEPS, ratio=0.5, multiple=1)
+    graphcache.package(tiny(2), tmp_path / "made", plan, [arguments(tokens=8)])
+    ours, theirs = loaded(tmp_path / "made"), graphcache.transform(tiny(2), plan)
+    found = [run(model, x=arguments(tokens=8)["x"]) for model in (ours, theirs)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert ours.summary().branches[0].steps == theirs.summary().branches[0].steps
+    assert any(step.partial for step in ours.summary().branches[0].steps)
+
+
+def test_times_that_are_numbers(tmp_path: Path) -> None:
+    class ByNumber(TinyDiT):
+        def forward(self, x: Tensor, timestep: Any, text: Tensor) -> Tensor:
+            return super().forward(x, torch.ones(2) * timestep, text)
+
+    def generate(model: Any) -> list[Tensor]:
+        return [model(**arguments() | {"timestep": 1 - step / STEPS}) for step in range(STEPS)]
+
+    graphcache.package(tiny(kind=ByNumber), tmp_path / "made", PLAN, [arguments() | {"timestep": 1.0}])
+    expected = generate(graphcache.transform(tiny(kind=ByNumber), PLAN))
+    torch.testing.assert_close(generate(loaded(tmp_path / "made")), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_an_input_that_changes_is_hoisted_anew(path: Path) -> None:
     ours, theirs = loaded(path), graphcache.transform(tiny(), PLAN)
     for step in range(STEPS):
