@@ -16,6 +16,7 @@ from graphcache.compiler.flat import flattened
 from graphcache.ir.errors import CaptureError, GraphCacheError
 from graphcache.ir.graph import StepGraph, value_of
 from graphcache.libraries.exclusive import COMPILING
+from graphcache.libraries.quiet import quiet_tracing
 from graphcache.libraries.torch_private import aot_runner
 
 _OPTIONS = {
@@ -60,7 +61,7 @@ def compile_ahead(step: StepGraph, what: str, options: Mapping[str, Any] = Mappi
         **dict(module.named_buffers(remove_duplicate=False)),
     }
     fed = tuple(map(value_of, step.placeholders()))
-    with COMPILING:
+    with COMPILING, quiet_tracing():
         try:
             made = aot_compile(module, fed, options={**options, **_OPTIONS})
             files = [Path(name) for name in made if not name.endswith((".cpp", "_metadata.json"))]

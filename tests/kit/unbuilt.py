@@ -1,5 +1,6 @@
 """Packages whose graphs are not compiled but kept in this process: what stands around the code is as ever."""
 
+import functools
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,11 +38,12 @@ class Kept:
         return list(results)
 
 
-def _kept(step: StepGraph, what: str) -> Ahead:
+def _kept(folder: str, step: StepGraph, what: str) -> Ahead:
     module = flattened(step, {})
     text = f"graph {next(_NUMBERS)}"
     GRAPHS[text] = module
-    file = Path(tempfile.mkdtemp(), "graph.so")
+    file = Path(folder, text, "graph.so")
+    file.parent.mkdir()
     file.write_text(text)
     weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return Ahead([file], weights)
@@ -55,5 +57,9 @@ def _found(files: Mapping[str, bytes], device: str) -> Kept:
 @contextmanager
 def unbuilt() -> Iterator[None]:
     """Within it packages are written and loaded without a compiler."""
-    with patch.object(writing, "compile_ahead", _kept), patch.object(loading, "unpacked", _found):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(writing, "compile_ahead", functools.partial(_kept, folder)),
+        patch.object(loading, "unpacked", _found),
+    ):
         yield

@@ -1,10 +1,8 @@
 """The native code of a package, in a process that compiles nothing and does not know the model."""
 
-import functools
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -65,29 +63,36 @@ def short() -> Short:
     return model
 
 
-MADE: list[tuple[StepGraph, Ahead]] = []
-"""The graphs of the package, and what they were compiled to."""
-
-
-@functools.cache
-def packaged() -> Path:
-    """One package for all tests, since compiling it takes a while."""
-    path = Path(tempfile.mkdtemp(), "tiny.graphcache")
+@torch.no_grad()
+def test_native_code(tmp_path: Path) -> None:
+    """All on one package, since compiling it takes a while."""
+    path = tmp_path / "short.graphcache"
+    made: list[tuple[StepGraph, Ahead]] = []
 
     def recorded(step: StepGraph, what: str) -> Ahead:
-        MADE.append((step, compile_ahead(step, what)))
-        return MADE[-1][1]
+        made.append((step, compile_ahead(step, what)))
+        return made[-1][1]
 
-    with torch.no_grad(), patch.object(writing, "compile_ahead", recorded):
+    with patch.object(writing, "compile_ahead", recorded):
         graphcache.package(short(), path, PLAN, [short_arguments()])
-    return path
+    assert len(made) == 2
+    has_a_checksum_of_everything(path)
+    runs_in_a_process_without_compilers(path, tmp_path)
+    reads_weights_where_they_are(path)
+    follows_the_weights_of_a_model_at_hand(*made[0])
 
 
-def test_a_process_without_compilers_runs_it(tmp_path: Path) -> None:
+def has_a_checksum_of_everything(path: Path) -> None:
+    held = Archive(path).manifest
+    files = {name for graph in held.needed for name in graph.files}
+    assert held.files.keys() == files | {WEIGHTS}
+
+
+def runs_in_a_process_without_compilers(path: Path, tmp_path: Path) -> None:
     torch.save(short_arguments(), tmp_path / "values.pt")
     done = subprocess.run(
         [
-            sys.executable, "-c", ELSEWHERE.format(steps=STEPS), str(packaged()),
+            sys.executable, "-c", ELSEWHERE.format(steps=STEPS), str(path),
             str(tmp_path / "values.pt"), str(tmp_path / "found.pt"),
         ],
         capture_output=True, text=True, check=False,
@@ -96,59 +101,42 @@ def test_a_process_without_compilers_runs_it(tmp_path: Path) -> None:
     said, imported = json.loads(done.stdout)
     assert imported == []
     model, expected, made = graphcache.transform(short(), PLAN), [], short_arguments()
-    with torch.no_grad():
-        for step in range(STEPS):
-            made["timestep"] = torch.full((2,), 1 - step / STEPS)
-            expected.append(model(**made))
-            made["x"] = made["x"] - expected[-1] / STEPS
+    for step in range(STEPS):
+        made["timestep"] = torch.full((2,), 1 - step / STEPS)
+        expected.append(model(**made))
+        made["x"] = made["x"] - expected[-1] / STEPS
     torch.testing.assert_close(torch.load(tmp_path / "found.pt"), expected, rtol=1e-5, atol=1e-5)
     assert said.splitlines()[2:] == str(model.summary()).splitlines()[2:]
 
 
-def test_weights_are_read_where_they_are() -> None:
-    model, other = graphcache.load(packaged(), trust=True), short()
-    with torch.no_grad():
-        for weight in other.parameters():
-            weight.mul_(1.5)
-        model.load_weights(other.state_dict())
-        torch.testing.assert_close(
-            model(**short_arguments()),
-            graphcache.transform(other, PLAN)(**short_arguments()),
-            rtol=1e-5,
-            atol=1e-5,
-        )
-        model.reset()
-        model.load_state_dict(short().state_dict(), assign=True)
-        torch.testing.assert_close(
-            model(**short_arguments()),
-            graphcache.transform(short(), PLAN)(**short_arguments()),
-            rtol=1e-5,
-            atol=1e-5,
-        )
+def reads_weights_where_they_are(path: Path) -> None:
+    model, other = graphcache.load(path, trust=True), short()
+    for weight in other.parameters():
+        weight.mul_(1.5)
+    model.load_weights(other.state_dict())
+    is_close_at_first(model, other)
+    model.reset()
+    model.load_state_dict(short().state_dict(), assign=True)
+    is_close_at_first(model, short())
 
 
-def test_all_that_is_in_the_file_has_a_checksum() -> None:
-    held = Archive(packaged()).manifest
-    assert len([*held.needed]) == 2
-    files = {name for graph in held.needed for name in graph.files}
-    assert held.files.keys() == files | {WEIGHTS}
+def is_close_at_first(model: Any, other: Short) -> None:
+    expected = other(**short_arguments())
+    torch.testing.assert_close(model(**short_arguments()), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_code_that_cannot_be_loaded_is_told() -> None:
-    with pytest.raises(GraphCacheError, match="code cannot be loaded"):
-        ahead.unpacked({"code/0/broken.so": b"no library"}, "cpu")
-
-
-@torch.no_grad()
-def test_code_of_a_model_at_hand_follows_its_weights() -> None:
-    packaged()
-    step, made = MADE[0]
+def follows_the_weights_of_a_model_at_hand(step: StepGraph, made: Ahead) -> None:
     model = Following(made, "cpu")
     inputs = [torch.randn(node.meta["val"].shape) for node in step.placeholders()]
     for factor in (1.0, 1.5):
         for weight in made.weights.values():
             weight.data = weight.data * factor
         torch.testing.assert_close(model(*inputs), [*step.module(*inputs)], rtol=1e-5, atol=1e-5)
+
+
+def test_code_that_cannot_be_loaded_is_told() -> None:
+    with pytest.raises(GraphCacheError, match="code cannot be loaded"):
+        ahead.unpacked({"code/0/broken.so": b"no library"}, "cpu")
 
 
 @torch.no_grad()
