@@ -20,6 +20,7 @@ from examples.records import Cell, Column, add_json_option, report
 from graphcache.compiler.watch import Watch
 from graphcache.planning.bench import TimedGeneration, runner_overhead
 from graphcache.runtime.schedulers import read_timestep
+from graphcache.tracing.homes import Homes
 
 STEPS = 30
 
@@ -78,7 +79,7 @@ def watch() -> float:
             num_layers=19, num_single_layers=38, num_attention_heads=2, attention_head_dim=16,
             joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8),
         )  # fmt: skip
-    watched = Watch(model.eval())
+    watched = Watch(model.eval(), Homes(model))
     return 1e3 * timed(lambda: watched.has_other_structure() or watched.has_other_surface())
 
 

@@ -1,14 +1,19 @@
-"""Operations that move cached values between the device and pinned host memory beside its work.
+"""Operations that move cached values and weights between the device and pinned host memory beside its work.
 
 They are custom operations, so that compilers keep them where a pass puts them. On other devices than CUDA
 they copy.
 """
 
 import functools
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from graphcache.ir.errors import StateError
+from graphcache.ir.graph import StepGraph
+from graphcache.ir.home import Home
 
 
 @functools.cache
@@ -72,3 +77,29 @@ def _(values: list[Tensor]) -> None:
 SEND: Any = torch.ops.graphcache.send.default
 FETCH: Any = torch.ops.graphcache.fetch.default
 ARRIVE: Any = torch.ops.graphcache.arrive.default
+
+
+def fetched(home: Home, stand_in: Tensor) -> Tensor:
+    """A weight on its way to the device, to be awaited by `arrive`.
+
+    Raises:
+        StateError: it is not the one that a graph was made for.
+    """
+    made: Tensor = FETCH(home.read().detach(), home.device)
+    if (made.shape, made.stride(), made.dtype) != (stand_in.shape, stand_in.stride(), stand_in.dtype):
+        raise StateError(
+            f"a weight of shape {tuple(made.shape)} and {made.dtype} was put where one of shape "
+            f"{tuple(stand_in.shape)} and {stand_in.dtype} was captured; call model.reset()"
+        )
+    return made
+
+
+def here(step: StepGraph, name: str) -> Any:
+    """What a graph names, where it can be computed with."""
+    value = attrgetter(name)(step.root)
+    home = step.homes.get(id(value))
+    if home is None:
+        return value
+    made = fetched(home, value)
+    ARRIVE([made])
+    return made

@@ -13,6 +13,7 @@ from graphcache.ir.opaque import Opaque
 from graphcache.passes.base import Observer
 from graphcache.tracing.capture import capture
 from graphcache.tracing.conditions import Conditions
+from graphcache.tracing.homes import Homes
 from graphcache.tracing.symbolic import Symbolic
 
 _LARGE = 1 << 16
@@ -27,6 +28,7 @@ class Captured:
     output: OutputSpec
     strides: tuple[tuple[int, ...], ...]
     conditions: Conditions | None = None
+    homes: Homes | None = None
 
     @staticmethod
     def of(
@@ -37,6 +39,7 @@ class Captured:
         split: bool = False,
         asks: bool = False,
         before: Sequence[Opaque] = (),
+        homes: Homes | None = None,
     ) -> "Captured":
         """Capture a call.
 
@@ -48,11 +51,12 @@ class Captured:
             split: fused branches as two sites.
             asks: forward is known to ask for values.
             before: opaque calls of an earlier capture.
+            homes: where weights are that are kept elsewhere than where the model computes.
         """
         examples = examples_of(tensors)
-        step, output, conditions = capture(model, call, tuple(examples), asks, before)
+        step, output, conditions = capture(model, call, tuple(examples), asks, before, homes=homes)
         step = analysed(step, split, observers)
-        return Captured(step, call, output, _strides(examples), conditions)
+        return Captured(step, call, output, _strides(examples), conditions, homes)
 
     @staticmethod
     def at(
@@ -96,7 +100,7 @@ class Captured:
         """Capture the same call with other inputs."""
         split = any(branch.role == "parallel.mlp" for branch in self.step.branches)
         asks = self.conditions is not None
-        return Captured.of(model, self.call, tensors, observers, split, asks, self.step.opaque)
+        return Captured.of(model, self.call, tensors, observers, split, asks, self.step.opaque, self.homes)
 
 
 def examples_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from graphcache.compiler.ahead import following
 from graphcache.compiler.any_size import Family, Sizes
+from graphcache.compiler.arrivals import Away
 from graphcache.compiler.backends import (
     Backend,
     Compiled,
@@ -23,7 +24,8 @@ from graphcache.compiler.backends import (
     replays_cuda_graphs,
 )
 from graphcache.compiler.flat import flattened, weights_of
-from graphcache.compiler.regions import InRegions, Region, regions
+from graphcache.compiler.regions import InRegions, Region, pieces, regions, whole
+from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import StepGraph, has_symbolic_shapes, layout, value_of
 from graphcache.ir.opaque import Opaque
 from graphcache.ir.sizes import skeleton
@@ -105,7 +107,7 @@ class Built:
             if made is None:
                 code = self._code
                 self._weights = tuple(code.weights.values())
-                made = code.regions() or code.whole(gradients)
+                made = code.fetching() or code.regions() or code.whole(gradients)
                 if code.backend is not None:
                     with as_one_graph():
                         results = made(*tensors, *self._weights)
@@ -119,6 +121,21 @@ class Built:
         with COMPILING:
             if not self._made:
                 self._code.announce()
+
+
+@dataclass(frozen=True)
+class _Fetching:
+    """Code whose weights are there for a call alone, so that nothing can be computed backwards."""
+
+    call: Compiled
+
+    def __call__(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        if torch.is_grad_enabled():
+            raise CaptureError(
+                "offloaded weights are there for one evaluation alone, so that there are no gradients: call "
+                "the model under torch.no_grad(), or keep its weights on the device"
+            )
+        return self.call(*tensors)
 
 
 @dataclass(frozen=True)
@@ -137,7 +154,7 @@ class _Code:
     @cached_property
     def weights(self) -> dict[int, torch.Tensor]:
         """Those that the code is given."""
-        return weights_of(self.step) if self.takes_weights else {}
+        return weights_of(self.step) if self.takes_weights or self.step.homes else {}
 
     @cached_property
     def module(self) -> fx.GraphModule:
@@ -210,15 +227,44 @@ class _Code:
             return None
         return regions(self.module.graph)
 
+    def fetching(self) -> Compiled | None:
+        """Code that fetches weights that are kept elsewhere; None where all are where they are read.
+
+        As it is, a graph is cut where it reads weights of another unit; compiled, where its regions are, or
+        else all weights come at once.
+        """
+        graph, count, homes = self.module.graph, len(self.step.inputs), self.step.homes
+        if not homes:
+            return None
+        if self.backend is not None and not self.takes_weights:
+            raise CaptureError(
+                "offloaded weights are fetched for each call, and this backend's code holds its weights: "
+                "leave out CUDA graphs, frozen weights and other compilers than PyTorch's, or keep weights "
+                "on the device"
+            )
+        weights = enumerate(self.weights.items(), count)
+        away = {place: Away(homes[key], weight) for place, (key, weight) in weights if key in homes}
+        inputs = graph.find_nodes(op="placeholder")
+        if self.backend is None:
+            units = {inputs[place]: weight.home.unit for place, weight in away.items()}
+            return _Fetching(InRegions(graph, pieces(graph, units), lambda module, _: module.forward, away))
+        return _Fetching(InRegions(graph, self._parts() or whole(graph), self._of_region, away))
+
     def _of_region(self, module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> Compiled:
         key = f"{structure(module.graph, module)} {_arriving(tensors)}"
         known = self.kept.find(key, self.backend, True) if self.kept else None
         if known is not None:
             return known
-        code = self._of_any_size(module, tensors) or _region_code(module, tensors, self.backend)
+        code = self._of_any_size(module, tensors) or self._region_code(module, tensors)
         if self.kept:
             self.kept.keep(key, self.backend, True, code)
         return code
+
+    def _region_code(self, module: fx.GraphModule, tensors: Sequence[torch.Tensor]) -> Compiled:
+        guarded = has_symbolic_shapes(self.step)
+        if _is_bare(self.backend) and not guarded:
+            return inductor(self.backend, "from_example_inputs", module, tensors)
+        return compiled(module, self.backend, guarded)
 
 
 def takes_weights(step: StepGraph, backend: Backend) -> bool:
@@ -230,7 +276,8 @@ def takes_weights(step: StepGraph, backend: Backend) -> bool:
     """
     if backend is None or step.opaque or replays_cuda_graphs(backend):
         return False
-    if any(type(weight) not in _ORDINARY for weight in weights_of(step).values()):
+    held = [weight for key, weight in weights_of(step).items() if key not in step.homes]
+    if any(type(weight) not in _ORDINARY for weight in held):
         return False
     return arguments(backend)["backend"] in ("inductor", "eager", "aot_eager") and not freezes(backend)
 
@@ -241,12 +288,6 @@ def _arriving(tensors: Sequence[torch.Tensor]) -> list[Any]:
     places = [met.setdefault(id(tensor), len(met)) for tensor in tensors]
     kinds = [(layout(tensor), tensor.requires_grad, tensor.is_inference()) for tensor in tensors]
     return [*zip(kinds, places, strict=True)]
-
-
-def _region_code(module: fx.GraphModule, tensors: Sequence[torch.Tensor], backend: Backend) -> Compiled:
-    if _is_bare(backend):
-        return inductor(backend, "from_example_inputs", module, tensors)
-    return compiled(module, backend, guarded=False)
 
 
 def _is_bare(backend: Backend) -> bool:

@@ -15,6 +15,7 @@ from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input, StepGraph, has_static_shape
 from graphcache.libraries.quiet import quiet_shapes
 from graphcache.passes.base import Observer
+from graphcache.passes.transfer import here
 from graphcache.tracing.conditions import Conditions
 
 _SAMPLED = 1024
@@ -230,6 +231,9 @@ def _samples(
     kept: dict[str, _Sample] = {}
 
     class Sampler(fx.Interpreter):
+        def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+            return here(step, str(target))
+
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             if n.name in names:

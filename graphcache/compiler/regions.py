@@ -1,7 +1,7 @@
 """A phase in regions: stretches that repeat are compiled once, and called one after the other."""
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphcache.analysis.repeats import Repeats, find_repeats
+from graphcache.compiler.arrivals import Arrivals, Away
 from graphcache.ir.graph import is_tensor, value_of
 from graphcache.libraries.torch_private import OpOverload, schema_of
 
@@ -52,6 +53,27 @@ def regions(graph: fx.Graph) -> list[Region] | None:
         union = {place for i in group for place in wanted[i]}
         for i in group:
             wanted[i] = union
+    return [_region(stretch, sorted(places)) for stretch, places in zip(stretches, wanted, strict=True)]
+
+
+def whole(graph: fx.Graph) -> list[Region]:
+    """A graph as one region; none where it computes nothing."""
+    return pieces(graph, {})
+
+
+def pieces(graph: fx.Graph, units: Mapping[fx.Node, Hashable]) -> list[Region]:
+    """A graph cut where it begins to read weights of another unit."""
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    bounds, met, unit = [0], set[fx.Node](), None
+    for place, node in enumerate(calls):
+        for weight in node.all_input_nodes:
+            if weight in units and weight not in met:
+                met.add(weight)
+                if units[weight] != unit and bounds[-1] != place:
+                    bounds.append(place)
+                unit = units[weight]
+    stretches = [calls[low:high] for low, high in pairwise([*bounds, len(calls)]) if high]
+    wanted = _handed_on(graph, stretches)
     return [_region(stretch, sorted(places)) for stretch, places in zip(stretches, wanted, strict=True)]
 
 
@@ -126,11 +148,15 @@ class InRegions:
     """Code of a graph's regions, called one after the other on a table of values.
 
     The code of a region is found, or made, in its first call, for the tensors that arrive there: that two
-    regions are alike says nothing about the strides of what compiled code hands on.
+    regions are alike says nothing about the strides of what compiled code hands on. Weights that are `away`,
+    by their places among the graph's inputs, are fetched for the region that reads them first while the one
+    before runs, and forgotten behind the one that reads them last.
     """
 
-    def __init__(self, graph: fx.Graph, parts: Sequence[Region], code: Code) -> None:
-        self._parts, self._code = parts, code
+    def __init__(
+        self, graph: fx.Graph, parts: Sequence[Region], code: Code, away: Mapping[int, Away] | None = None
+    ) -> None:
+        self._parts, self._code, self._away = parts, code, away or {}
         nodes = [*graph.find_nodes(op="placeholder"), *(node for part in parts for node in part.results)]
         self._places = {node: place for place, node in enumerate(nodes)}
         self._size = len(nodes)
@@ -142,6 +168,13 @@ class InRegions:
             [place for place, at in last.items() if at == i and place not in self._results]
             for i in range(len(parts))
         ]
+        self._wanted: dict[int, list[int]] = {}
+        # what the graph returns as it is comes last
+        first = {place: len(parts) for place in self._results if place in self._away}
+        for i, part in reversed([*enumerate(parts)]):
+            first |= {place: i for place in self._at(part.inputs) if place in self._away}
+        for place, i in first.items():
+            self._wanted.setdefault(i, []).append(place)
 
     def _at(self, nodes: Sequence[fx.Node]) -> list[int]:
         return [self._places[node] for node in nodes]
@@ -149,15 +182,17 @@ class InRegions:
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
         values: list[Any] = [*tensors, *[None] * (self._size - len(tensors))]
         calls = self._calls
-        if calls:
-            for call in calls:
-                call.run(values)
-        else:
-            for part, dropped in zip(self._parts, self._dropped, strict=True):
+        arrivals = Arrivals(self._wanted, self._away, values) if self._wanted else None
+        for i, part in enumerate(self._parts):
+            if arrivals is not None:
+                arrivals.before(i)
+            if i == len(calls):
                 inputs = self._at(part.inputs)
                 code = self._code(part.module, [values[place] for place in inputs])
-                calls.append(_Call(code, inputs, self._at(part.results), dropped))
-                calls[-1].run(values)
+                calls.append(_Call(code, inputs, self._at(part.results), self._dropped[i]))
+            calls[i].run(values)
+        if arrivals is not None:
+            arrivals.before(len(self._parts))
         return tuple([values[place] for place in self._results])
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from graphcache.compiler.watch import Watch
 from graphcache.libraries.exclusive import COMPILING
+from graphcache.tracing.homes import Homes
 from graphcache.tracing.hooks import refuse_uncapturable
 
 
@@ -17,8 +18,9 @@ class Variants:
     good; `numbers` are the others.
     """
 
-    def __init__(self, model: nn.Module, everything: bool) -> None:
+    def __init__(self, model: nn.Module, homes: Homes, everything: bool) -> None:
         self._model = model
+        self._homes = homes
         self._everything = everything
         self._now = 0
         self._numbers = itertools.count(1)
@@ -77,7 +79,7 @@ class Variants:
         What is watched is noted afterwards, because a first forward may fill what later ones only read.
         """
         if self._now not in self._known:
-            self._known[self._now] = Watch(self._model)
+            self._known[self._now] = Watch(self._model, self._homes)
 
     def keep(self, numbers: Set[Hashable]) -> None:
         """Forget all but these variants and the present one."""

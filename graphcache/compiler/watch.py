@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from graphcache.ir.graph import layout
 from graphcache.libraries.torch_private import FORWARD_HOOKS
+from graphcache.tracing.homes import Homes
 from graphcache.tracing.hooks import BOOKKEEPING, Worn, worn
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -33,24 +34,37 @@ class Watch:
     """Everything that a capture baked in, held so that no identity is reused, to be compared cheaply.
 
     Its *structure* are modules, parameters and buffers by identity, tensors also by dtype, device and
-    layout, and the classes' forwards. Its *surface* are the other attributes, by value where they are plain,
+    layout, and the classes' forwards; of weights that are kept elsewhere shape, dtype and where they are
+    computed with. Its *surface* are the other attributes, by value where they are plain,
     the contents of those that are dicts, lists or sets, the attributes of objects such as attention
     processors, which tensors need a gradient, and what stands around forwards. Values inside weights do not
     count.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, homes: Homes) -> None:
         self._modules = list(model.modules())
+        self._homes, self._away = homes, homes.layouts(self._modules)
         self._states = [module.__dict__ for module in self._modules]
         self._tables = [
             state[name] for state in self._states for name in ("_parameters", "_buffers", "_modules")
         ]
-        self._entries = [*_values(self._tables)]
+        self._entries = [*self._kept_here()]
         self._tensors = [item for item in self._entries if isinstance(item, torch.Tensor)]
         self._layouts = [*map(layout, self._tensors)]
         self._methods = {kind: kind.forward for kind in {type(module) for module in self._modules}}
         self._hooks = [state[name] for state in self._states for name in FORWARD_HOOKS]
         self._take()
+
+    def _kept_here(self) -> Iterator[Any]:
+        """What modules hold; None for weights that are kept elsewhere, whose tensors come and go."""
+        if not self._away:
+            return _values(self._tables)
+        away = self._away
+        return (
+            None if (id(table), name) in away else item
+            for table in self._tables
+            for name, item in table.items()
+        )
 
     def _take(self) -> None:
         """Note the surface as it is."""
@@ -73,7 +87,8 @@ class Watch:
     def has_other_structure(self) -> bool:
         """Whether modules, weights or forwards are other ones, so that nothing captured can be used again."""
         return (
-            not _same(self._tables, self._entries)
+            not _identical(self._kept_here(), self._entries)
+            or self._homes.layouts(self._modules) != self._away
             or [*map(layout, self._tensors)] != self._layouts
             or any(kind.forward is not method for kind, method in self._methods.items())
         )
@@ -140,6 +155,11 @@ def _values(tables: Iterable[dict[str, Any]]) -> Iterator[Any]:
 
 def _same(tables: list[dict[str, Any]], expected: list[Any]) -> bool:
     return sum(map(len, tables)) == len(expected) and all(map(operator.is_, _values(tables), expected))
+
+
+def _identical(found: Iterable[Any], expected: list[Any]) -> bool:
+    items = [*found]
+    return len(items) == len(expected) and all(map(operator.is_, items, expected))
 
 
 def _others(state: Mapping[str, Any]) -> int:

@@ -1,7 +1,7 @@
 """The one container of a graph, captured and specialised alike."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.history import History
+from graphcache.ir.home import Home
 from graphcache.ir.opaque import Opaque
 from graphcache.ir.selector import STEM
 from graphcache.libraries.torch_private import FakeTensor, FakeTensorMode
@@ -156,7 +157,8 @@ class StepGraph:
     """A pure graph of one model evaluation, its typed ports, its branches and the passes behind it.
 
     `root` holds the weights that the graph names; every graph of a model shares one. `opaque` are the calls
-    of modules that were not traced, which the graph's operations name by numbers.
+    of modules that were not traced, which the graph's operations name by numbers. `homes` are those of
+    weights that are kept elsewhere, by the identity of what stands for them in `root`.
     """
 
     root: nn.Module
@@ -166,6 +168,7 @@ class StepGraph:
     branches: tuple[Branch, ...] = ()
     passes: tuple[str, ...] = ()
     opaque: tuple[Opaque, ...] = ()
+    homes: Mapping[int, Home] = field(default_factory=dict)
 
     @cached_property
     def module(self) -> fx.GraphModule:

@@ -3,8 +3,10 @@
 Where diffusers is not loaded nothing is looked for: no model can wear its hooks then.
 """
 
+import contextlib
+import functools
 import sys
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 from torch import nn
@@ -28,9 +30,54 @@ def verify() -> None:
             from diffusers.hooks import HookRegistry, ModelHook
 
             module = nn.Module()
-            HookRegistry.check_if_exists_or_initialize(module)
+            registry = HookRegistry.check_if_exists_or_initialize(module)
             attribute(module, REGISTRY)
+            attribute(registry, "_module_ref")
+            attribute(registry, "_fn_refs")
             is_stateful(ModelHook)
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks around a module's forward, from the inside out."""
+    registry = module.__dict__.get(REGISTRY)
+    return [] if registry is None else list(registry.hooks.values())
+
+
+def is_hung_on(module: nn.Module) -> bool:
+    """Whether hooks stand around this very module's forward, not that of one whose attributes it shares."""
+    registry = module.__dict__.get(REGISTRY)
+    return registry is not None and bool(registry.hooks) and registry._module_ref is module
+
+
+def rehung(module: nn.Module, forward: Any) -> Any:
+    """What a registry's hooks make of a forward, for the module that they belong to from now on."""
+    registry: Any = module.__dict__[REGISTRY]
+    registry._module_ref = module
+    for reference in registry._fn_refs:
+        reference.forward = forward
+        forward = functools.update_wrapper(functools.partial(_around(reference), module), forward)
+    return forward
+
+
+def _around(reference: Any) -> Callable[..., Any]:
+    def hooked(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = reference.pre_forward(module, *args, **kwargs)
+        return reference.post_forward(module, reference.forward(*args, **kwargs))
+
+    return hooked
+
+
+@contextlib.contextmanager
+def stilled(hook: Any) -> Iterator[None]:
+    """Within, a hook that acts before and after forward does nothing."""
+    reference = hook.fn_ref
+    kept = reference.pre_forward, reference.post_forward
+    reference.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
+    reference.post_forward = lambda module, output: output
+    try:
+        yield
+    finally:
+        reference.pre_forward, reference.post_forward = kept
 
 
 def is_stateful(hook: Any) -> bool:

@@ -13,6 +13,7 @@ from graphcache.compiler.code import build
 from graphcache.compiler.phase_code import Runnable
 from graphcache.compiler.pipeline import observed
 from graphcache.compiler.program import Program
+from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Input
 from graphcache.libraries.exclusive import COMPILING
 from graphcache.libraries.torch_private import tree_flatten, tree_unflatten
@@ -133,6 +134,8 @@ class ProbeEngine(Engine):
         known = self._probes.get(id(program))
         if known is None:
             step = program.captured.step
+            if step.homes:
+                raise CaptureError("offloaded weights have no gradients; profile with them on the device")
             branches = tuple(branch.name for branch in step.block_branches) if self.branches else ()
             with COMPILING:
                 graph = observed(program.step, branches, self.ranges)

@@ -78,7 +78,8 @@ class Engine:
         self.calls += 1
         if around.disabled:
             session.leave()
-            return self.model(*args, **kwargs)
+            with self.maker.homes.at_hand():
+                return self.model(*args, **kwargs)
         session.claim()
         try:
             bound = self.binder.bind(args, kwargs)

@@ -10,7 +10,7 @@ from torch import nn
 from graphcache.compiler.backends import active_compilation
 from graphcache.ir.errors import GraphCacheError
 from graphcache.libraries.torch_private import MODULE_CALL, skip
-from graphcache.runtime.engine import Engine
+from graphcache.runtime.offloading import run, settle
 from graphcache.tracing.hooks import is_own
 
 
@@ -63,13 +63,13 @@ def _untraced(function: Any) -> Any:
 class _Forward:
     """The forward of a transformed model: a descriptor, because one set on the instance would hide a method.
 
-    What is set stands around the plan's own forward, as accelerate's offloading does.
+    What is set stands around the plan's own forward, but for hooks that move weights: see `settle`.
     """
 
     def __init__(self, kind: type[nn.Module]) -> None:
         @functools.wraps(kind.forward)
         def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-            return _called(model._graphcache, args, kwargs)
+            return _called(model, args, kwargs)
 
         self.function = forward
 
@@ -78,7 +78,7 @@ class _Forward:
         if model is None:
             return self.function
         outer = model._graphcache.outer
-        return types.MethodType(self.function, model) if outer is None else _checked(model._graphcache, outer)
+        return types.MethodType(self.function, model) if outer is None else _checked(model, outer)
 
     def __set__(self, model: Any, value: Any) -> None:
         if getattr(value, "__func__", None) not in (self.function, self.function.__wrapped__):
@@ -94,21 +94,26 @@ class _Forward:
 
 
 @_untraced
-def _called(engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _called(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     backend = active_compilation()
     if backend is None:
-        return engine(args, kwargs)
-    if engine.maker.backend is None:
-        engine.maker.compile(backend)
-    outside: Any = torch.compiler.disable(engine.__call__)  # type: ignore[no-untyped-call]
-    return outside(args, kwargs)
+        return run(model, args, kwargs)
+    maker = model._graphcache.maker
+    if maker.backend is None:
+        maker.compile(backend)
+    outside: Any = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
+    return outside(model, args, kwargs)
 
 
-def _checked(engine: Engine, outer: Any) -> Any:
+def _checked(model: Any, outer: Any) -> Any:
     """A forward that was set on the model, which has to come to the plan's in the end."""
+    engine = model._graphcache
 
     @functools.wraps(outer)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        settle(model)
+        if engine.outer is None:
+            return model.forward(*args, **kwargs)
         before = engine.calls
         result = outer(*args, **kwargs)
         if engine.calls == before:

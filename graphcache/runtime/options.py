@@ -30,4 +30,5 @@ class Options:
     sizes: Literal["auto", "fixed", "any"] = "auto"
     max_cache_bytes: int | None = None
     resample: Resample | None = None
+    stream_weights: bool = False
     names: Names = UNNAMED

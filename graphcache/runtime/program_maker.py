@@ -17,10 +17,12 @@ from graphcache.compiler.programs import Programs
 from graphcache.compiler.symbolic_captures import FIXED, SymbolicCaptures
 from graphcache.compiler.variants import Variants
 from graphcache.ir.call import Binder, CallSpec, Key, Signature
+from graphcache.ir.errors import CaptureError
 from graphcache.ir.opaque import Opaque
 from graphcache.runtime.options import Options
 from graphcache.runtime.spoken import Spoken
 from graphcache.tracing.capture import forward_parameters
+from graphcache.tracing.homes import Homes
 from graphcache.tracing.symbolic import Symbolic
 from graphcache.tracing.untraceable import told
 
@@ -33,6 +35,7 @@ class ProgramMaker:
         options: what `transform` was told.
         backend: compiles the phases; None adopts what the model was compiled with, where `adopts`.
         binder: reads calls of the model's forward.
+        homes: where weights are that are kept elsewhere.
         variants: numbers the forms that adapters and hooks give the model.
         programs: what was captured, by key.
         decisions: which answers of forward a call needs.
@@ -46,11 +49,13 @@ class ProgramMaker:
         self.options = options
         self.backend = options.backend
         self.binder = Binder(forward_parameters(model), options.names)
-        self.variants = Variants(model, options.watches_all)
+        self.homes = Homes(model, options.stream_weights)
+        self.variants = Variants(model, self.homes, options.watches_all)
         self.programs = Programs(options.signatures)
         self.decisions = Decisions()
         self.spoken = spoken
         self._symbolic = SymbolicCaptures(0 if options.sizes == "any" else FIXED)
+        self._number = 0
         self._opaque: Sequence[Opaque] = ()
         self._specs: dict[Key, CallSpec] = {}
         self._lock = threading.RLock()
@@ -69,6 +74,10 @@ class ProgramMaker:
         values that forward decides on.
         """
         number = self.variants.look(begins)
+        if number != self._number or (begins and self.homes.device is not None):
+            with self._lock:
+                self._number = number
+                self.homes.look()
         if begins:
             with self._lock:
                 self.programs.forget_others(self.variants.numbers)
@@ -127,8 +136,9 @@ class ProgramMaker:
     def _ways(self) -> Ways:
         """How phases are compiled: as was asked for, or by regions as the model was."""
         asked = self.options.regions
-        by_region = compiled_by_blocks(self.model) if asked == "auto" else asked
-        return Ways(by_region, self.options.sizes != "fixed")
+        # of weights that are kept elsewhere only those of two regions are on the device at a time
+        auto = self.homes.device is not None or compiled_by_blocks(self.model)
+        return Ways(auto if asked == "auto" else asked, self.options.sizes != "fixed")
 
     def compilation(self) -> Backend:
         """What phases are compiled with: what was asked for, or what the model was compiled with."""
@@ -141,12 +151,20 @@ class ProgramMaker:
     ) -> tuple[Captured, Symbolic | None]:
         """A call's capture, and a trace with symbols that was made for it."""
         split, observers = self.options.plan.splits_parallel, self.options.observers
-        found = None
-        if self.options.sizes != "fixed" and not asks and not self._opaque:
+        self.homes.look()
+        found, is_away = None, self.homes.device is not None
+        if self.options.sizes != "fixed" and not asks and not self._opaque and not is_away:
             found = self._symbolic.find(key, self.model, spec, tensors, observers, split)
         if found is None:
-            found = Captured.of(self.model, spec, tensors, observers, split, asks, self._opaque), None
+            known = asks, self._opaque, self.homes
+            found = Captured.of(self.model, spec, tensors, observers, split, *known), None
         captured = found[0]
+        if captured.step.opaque and is_away:
+            called = captured.step.opaque[0]
+            raise CaptureError(
+                f"{called.place} cannot be traced{called.cause}, and weights are offloaded by modules: keep "
+                "them on the device, or offload the whole model (enable_model_cpu_offload)"
+            )
         self._opaque = captured.step.opaque
         for text in told(captured.step.opaque):
             self.spoken.once(text)

@@ -14,6 +14,7 @@ from graphcache.ir.roles import Names
 from graphcache.libraries.diffusers_private import REGISTRY
 from graphcache.runtime.engine import Engine, original
 from graphcache.runtime.likeness import alike
+from graphcache.runtime.offloading import settle
 from graphcache.runtime.options import SIGNATURES, Options
 from graphcache.runtime.parts import denoisers, modules
 from graphcache.runtime.passed_by import say_if_passed_by, timesteps_of
@@ -137,6 +138,7 @@ def transform(
     sizes: Literal["auto", "fixed", "any"] = "auto",
     max_cache_bytes: int | None = None,
     resample: Resample | None = None,
+    stream_weights: bool = False,
 ) -> Target:
     """Make a model, or the denoisers of a diffusers pipeline, run under a plan.
 
@@ -194,6 +196,9 @@ def transform(
         resample: makes the plan for a generation of another number of steps, once for each;
             `graphcache.Resampler(profile)` searches one, as fast as the given plan, by the profile that this
             was found by.
+        stream_weights: leave the model's weights in host memory, where they have to be, and fetch for each
+            step those that it reads, one block ahead; the accelerator computes where there is one. The
+            model's own forward, within `disabled()` and while it is captured, fetches them module by module.
 
     Returns:
         An instance of the model's class, or the pipeline.
@@ -206,6 +211,8 @@ def transform(
             f"plan is a {type(plan).__name__}, not a Plan; use graphcache.presets, Plan.parse or Plan.load"
         )
     _check_options(branches, wait, signatures, watch, regions, sizes, max_cache_bytes)
+    if stream_weights and regions is False and backend is not None:
+        raise GraphCacheError("stream_weights=True fetches weights region by region; leave out regions=False")
     refuse_unknown(backend)
     options = Options(
         plan,
@@ -219,6 +226,7 @@ def transform(
         sizes=sizes,
         max_cache_bytes=max_cache_bytes,
         resample=resample,
+        stream_weights=stream_weights,
         names=Names.of(timestep, latents),
     )
     named = (parts,) if isinstance(parts, str) else tuple(parts)
@@ -243,7 +251,7 @@ def restore(model_or_pipe: Target) -> Target:
     Other pipelines that hold the same transformed model keep it, and its plan, until they are restored too.
 
     Raises:
-        GraphCacheError: something else, such as accelerate's offloading, was put around the model since.
+        GraphCacheError: another forward was put around the model since.
     """
     if isinstance(model_or_pipe, nn.Module):
         return _restored(model_or_pipe)  # type: ignore[return-value]
@@ -311,9 +319,10 @@ def _restored(model: nn.Module) -> nn.Module:
     engine = _engine_of(model)
     if engine is None:
         return model
+    settle(unwrapped(model)[0])
     if engine.outer is not None:
         raise GraphCacheError(
-            "the transformed model's forward was replaced since (accelerate's hooks do that); undo that first"
+            "the transformed model's forward was replaced since; undo that first (del model.forward)"
         )
     _drop_empty_registry(engine.model)
     return engine.given

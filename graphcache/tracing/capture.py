@@ -18,10 +18,8 @@ from graphcache.libraries.exclusive import COMPILING
 from graphcache.libraries.kernels import ChosenKernels
 from graphcache.libraries.quiet import quiet_tracing
 from graphcache.libraries.torch_private import (
-    COMPILED_CALL,
     HigherOrderOperator,
     OpOverload,
-    compiled_call,
     schema_of,
     use_lazy_graph_module,
 )
@@ -36,7 +34,8 @@ from graphcache.tracing.functional import (
     inlined,
     is_functional,
 )
-from graphcache.tracing.hooks import is_own
+from graphcache.tracing.homes import Homes
+from graphcache.tracing.hooks import is_own, uncompiled
 from graphcache.tracing.numeric_time import about_numbers, refuse_unlike_numbers, run_as_tensors
 from graphcache.tracing.opaque import is_foreign, named
 from graphcache.tracing.plain_tensors import Originals
@@ -59,6 +58,7 @@ def capture(
     asks: bool = False,
     before: Sequence[Opaque] = (),
     symbols: bool = False,
+    homes: Homes | None = None,
 ) -> Traced:
     """Trace one evaluation of `model` into a pure graph over flat tensors.
 
@@ -66,13 +66,14 @@ def capture(
     call. Other captures cost no more for that.
 
     Args:
-        model: in eval mode, without hooks.
+        model: in eval mode, without hooks but those that move weights.
         call: how the flat tensors make up the arguments.
         tensors: example leaves; beside the values that forward asks for, only their shapes, strides, dtypes
             and devices matter.
         asks: whether forward is known to ask for values.
         before: opaque calls of an earlier capture, whose modules are not tried again.
         symbols: trace with symbols for the inputs' sizes, without answers and opaque calls.
+        homes: where weights are that are kept elsewhere than on the device that computes.
 
     Returns:
         The graph, sharing the model's parameters, the structure of the model's result, and the values that
@@ -85,9 +86,14 @@ def capture(
     tensors = tuple([originals.plain(tensor) for tensor in tensors])
     devices = {tensor.device for tensor in (*tensors, *model.parameters())}
 
+    homes = homes or Homes(model)
     stand_ins = StandIns(model, CalledAsTheyAre(model, before))
 
     def called(answers: Answers | None) -> None:
+        with homes.at_hand():
+            called_at_hand(answers)
+
+    def called_at_hand(answers: Answers | None) -> None:
         if answers is not None:
             with stand_ins.apart(answers.paused), answers.record():
                 run_as_tensors(call, model, tensors)
@@ -108,12 +114,14 @@ def capture(
             model,
             originals,
             lambda: rehearse(lambda: called(answers), devices),
-            lambda: _traced(model, call, tensors, originals, stand_ins, answers, symbols),
+            lambda: _traced(
+                model, call, tensors, originals, stand_ins, answers, symbols, homes or Homes(model)
+            ),
         )
 
     with (
         COMPILING,
-        _uncompiled(model),
+        uncompiled(model),
         torch.inference_mode(False),
         torch.no_grad(),
         random_states_kept(devices),
@@ -135,6 +143,7 @@ def _traced(
     stand_ins: StandIns,
     answers: Answers | None,
     symbols: bool,
+    homes: Homes,
 ) -> Traced:
     if answers is not None and not answers.given:
         raise Diverged
@@ -142,6 +151,7 @@ def _traced(
     wrapper = _FlatCall(model, call, stand_ins.begin, outputs.append, answers)
     try:
         with (
+            homes.standing_in() as away,
             stand_ins.standing_in(),
             quiet_tracing(),
             _without_stack_traces(),
@@ -171,22 +181,11 @@ def _traced(
         tuple(Input(call.kind(index), index, name) for index, name in enumerate(call.leaf_names)),
         tuple(Output(index) for index in range(len(results))),
         opaque=stand_ins.calls,
+        homes=away,
     )
     if answers is None:
         return Traced(step, outputs[-1], None)
     return decided(step, outputs[-1], answers, tensors, about_numbers(call))
-
-
-@contextlib.contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
-    """Call modules that Module.compile() compiled as they were, so that tracing sees through them."""
-    compiled = [module for module in model.modules() if compiled_call(module) is not None]
-    kept = [module.__dict__.pop(COMPILED_CALL) for module in compiled]
-    try:
-        yield
-    finally:
-        for module, call in zip(compiled, kept, strict=True):
-            setattr(module, COMPILED_CALL, call)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import fx
 
 from graphcache.ir.graph import Input, Output, StepGraph, as_bytes
 from graphcache.ir.structure import VALUES, structure
+from graphcache.passes.transfer import here
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Conditions:
             while result not in env:
                 node = next(nodes)
                 if node.op == "get_attr":
-                    env[node] = attrgetter(str(node.target))(self.step.root)
+                    env[node] = here(self.step, str(node.target))
                 elif node.op == "call_function":
                     args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                     with torch.no_grad():
@@ -79,7 +79,9 @@ def separated(step: StepGraph, count: int) -> tuple[StepGraph, StepGraph]:
     asked.output(tuple([env[node] for node in results[count:]]))
     ports = tuple([Output(index) for index in range(len(results) - count)])
     outputs = step.outputs[:count]
-    return step.rebuilt(step.graph, outputs=outputs), StepGraph(step.root, asked, step.inputs, ports)
+    return step.rebuilt(step.graph, outputs=outputs), StepGraph(
+        step.root, asked, step.inputs, ports, homes=step.homes
+    )
 
 
 def varying(step: StepGraph, result: fx.Node) -> list[Input]:

@@ -1,17 +1,19 @@
 """What is put around the forward of a model's parts, and which of it a capture can hold."""
 
+import contextlib
 import functools
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from graphcache.ir.errors import CaptureError
 from graphcache.libraries import accelerate_private, diffusers_private
+from graphcache.libraries.carriers import is_carrier
 from graphcache.libraries.diffusers_private import REGISTRY, is_stateful
-from graphcache.libraries.torch_private import FORWARD_HOOKS
+from graphcache.libraries.torch_private import COMPILED_CALL, FORWARD_HOOKS, compiled_call
 
 BOOKKEEPING = frozenset((REGISTRY, *accelerate_private.HOOKS))
 """What hooks of diffusers and accelerate leave on a module; they act through its forward, which counts."""
@@ -48,8 +50,7 @@ def _lost(where: str, what: str) -> CaptureError:
     return CaptureError(
         f"{where} has {what}, which would run once during the capture and never again; remove it before "
         "transforming, and leave it out within a generation (diffusers' caches: model.disable_cache(); "
-        "offloading: enable it on the whole model, after transform, not by layers; torch.compile: compile "
-        "the model, not its forward)"
+        "layerwise casting: keep the weights in one dtype; torch.compile: compile the model, not its forward)"
     )
 
 
@@ -59,7 +60,7 @@ def is_own(module: nn.Module) -> bool:
     Removed hooks leave the class's own behind on the instance. A model chooses one by setting a method of
     its own, or a function of the package that its class is from; what others set is a hook.
     """
-    own = module.__dict__.get("forward")
+    own = _beneath(module)
     if own is None:
         return True
     if isinstance(own, types.MethodType):
@@ -69,7 +70,8 @@ def is_own(module: nn.Module) -> bool:
 
 def _is_method(function: Any, kind: type) -> bool:
     name = getattr(function, "__name__", "")
-    return any(vars(base).get(name) is function for base in kind.__mro__)
+    # a class without a forward has one under another name, as lists of modules do
+    return any(function in (vars(base).get(name), vars(base).get("forward")) for base in kind.__mro__)
 
 
 def _wraps(function: Any) -> bool:
@@ -82,22 +84,36 @@ def _package(thing: Any) -> str:
 
 
 def worn(module: nn.Module) -> Worn:
-    """What stands around the module's forward, comparable with what stands there at another time."""
-    own = module.__dict__.get("forward")
+    """What stands around the module's forward, comparable with what stands there at another time.
+
+    Of hooks that move weights only that there are some: which ones is no part of a graph.
+    """
+    hooks = [*diffusers_private.hooks_of(module), *accelerate_private.hooks_of(module)]
+    if any(map(is_carrier, hooks)):
+        return ((is_carrier, {}), *_computing(module))
+    return _computing(module)
+
+
+def _computing(module: nn.Module) -> Worn:
+    own = _beneath(module)
     chosen = getattr(own, "__func__", own)
     if chosen is None or chosen is type(module).forward:
         return ()
     if is_own(module):
         return ((chosen, {}),)
-    hooks = _hooks(module)
+    hooks = diffusers_private.hooks_of(module)
     if not hooks:
-        return ((module.__dict__["forward"], {}),)
-    return tuple((type(hook), _attributes(hook)) for hook in hooks)
+        return ((own, {}),)
+    return tuple((type(hook), _attributes(hook)) for hook in hooks if not is_carrier(hook))
 
 
-def _hooks(module: nn.Module) -> Iterable[Any]:
-    registry = module.__dict__.get(REGISTRY)
-    return [] if registry is None else list(registry.hooks.values())
+def _beneath(module: nn.Module) -> Any:
+    """The forward on a module, without hooks of accelerate that move weights."""
+    forward = module.__dict__.get("forward")
+    hooks = accelerate_private.hooks_of(module)
+    if hooks and all(map(is_carrier, hooks)) and accelerate_private.is_hooked(forward):
+        return accelerate_private.beneath(module)
+    return forward
 
 
 def _attributes(hook: Any) -> Mapping[str, Any]:
@@ -105,16 +121,29 @@ def _attributes(hook: Any) -> Mapping[str, Any]:
 
 
 def _has_state(module: nn.Module) -> bool:
-    return any(is_stateful(hook) for hook in _hooks(module))
+    return any(map(is_stateful, diffusers_private.hooks_of(module)))
 
 
 def _only_computes(module: nn.Module) -> bool:
-    """Whether all that stands around forward are hooks that replace what it computes, or change its result.
+    """Whether all that stands around forward are hooks that move weights, replace what it computes, or change
+    its result.
 
-    Those that act before it move weights or change their dtype, which is no part of a graph.
+    Others that act before it change weights' dtype, which is no part of a graph.
     """
     base: Any = getattr(sys.modules.get("diffusers.hooks"), "ModelHook", None)
-    hooks, forward = _hooks(module), module.__dict__["forward"]
+    hooks, forward = diffusers_private.hooks_of(module), _beneath(module)
     if not hooks or not isinstance(forward, functools.partial) or forward.args[:1] != (module,):
         return False
-    return all(type(hook).pre_forward is base.pre_forward for hook in hooks)
+    return all(is_carrier(hook) or type(hook).pre_forward is base.pre_forward for hook in hooks)
+
+
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Call modules that Module.compile() compiled as they were, so that tracing sees through them."""
+    compiled = [module for module in model.modules() if compiled_call(module) is not None]
+    kept = [module.__dict__.pop(COMPILED_CALL) for module in compiled]
+    try:
+        yield
+    finally:
+        for module, call in zip(compiled, kept, strict=True):
+            setattr(module, COMPILED_CALL, call)

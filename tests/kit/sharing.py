@@ -22,6 +22,7 @@ from graphcache.compiler.modes import ambient
 from graphcache.ir.call import CallSpec
 from graphcache.ir.opaque import Opaque
 from graphcache.libraries.kernels import attention_kernels
+from graphcache.tracing.homes import Homes
 
 _PLAIN = (
     type(None),
@@ -57,9 +58,10 @@ class Sharing:
         split: bool = False,
         asks: bool = False,
         before: Sequence[Opaque] = (),
+        homes: Homes | None = None,
     ) -> Captured:
-        make = partial(self.capture, model, call, tensors, observers, split, asks, before)
-        if observers:
+        make = partial(self.capture, model, call, tensors, observers, split, asks, before, homes)
+        if observers or (homes is not None and homes.device is not None):
             return make()
         likeness = _Likeness(model)
         try:

@@ -1,11 +1,12 @@
 """What differs on a CUDA device: attention kernels and their log-sum-exps, compiled graphs, memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from inspect import unwrap
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 import graphcache
 from examples.digits.model import ddim_scheduler, load_model
@@ -13,8 +14,11 @@ from examples.digits.sample import sample
 from graphcache import Plan, presets
 from graphcache.analysis.cost import graph_flops
 from graphcache.compiler.program import Program
-from reference import assert_same, subject
+from graphcache.ir.graph import storage_bytes
+from reference import assert_same, cast, subject
 from tests.analysis.test_tokens import inputs, measured, naive_map
+from tiny_pipelines import variant_of
+from zoo import CASES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -130,3 +134,47 @@ def test_a_plan_is_profiled_searched_and_timed_on_the_device() -> None:
     found = graphcache.search(profile, speedup=1.5)
     uncached, cached = sampler(model, 1, steps), sampler(graphcache.transform(model, found.plan), 1, steps)
     assert float((uncached - cached).square().mean()) < 0.01
+
+
+CUDA = torch.device("cuda")
+OFFLOADING: dict[str, Callable[[Any], Any]] = {
+    "modules": lambda model: cpu_offload(model, CUDA, offload_buffers=len(model._parameters) > 0),
+    "blocks": lambda model: model.enable_group_offload(CUDA, num_blocks_per_group=1),
+    "blocks by stream": lambda model: model.enable_group_offload(
+        CUDA, num_blocks_per_group=1, use_stream=True
+    ),
+    "leafs by stream": lambda model: model.enable_group_offload(
+        CUDA, offload_type="leaf_level", use_stream=True, record_stream=True
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", [None, "inductor"])
+@pytest.mark.parametrize("kind", [*OFFLOADING, "streamed"])
+def test_weights_come_from_host_memory(kind: str, backend: str | None) -> None:
+    on = subject("wan", device="cuda")
+    plan = presets.fora(6, 3)
+    expected = on.sample(on.transform(plan, backend=backend), 6)
+    model: Any = CASES["wan"].make()
+    OFFLOADING.get(kind, id)(model)
+    made = graphcache.transform(model, plan, backend=backend, stream_weights=kind == "streamed")
+    for _ in range(3):
+        close = 0 if backend is None else 1e-3
+        torch.testing.assert_close(on.sample(made, 6), expected, rtol=close, atol=close)
+    assert not any(weight.is_cuda for weight in model.parameters())
+    assert all(weight.is_pinned() for weight in model.parameters() if kind == "streamed")
+
+
+@pytest.mark.parametrize("kind", ["blocks by stream", "streamed"])
+def test_two_blocks_are_on_the_device_at_a_time(kind: str) -> None:
+    model: Any = variant_of("wan", 0, num_layers=16, ffn_dim=16384)()
+    OFFLOADING.get(kind, id)(model)
+    block = sum(map(storage_bytes, model.blocks[0].parameters()))
+    made = graphcache.transform(model, presets.compute(1), stream_weights=kind == "streamed")
+    call = cast(CASES["wan"].kwargs(1), None, "cuda")
+    made(**call)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    made(**call)
+    assert torch.cuda.max_memory_allocated() - before < 4 * block
+    assert torch.cuda.memory_allocated() - before < block
