@@ -1,21 +1,26 @@
-"""The command `auto`: from a folder and prompts to a plan, in one call that may be interrupted."""
+"""The command `auto`: from a folder and prompts to a plan, in one call that may be interrupted.
+
+`make test-models` takes every kind of folder.
+"""
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner, Result
 
 import graphcache
+from folders import FOLDERS, Folder
 from graphcache.cli.main import app
-from graphcache.planning.comparison import load_rows
+from graphcache.libraries.quiet import quiet_loading
+from graphcache.planning.comparison import Contender, load_rows
+from graphcache.planning.metrics import psnr
 from graphcache.planning.rivals import rivals
-from pipelines import PIPELINES
 
 FACTORY = """
 from linear import Sampler, linear
@@ -34,83 +39,64 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, *arguments: str, rivals: str = "--no-rivals") -> Result:
-    options = (
-        rivals,
-        "--output",
-        str(folder),
-        "--backend",
-        "none",
-        "--steps",
-        "6",
-        "--iterations",
-        "2",
-        "--threads",
-        "1",
-    )
-    return CliRunner().invoke(app, ["auto", *arguments, *options], env={"COLUMNS": "200"})
+    options = (rivals, "--output", str(folder), "--backend", "none", "--steps", "6", "--iterations", "2")
+    return CliRunner().invoke(app, ["auto", *options, "--threads", "1", *arguments], env={"COLUMNS": "200"})
 
 
-def text_encoder(channels: int) -> tuple[object, object]:
-    """A tokenizer of four words and an encoder with random weights."""
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, "fox": 3}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=8, **special)
-    sizes = {"d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-    config = transformers.T5Config(vocab_size=8, d_model=channels, **sizes)
-    return tokenizer, transformers.T5EncoderModel(config).eval()
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "name" in metafunc.fixturenames:
+        names = list(FOLDERS) if metafunc.config.getoption("--every-model") else ["pixart"]
+        metafunc.parametrize("name", names)
 
 
-def saved(folder: Path) -> str:
-    """A whole pipeline with text encoder and decoder, all tiny."""
-    torch.manual_seed(0)
-    parts = PIPELINES["pixart"].make()
-    tokenizer, encoder = text_encoder(parts.transformer.config.caption_channels)
-    decoder = diffusers.AutoencoderKL(
-        latent_channels=4, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
-    )  # fmt: skip
-    whole = diffusers.PixArtAlphaPipeline(
-        tokenizer=tokenizer, text_encoder=encoder, vae=decoder, transformer=parts.transformer,
-        scheduler=parts.scheduler,
-    )  # fmt: skip
-    whole.save_pretrained(folder)
-    return str(folder)
-
-
-def test_a_folder_and_prompts_give_a_plan_and_a_report(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text("a fox\n\na red fox\nthe fox\n")
-    call = {"height": 16, "width": 16, "max_sequence_length": 8, "use_resolution_binning": False}
-    given = (
-        "--call",
-        json.dumps({**call, "clean_caption": False}),
-        "--prompts",
-        str(tmp_path / "prompts.txt"),
-    )
-    result = run(
-        tmp_path / "out", saved(tmp_path / "pipe"), *given, "--conditional", "last", "--speedup", "1.3",
-        rivals="--rivals",
-    )  # fmt: skip
+def test_a_folder_and_prompts_give_a_plan_and_a_report(name: str, tmp_path: Path) -> None:
+    prompts = ["a fox", "a red fox", "the fox"]
+    (tmp_path / "prompts.txt").write_text("\n\n".join(prompts))
+    given, out = FOLDERS[name], tmp_path / "out"
+    place = given.saved(tmp_path / "pipe")
+    options = ("--call", json.dumps(given.arguments), "--prompts", str(tmp_path / "prompts.txt"))
+    beside = "--rivals" if name == "pixart" else "--no-rivals"
+    result = run(out, place, *options, "--speedup", "1.2", "--steps", "4", *given.options, rivals=beside)
     assert result.exception is None, result.exception
-    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
-    profile = graphcache.load_profile(tmp_path / "out" / "profile.json")
+    assert {path.name for path in out.iterdir()} == FILES
+    profile = graphcache.load_profile(out / "profile.json")
     assert profile.provenance.samples == 2, "of three prompts the last one judges"
-    plan = graphcache.Plan.load(tmp_path / "out" / "tuned.txt")
-    assert plan.steps == 6
+    assert (len(profile.handovers) > 0) is (name == "wan_2_2")
+    plan = graphcache.Plan.load(out / "tuned.txt")
+    assert plan.steps == 4
     assert plan.graph == profile.provenance.graph
-    rows = {row.name: row for row in load_rows(tmp_path / "out" / "comparison.json")}
-    assert {"found", "fora", "taylorseer", "5 steps"} < rows.keys()
-    kinds = {row.kind for name, row in rows.items() if name in rivals()}
-    assert kinds == {"rival"}
-    for name in rivals():
-        ran = rows[name].failure is None
-        assert ran == (rows[name].psnr is not None) == (rows[name].speedup > 0)
-        assert (f"{name} does not run here: " in result.output) != ran
-    assert "PixArtTransformer2DModel has no enable_cache" in str(rows["FirstBlockCache"].failure)
+    assert all(row.actions[step] == "#" for row in plan.rows for step in (0, *profile.handovers))
+    rows = {row.name: row for row in load_rows(out / "comparison.json")}
+    assert {"found", "fora", "taylorseer", "3 steps"} < rows.keys()
     assert "One generation takes" in result.output
     for part in ("profile", "search", "tune", "compare"):
         assert re.search(rf"{part} +\d+ +[\d.]+ +[\d.]+ \w+ +[\d.]+ \w+", result.output), result.output
-    assert f'plan = graphcache.Plan.load("{tmp_path / "out" / "tuned.txt"}")' in result.output
+    if name == "pixart":
+        rivals_are_told(rows, result.output)
+    assert f'plan = graphcache.Plan.load("{out / "tuned.txt"}")' in result.output
+    with quiet_loading():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(place, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    plain = generated(pipe, given, prompts[2])
+    cached = generated(graphcache.transform(pipe, plan), given, prompts[2])
+    assert rows["found"].psnr == pytest.approx(float(psnr(cached, plain).mean()))
+
+
+def rivals_are_told(rows: Mapping[str, Contender], output: str) -> None:
+    assert {row.kind for name, row in rows.items() if name in rivals()} == {"rival"}
+    for name in rivals():
+        ran = rows[name].failure is None
+        assert ran == (rows[name].psnr is not None) == (rows[name].speedup > 0)
+        assert (f"{name} does not run here: " in output) != ran
+    assert "PixArtTransformer2DModel has no enable_cache" in str(rows["FirstBlockCache"].failure)
+
+
+def generated(pipe: Any, given: Folder, prompt: str) -> torch.Tensor:
+    """The latents of the third prompt, by the pipeline's own call."""
+    made = torch.Generator().manual_seed(2)
+    arguments = {**given.arguments, "prompt": prompt, "num_inference_steps": 4, "generator": made}
+    result = pipe(**arguments, output_type="latent", return_dict=False)[0]
+    return result if isinstance(result, torch.Tensor) else torch.stack(result)
 
 
 def test_a_later_call_goes_on_where_the_first_one_was(tmp_path: Path) -> None:
