@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from graphcache.analysis.handovers import turns
 from graphcache.analysis.sensitivity import effect, feature_error, fitted
 
 NONE = -1
@@ -14,12 +15,14 @@ NONE = -1
 @dataclass(frozen=True)
 class SiteProducts:
     """A site's products at pairs of steps, as in `Profile`: gram (steps, steps), effects (steps, window + 1,
-    probes, samples). Values that are `reused` are taken as they are, others are fitted to two entries."""
+    probes, samples). Values that are `reused` are taken as they are, others are fitted to two entries. At the
+    steps of `handovers` another model takes over, which finds nothing of what was before."""
 
     name: str
     gram: np.ndarray
     effects: np.ndarray
     reused: bool = False
+    handovers: tuple[int, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -44,7 +47,7 @@ class SiteProducts:
         return self._over_gaps(lambda *made: feature_error(self.gram, *made))
 
     def _over_gaps(self, measured: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
-        newest, gap, behind, paired = _gaps(self.steps, self.window)
+        newest, gap, behind, paired = _gaps(self.steps, self.window, self.handovers)
         # beyond the last step there is nothing to replace; its place is filled and never looked at
         step = np.minimum(newest + gap, self.steps - 1)
         newest = np.minimum(newest, step - 1).clip(min=0)
@@ -61,11 +64,15 @@ class SiteProducts:
         return np.ones(entries.shape) if self.reused else fitted(self.gram, step, entries)
 
 
-def _gaps(steps: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _gaps(
+    steps: int, window: int, handovers: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Open grids of a gap's newest computed step, its length and how far the one before lies behind, and
-    where that one is within the window."""
+    where that one is within the window, and its value of the same turn."""
     newest, gap, behind = np.ogrid[:steps, 1 : window + 1, : max(window, 1)]
-    return newest, gap, behind, (behind > 0) & (behind <= newest) & (gap + behind <= window)
+    turn = turns(steps, handovers)
+    alike = turn[newest] == turn[(newest - behind).clip(min=0)]
+    return newest, gap, behind, alike & (behind > 0) & (behind <= newest) & (gap + behind <= window)
 
 
 def gap_squares(tables: Sequence[SiteProducts]) -> np.ndarray:
@@ -95,48 +102,57 @@ def steadied(squares: np.ndarray, tables: Sequence[SiteProducts]) -> np.ndarray:
     """
     steps, window, probes, samples = tables[0].effects.shape
     measurements = probes * samples
-    newest, gap, behind, paired = _gaps(steps, window - 1)
+    newest, gap, behind, paired = _gaps(steps, window - 1, tables[0].handovers)
+    turn = turns(steps, tables[0].handovers)
     lengths = np.cumsum(np.sqrt(sum(table.distances() for table in tables)), axis=1) ** 2
-    known = (newest + gap < steps) & (lengths > 0)
-    pair, single = (_nearby(squares, lengths, known & alike)[..., None] for alike in (paired, behind == 0))
+    inside = turn[newest] == turn[np.minimum(newest + gap, steps - 1)]
+    known = (newest + gap < steps) & inside & (lengths > 0)
+    pair, single = (
+        _nearby(squares, lengths, known & alike, turn)[..., None] for alike in (paired, behind == 0)
+    )
     likely = np.where(paired, pair, single) * lengths
     steady: np.ndarray = (measurements * squares + STRENGTH * likely) / (measurements + STRENGTH)
     return steady
 
 
-def _nearby(squares: np.ndarray, lengths: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Mean of squares / lengths over nearby gaps (newest, gap − 1)."""
+def _nearby(squares: np.ndarray, lengths: np.ndarray, known: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """Mean of squares / lengths over nearby gaps (newest, gap − 1) of the same turn."""
     ratios = np.divide(squares, lengths, out=np.zeros_like(squares), where=known)
-    total, count = (_neighbourhood(item.sum(axis=2)) for item in (ratios, known))
+    total, count = (_neighbourhood(item.sum(axis=2), turn) for item in (ratios, known))
     mean: np.ndarray = total / np.maximum(count, 1)
     return mean
 
 
-def _neighbourhood(values: np.ndarray) -> np.ndarray:
+def _neighbourhood(values: np.ndarray, turn: np.ndarray) -> np.ndarray:
     """Sums of the values that are nearby."""
     steps, gaps = (np.abs(np.subtract.outer(*[np.arange(size)] * 2)) for size in values.shape)
-    sums: np.ndarray = (steps <= NEARBY[0]).astype(float) @ values @ (gaps <= NEARBY[1]).astype(float)
+    near = (steps <= NEARBY[0]) & np.equal.outer(turn, turn)
+    sums: np.ndarray = near.astype(float) @ values @ (gaps <= NEARBY[1]).astype(float)
     return sums
 
 
-def gap_errors(squares: np.ndarray) -> np.ndarray:
+def gap_errors(squares: np.ndarray, handovers: Sequence[int] = ()) -> np.ndarray:
     """Squared errors of the gap between two computed steps, given the one before both.
 
     Args:
         squares: (newest, gap − 1, behind).
+        handovers: steps that are computed whatever is chosen, and behind which nothing from before is read.
 
     Returns:
         float64 (older, newest, end) with steps + 1 places each: `older` 0 stands for none and o + 1 for the
-        step o; `end` may be the number of steps. Infinite where a gap is wider than the window.
+        step o; `end` may be the number of steps. Infinite where a gap is wider than the window, or has a
+        handover in it.
     """
     steps, window = squares.shape[:2]
     errors = np.full((steps + 1, steps + 1, steps + 1), np.inf)
+    turn = turns(steps, handovers)
     for newest in range(steps):
         errors[: newest + 1, newest, newest + 1] = 0.0
-        last = min(window, steps - 1 - newest)
+        own = np.flatnonzero(turn == turn[newest])
+        last = min(window, int(own[-1]) - newest)
         for older in range(NONE, newest):
             behind = newest - older
-            found = squares[newest, :last, behind if older != NONE and behind < window else 0]
+            found = squares[newest, :last, behind if older >= own[0] and behind < window else 0]
             errors[older + 1, newest, newest + 2 : newest + 2 + last] = found
     return errors
 

@@ -1,13 +1,13 @@
 """One site's row, step by step: what it computes, reads and must keep."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from graphcache.analysis.bases import coefficients
 from graphcache.ir.errors import PlanError
 from graphcache.ir.history import OUTPUT, History
 from graphcache.ir.letter import Letter
-from graphcache.ir.plan import Plan, Row
+from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
 from graphcache.ir.schedule import Action, Budget, Measure, Memory, Selection
 
 
@@ -65,9 +65,10 @@ def simulate(
             for track in tracks:
                 track.record(Action("hold"), ())
             continue
-        held = _held_by(tracks, step, letters)
+        symbols = {track.site: _symbol(track, step, letters, steps.start) for track in tracks}
+        held = _held_by(tracks, step, letters, symbols)
         for track in tracks:
-            _advance(track, step, letters, count, held.get(track.site))
+            _advance(track, step, symbols[track.site], letters, count, held.get(track.site))
     return tracks
 
 
@@ -110,18 +111,37 @@ def remembered(memory: Memory, tracks: Sequence[Track], steps: range) -> Track:
     return track
 
 
-def _held_by(tracks: Sequence[Track], step: int, letters: dict[str, Letter]) -> dict[str, str]:
+def _symbol(track: Track, step: int, letters: dict[str, Letter], start: int) -> str:
+    """A site's action. What has no value yet computes, and so does, where a generation begins late, what
+    lists more values than there are.
+    """
+    symbol = track.row.actions[step]
+    letter, listed = letters.get(symbol), track.row.listed(step)
+    known = len(track.computed)
+    if letter is not None and letter.is_compute:
+        known += 1
+    return COMPUTE if not track.computed or (start and len(listed or ()) > known) else symbol
+
+
+def _held_by(
+    tracks: Sequence[Track], step: int, letters: dict[str, Letter], symbols: Mapping[str, str]
+) -> dict[str, str]:
     """Sites that neither compute nor age at a step, and the reused site around them."""
+
+    def is_skipped(track: Track) -> bool:
+        symbol = symbols[track.site]
+        return symbol == REUSE or (symbol in letters and letters[symbol].is_forecast)
+
     held: dict[str, str] = {}
     for outer in (track for track in tracks if track.surround):
-        if outer.site in held or not _is_skipped(outer, step, letters):
+        if outer.site in held or not is_skipped(outer):
             continue
         for track in tracks:
             if track is outer or track.site in held or track.site == OUTPUT:
                 continue
             if outer.site == OUTPUT or set(track.blocks) <= set(outer.blocks):
                 held[track.site] = outer.site
-            elif set(track.blocks) & set(outer.blocks) and _is_skipped(track, step, letters):
+            elif set(track.blocks) & set(outer.blocks) and is_skipped(track):
                 raise PlanError(
                     f"step {step}: {outer.site} and {track.site} overlap and are both taken from the cache; "
                     "let one of them compute there"
@@ -129,21 +149,14 @@ def _held_by(tracks: Sequence[Track], step: int, letters: dict[str, Letter]) -> 
     return held
 
 
-def _is_skipped(track: Track, step: int, letters: dict[str, Letter]) -> bool:
-    """Whether the site is taken from its history; one that has none yet computes instead."""
-    symbol = track.row.actions[step]
-    return bool(track.computed) and (symbol == "." or (symbol in letters and letters[symbol].is_forecast))
-
-
-def _advance(track: Track, step: int, letters: dict[str, Letter], steps: int, held: str | None) -> None:
-    symbol = track.row.actions[step]
+def _advance(
+    track: Track, step: int, symbol: str, letters: dict[str, Letter], steps: int, held: str | None
+) -> None:
     letter = letters.get(symbol)
     if held is not None:
         track.record(Action("hold"), ())
         return
-    if not track.computed:
-        symbol, letter = "#", None
-    if symbol == "#":
+    if symbol == COMPUTE:
         track.record(Action("compute"), ())
         track.computed.insert(0, step)
     elif letter is None:
@@ -177,7 +190,8 @@ def _weighted(track: Track, step: int, letter: Letter, steps: int) -> None:
             track.last_read[before] = max(track.last_read.get(before, newest), newest)
         track.record(Action("forecast", 1), (-weights[1],))
     else:
-        track.read(step, letter.order + 1)
+        # a step that lists fewer coefficients than its letter may reads no more values than those
+        track.read(step, len(track.row.listed(step) or weights))
         track.record(Action("forecast", len(weights)), weights)
 
 

@@ -61,7 +61,7 @@ class Bench:
         self.arguments = arguments
         self.folder: Path = arguments.workdir / name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.sampling = Sampling(self.example.model, self.example.sampler())
+        self.sampling = Sampling.of(self.example.model, self.example.sampler())
 
     def items(self, first: int, count: int) -> list[Any]:
         return self.example.items(count, self.arguments.size, first)

@@ -158,7 +158,7 @@ class _Run:
         self._announce()
         measured = self._part("profile", load_profile, self.parts.profiled)
         plan = self._part("search", Plan.load, lambda path: self._searched(path, measured))
-        tuned = self._part("tune", Plan.load, lambda path: self._tuned(path, plan))
+        tuned = self._part("tune", Plan.load, lambda path: self._tuned(path, plan, measured))
         rows = self._part("compare", load_rows, lambda path: self._compared(path, tuned))
         print_rows(rows)
         page = self.folder / "report.html"
@@ -211,8 +211,8 @@ class _Run:
         plan.save(path)
         return plan
 
-    def _tuned(self, path: Path, plan: Plan) -> Plan:
-        result = self.parts.tuned(plan)
+    def _tuned(self, path: Path, plan: Plan, measured: Profile) -> Plan:
+        result = self.parts.tuned(plan, measured.handovers)
         found = plan if result is None else result.plan
         found.save(path)
         return found

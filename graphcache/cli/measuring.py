@@ -36,15 +36,17 @@ from graphcache.planning.cluster import Cluster
 from graphcache.planning.comparison import Contender
 from graphcache.planning.comparison import compare as compare_runs
 from graphcache.planning.gradient_memory import MEMORY
+from graphcache.planning.pipeline_sampler import solved_by
 from graphcache.planning.profile_file import load_profile
 from graphcache.planning.profiling import Detail
 from graphcache.planning.profiling import profile as profile_model
 from graphcache.planning.rivals import rivals as known_rivals
-from graphcache.planning.sampling import Sampler, Sampling, solved_by
+from graphcache.planning.sampling import Sampler, Sampling
 from graphcache.planning.search import Found
 from graphcache.planning.search import search as search_plan
 from graphcache.planning.tuning import tune as tune_plan
 from graphcache.planning.tuning import with_corrections
+from graphcache.planning.turns import handovers
 
 Subject = Annotated[
     str,
@@ -135,7 +137,7 @@ def search(
 ) -> None:
     """Solve for the best plan that a profile promises, and with --model of those that hold it."""
     made = load_profile(profile)
-    check = None
+    check, known = None, tuple[int, ...]()
     if model is None and (ray or device or dtype):
         raise GraphCacheError(
             "--ray, --device and --dtype are for the runs of --model, which is missing; name one, or leave "
@@ -145,10 +147,12 @@ def search(
         found_samples = _sampled(model, call, samples, threads, Placement(device, dtype))
         sampling = Sampling.of(found_samples.model_or_pipe, found_samples.sampler, timestep, latents or ())
         check = checker(sampling, found_samples.samples, steps or made.steps)
+        known = handovers(sampling, found_samples.samples[0], steps or made.steps)
     with mapping(ray, device) as run:
         found = search_plan(
             made,
             steps=steps,
+            handovers=known,
             speedup=speedup,
             max_error=max_error,
             max_bytes=max_bytes,
@@ -186,18 +190,18 @@ def tune(
             f"--held-out {held_out}: there are {len(found.samples)} samples, one must be left"
         )
     given = Plan.load(plan)
+    sampling = Sampling.of(found.model_or_pipe, found.sampler, timestep, latents or ())
+    if corrections and given.letter("c") is None:
+        given = with_corrections(given, handovers=handovers(sampling, found.samples[0], given.steps))
     with Progress(console=console) as bar:
         task = bar.add_task("tuning", total=iterations)
         result = tune_plan(
-            found.model_or_pipe,
-            with_corrections(given) if corrections and given.letter("c") is None else given,
+            sampling,
+            given,
             found.samples[:-held_out],
             found.samples[-held_out:],
-            sampler=found.sampler,
             reference="converged" if reference == "converged" else "uncached",
             iterations=iterations,
-            timestep=timestep,
-            latents=latents or (),
             memory=memory,
             progress=lambda now: bar.update(task, completed=now.number + 1),
         )

@@ -15,7 +15,8 @@ from graphcache.ir.errors import GraphCacheError
 from graphcache.libraries.diffusers_private import CLASS_NAME
 from graphcache.libraries.extras import require
 from graphcache.libraries.quiet import quiet_loading
-from graphcache.planning.sampling import Sampler, first_call
+from graphcache.planning.sampling import Sampler, first_calls
+from graphcache.runtime.parts import denoisers
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def load_model(
         name: `package.module:factory`, which returns a model or (model, inputs); a folder with a
             pipeline's model_index.json; or a folder with a transformer's config.json.
         inputs: `package.module:function` that takes the model and returns its arguments.
-        call: arguments of the pipeline, whose first transformer call is then recorded.
+        call: arguments of the pipeline, of which the first call of a denoiser is then recorded.
         placement: of a folder's weights.
 
     Raises:
@@ -104,8 +105,8 @@ def load_model(
     folder = Path(name)
     if folder.is_dir():
         if (folder / "model_index.json").exists():
-            transformer, calls = _from_pipeline(folder, [call or {}], placement)
-            return transformer, calls[0]
+            ((denoiser, calls),) = _from_pipeline(folder, [call or {}], placement, 2, 1)
+            return denoiser, calls[0]
         model, found = _from_folder(folder, placement), None
     else:
         placement.refuse_for(name)
@@ -140,20 +141,41 @@ def _from_folder(folder: Path, placement: Placement) -> nn.Module:
     return model
 
 
-def load_calls(
-    name: str, calls: Sequence[Mapping[str, Any]], placement: Placement = CPU
-) -> tuple[nn.Module, list[Mapping[str, Any]]]:
-    """The transformer of a pipeline's folder, and arguments of a call of it for each of the pipeline's.
+Called = tuple[nn.Module, list[Mapping[str, Any]]]
+"""A model, and keyword arguments of calls of it."""
+
+
+def load_calls(name: str, calls: Sequence[Mapping[str, Any]], placement: Placement = CPU) -> Called:
+    """The denoiser of a pipeline's folder, and arguments of a call of it for each of the pipeline's.
+
+    Of several it is the one that is called first.
 
     Raises:
-        GraphCacheError: the name is no such folder, or the pipeline fails before it calls its transformer.
+        GraphCacheError: the name is no such folder, or the pipeline fails before it calls its denoiser.
     """
-    if not (Path(name) / "model_index.json").exists():
+    (found,) = _from_pipeline(_pipeline_folder(name), calls, placement, 2, 1)
+    return found
+
+
+def load_denoisers(
+    name: str, calls: Sequence[Mapping[str, Any]], steps: int, placement: Placement = CPU
+) -> list[Called]:
+    """Every denoiser of a pipeline's folder that a generation of so many steps calls, as `load_calls`."""
+    return _from_pipeline(_pipeline_folder(name), calls, placement, steps)
+
+
+def is_pipeline(name: str) -> bool:
+    """Whether this is a pipeline's folder."""
+    return (Path(name) / "model_index.json").exists()
+
+
+def _pipeline_folder(name: str) -> Path:
+    if not is_pipeline(name):
         raise GraphCacheError(
             f"{name} is no pipeline's folder, whose arguments could be given; write sizes of its model's "
             "call, such as --at height=128,width=128"
         )
-    return _from_pipeline(Path(name), calls, placement)
+    return Path(name)
 
 
 def load_model_for(
@@ -171,29 +193,38 @@ def load_model_for(
 
 
 def _from_pipeline(
-    folder: Path, calls: Sequence[Mapping[str, Any]], placement: Placement
-) -> tuple[nn.Module, list[Mapping[str, Any]]]:
+    folder: Path,
+    calls: Sequence[Mapping[str, Any]],
+    placement: Placement,
+    steps: int,
+    most: int | None = None,
+) -> list[Called]:
+    """Its denoisers, at most so many, in the order in which they are called, each with a call for each."""
     pipe = placement.loaded(_diffusers().DiffusionPipeline, folder)
-    if not isinstance(getattr(pipe, "transformer", None), nn.Module):
-        raise GraphCacheError(f"{folder} holds a {type(pipe).__name__}, which has no transformer")
-    return pipe.transformer, [record_call(pipe, call) for call in calls]
+    models = [part.module for part in denoisers(pipe).values()]
+    seen = [_recorded(pipe, models, {"num_inference_steps": steps, **call}, most) for call in calls]
+    if any(item.keys() != seen[0].keys() for item in seen):
+        raise GraphCacheError("the pipeline calls other denoisers for one of these calls than for another")
+    return [(models[number], [item[number] for item in seen]) for number in seen[0]]
 
 
-def record_call(pipe: Any, call: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The keyword arguments of the first transformer call that a pipeline makes for these arguments.
+def _recorded(
+    pipe: Any, models: Sequence[nn.Module], call: Mapping[str, Any], most: int | None
+) -> dict[int, Mapping[str, Any]]:
+    """The keyword arguments of the models' first calls that a pipeline makes for these arguments.
 
     Raises:
         GraphCacheError: the pipeline fails before that, for instance because an argument is missing.
     """
     try:
-        seen = first_call(pipe.transformer, lambda: pipe(**{"num_inference_steps": 2, **call}))
+        seen = first_calls(models, lambda: pipe(**call), most)
     except Exception as error:
         raise GraphCacheError(
-            f"the pipeline failed before it called its transformer: {error}; "
+            f"the pipeline failed before it called its denoiser: {error}; "
             'give its arguments, such as --call \'{"prompt": "a cat"}\''
         ) from error
-    if seen is None:
-        raise GraphCacheError("the pipeline never called its transformer")
+    if not seen:
+        raise GraphCacheError("the pipeline never called its denoiser")
     return seen
 
 

@@ -31,7 +31,7 @@ from graphcache.cli.arguments import (
     regions_argument,
 )
 from graphcache.cli.console import console
-from graphcache.cli.sources import Placement, load_model_for
+from graphcache.cli.sources import Placement, is_pipeline, load_denoisers, load_model
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import write_bytes
@@ -60,20 +60,27 @@ def warmup(
     """Capture and compile what a plan needs: later processes find the code in PyTorch's cache on disk."""
     if threads:
         torch.set_num_threads(threads)
-    wanted = [json_argument(text) or {} for text in call or []]
-    module, calls = load_model_for(model, inputs, wanted, Placement(device, dtype))
+    placement, wanted = Placement(device, dtype), [json_argument(text) or {} for text in call or []]
+    given = plan_argument(plan, steps)
+    if len(wanted) > 1 or (is_pipeline(model) and inputs is None):
+        found = load_denoisers(model, wanted or [{}], steps or given.steps, placement)
+    else:
+        module, only = load_model(model, inputs, wanted[0] if wanted else None, placement)
+        found = [(module, [only])]
     began, worked = time.perf_counter(), time.process_time()
-    made: Any = transform(
-        module,
-        plan_argument(plan, steps),
-        backend=backend_argument(backend, option),
-        timestep=timestep,
-        latents=latents or (),
-        regions=regions_argument(regions),
-    )
-    made.warmup(*calls, steps=steps)
+    for module, calls in found:
+        made: Any = transform(
+            module,
+            given,
+            backend=backend_argument(backend, option),
+            timestep=timestep,
+            latents=latents or (),
+            regions=regions_argument(regions),
+        )
+        made.warmup(*calls, steps=steps)
     figures = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
-    console.print(f"ready after {figures['seconds']:.1f} s, for {len(calls)} sizes of calls")
+    sizes = f"{len(found[0][1])} sizes of calls" + (f" of {len(found)} models" if len(found) > 1 else "")
+    console.print(f"ready after {figures['seconds']:.1f} s, for {sizes}")
     if output is not None:
         write_bytes(json.dumps(figures, indent=1).encode(), output)
 

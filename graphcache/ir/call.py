@@ -223,24 +223,29 @@ class CallSpec:
     def given_latents(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         return tuple([tensors[index] for index in self.latents])
 
-    def sole_latent(self, tensors: Sequence[torch.Tensor], purpose: str) -> int:
-        """The leaf of the latents, where they must be one floating-point tensor that is an argument itself.
+    def latent_argument(self, tensors: Sequence[torch.Tensor], purpose: str) -> str:
+        """The argument that holds the latents: one floating-point tensor, or a list with one a sample.
 
         Raises:
-            CaptureError: they are not; `purpose` says what needs that.
+            CaptureError: they are something else; `purpose` says what needs that.
         """
         names = [self.leaf_names[index] for index in self.latents]
-        if len(names) > 1 or names[0] not in self.template:
+        owner = names[0].partition("[")[0]
+        held = self.template.get(owner)
+        listed = isinstance(held, (list, tuple)) and len(held) == len(names)
+        shapes = {tensors[index].shape for index in self.latents}
+        if names != ([f"{owner}[{i}]" for i in range(len(names))] if listed else [owner]) or len(shapes) > 1:
             raise CaptureError(
-                f"{purpose} needs latents that are one tensor, and an argument of forward; this model takes "
-                f"{', '.join(names)}: wrap it in a module that takes one tensor and cuts it up"
+                f"{purpose} needs latents that are one tensor, and an argument of forward, or a list of "
+                f"tensors, one a sample and all alike; this model takes {', '.join(names)}: wrap it in a "
+                "module that takes one tensor and cuts it up"
             )
         if not tensors[self.latents[0]].is_floating_point():
             raise CaptureError(
                 f"{purpose} needs latents with gradients, and {names[0]} holds whole numbers; use a preset, "
                 "or a plan written by hand"
             )
-        return self.latents[0]
+        return owner
 
     @cached_property
     def _varying(self) -> frozenset[int]:

@@ -1,6 +1,7 @@
 """The heat map and the Pareto chart as PNG files, for papers and slides."""
 
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,7 +93,8 @@ def _sensitivity(profile: Profile, timeline: Timeline | None) -> Any:
         axes.set_title(timeline.name, loc="left", fontsize=10, parse_math=False)
         for i, name in enumerate(names):
             for step, symbol in enumerate(timeline.symbols.get(name, "")):
-                share = None if scale is None or not step else scale.share(max(values[i, step], scale.low))
+                known = scale is not None and math.isfinite(values[i, step])
+                share = scale.share(max(values[i, step], scale.low)) if scale and known else None
                 ink = "black" if share is None or is_light(colour(share)) else "white"
                 text = _SIGNS.get(symbol, symbol)
                 axes.text(

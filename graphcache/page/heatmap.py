@@ -112,7 +112,8 @@ def _ticks(scale: Axis | None) -> tuple[Tick, ...]:
 
 
 def _means(values: np.ndarray) -> tuple[float | None, ...]:
-    return tuple(float(line[1:].mean()) if np.isfinite(line[1:]).any() else None for line in values)
+    known = [line[np.isfinite(line)] for line in values]
+    return tuple(float(line.mean()) if line.size else None for line in known)
 
 
 def shade(value: float, scale: Axis | None) -> str | None:

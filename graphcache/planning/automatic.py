@@ -106,13 +106,13 @@ class Parts:
         check = checker(self.sampling, self.trained[:2], self.steps)
         return search(measured, speedup=self.speedup, max_bytes=self.max_bytes, check=check, run=self.run)
 
-    def tuned(self, plan: Plan) -> Tuned | None:
+    def tuned(self, plan: Plan, handovers: Sequence[int] = ()) -> Tuned | None:
         """The plan with its coefficients trained; None where it has none, or nothing is to be trained."""
         if not (self.iterations and plan.lists_coefficients):
             return None
         return tune(
             self.sampling,
-            with_corrections(plan),
+            with_corrections(plan, handovers=handovers),
             self.trained,
             self.judges,
             reference=self.reference,
@@ -132,10 +132,10 @@ class Parts:
             GraphCacheError: the model cannot be captured.
         """
         sampling = self.sampling
-        inputs = sampling.first_call(self.samples[0], self.steps)
+        ((number, inputs),) = sampling.first_calls(self.samples[0], self.steps, 1).items()
         _, calls = sampling.uncached(self.samples[0], self.steps)
         return Outlook(
-            without_weights(sampling.model, inputs, sampling.names),
+            without_weights(sampling.models[number], inputs, sampling.names),
             self.steps, self.speedup, calls, min(len(self.trained), MOST_PROFILED), len(self.trained),
             len(self.judges), self.iterations, self.memory, branches=self.detail != "steps",
             timed=self.backend is not None, rivals=rivals,
@@ -163,7 +163,7 @@ def auto(
     folder: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Automatic:
-    """Make a model, or a pipeline's transformer, `speedup` times as fast with the best plan found for it.
+    """Make a model, or a pipeline's denoisers, `speedup` times as fast with the best plan found for them.
 
     The last quarter of the samples, at least one, is held out of profiling and judges the tuned plan; of the
     rest at most eight are profiled.
@@ -201,7 +201,7 @@ def auto(
     )  # fmt: skip
     measured = parts.profiled(None if folder is None else os.path.join(folder, "profile.json"))
     found = parts.searched(measured)
-    tuned = parts.tuned(found.plan)
+    tuned = parts.tuned(found.plan, measured.handovers)
     plan = found.plan if tuned is None else tuned.plan
     plan = replace(plan, graph=measured.provenance.graph)
     if folder is not None:
@@ -209,8 +209,9 @@ def auto(
     progress("check")
     held_out = judged(sampling, plan, parts.judges, data_range)
     target = model_or_pipe if model_or_pipe is not sampling else sampling.target
+    names = sampling.names
     made = transform(
-        target, plan, backend=backend, timestep=sampling.names.timestep, latents=sampling.names.latents
+        target, plan, backend=backend, timestep=names.timestep, latents=names.latents, parts=sampling.parts
     )
     return Automatic(made, plan, measured, found, tuned, held_out)
 

@@ -15,6 +15,7 @@ from graphcache.analysis.full_steps import (
     set_error,
     steadied,
 )
+from graphcache.analysis.handovers import turns
 from graphcache.analysis.sensitivity import effect, fitted
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
@@ -69,7 +70,8 @@ def candidates(profile: Profile) -> list[Candidate]:
 def _choices(tables: Sequence[SiteProducts]) -> Iterator[ComputedSteps]:
     """The best set of every size, with the error as it was measured."""
     squares = gap_squares(tables)
-    errors, steady = gap_errors(squares), gap_errors(steadied(squares, tables))
+    handovers = tables[0].handovers
+    errors, steady = (gap_errors(found, handovers) for found in (squares, steadied(squares, tables)))
     for choice in best_steps(steady, tables[0].steps - 1).values():
         yield replace(choice, error=set_error(errors, choice.steps))
 
@@ -81,7 +83,7 @@ def pareto(items: Sequence[Candidate]) -> tuple[Candidate, ...]:
 
 def fitted_plan(profile: Profile, sites: Sequence[Site], computed: Sequence[int], entries: int) -> Plan:
     """Sites computed at some steps; at the others fitted on the latest `entries` values."""
-    rows, histories = [], _histories(profile.steps, computed, entries)
+    rows, histories = [], _histories(profile, computed, entries)
     actions = "".join("f" if step in histories else COMPUTE for step in range(profile.steps))
     for site in sites:
         gram = profile.gram[profile.index(site.name)]
@@ -183,7 +185,7 @@ def _refitted_error(profile: Profile, sites: Sequence[Site], computed: Sequence[
     """The estimate of `gap_errors` with longer histories, within the window."""
     near = {
         step: tuple(item for item in history if step - item <= profile.window)
-        for step, history in _histories(profile.steps, computed, entries).items()
+        for step, history in _histories(profile, computed, entries).items()
     }
     found = np.zeros((profile.steps, *profile.effects.shape[-2:]))
     for site in sites:
@@ -213,14 +215,17 @@ def _guidance_candidates(profile: Profile) -> Iterator[Candidate]:
 
 def _table(profile: Profile, site: Site) -> SiteProducts:
     place = profile.index(site.name)
-    return SiteProducts(site.name, profile.gram[place], profile.effects[place])
+    return SiteProducts(site.name, profile.gram[place], profile.effects[place], handovers=profile.handovers)
 
 
-def _histories(steps: int, computed: Sequence[int], entries: int) -> dict[int, tuple[int, ...]]:
-    """The newest computed steps before each other step."""
+def _histories(profile: Profile, computed: Sequence[int], entries: int) -> dict[int, tuple[int, ...]]:
+    """The newest computed steps before each other step, back to where its model took over."""
+    turn = turns(profile.steps, profile.handovers)
     return {
-        step: tuple([item for item in computed if item < step][: -entries - 1 : -1])
-        for step in range(steps)
+        step: tuple(
+            [item for item in computed if item < step and turn[item] == turn[step]][: -entries - 1 : -1]
+        )
+        for step in range(profile.steps)
         if step not in computed
     }
 

@@ -19,9 +19,11 @@ from graphcache.ir.plantext import read_rows
 from graphcache.planning.gradient_memory import MEMORY
 from graphcache.planning.metrics import LEAST_ERROR, frechet_distance, psnr, ssim
 from graphcache.planning.pareto import unbeaten
+from graphcache.planning.pipeline_sampler import Models, each, together
 from graphcache.planning.plan_memory import lowered
 from graphcache.planning.rivals import Rival, hooked
 from graphcache.planning.sampling import Sampler, Sampling, refuse_random
+from graphcache.runtime.summary import Summary
 
 Kind = Literal["preset", "searched", "fewer steps", "plain", "rival"]
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
@@ -226,12 +228,12 @@ class _Contest:
 
     def _prepare(self, sample: Any) -> None:
         """Compile all contenders and run each once; what fails of those that may is noted."""
-        inputs = self.sampling.first_call(sample, self.steps)
-        plain = compile_plainly(self.sampling.model, self.backend)
+        ((number, inputs),) = self.sampling.first_calls(sample, self.steps, 1).items()
+        plain = together([compile_plainly(model, self.backend) for model in self.sampling.models])
         made: dict[str, Callable[[], Callable[[Any], Tensor]]] = {
             "plain": lambda: self._run(self.sampling, plain, self.steps)
         }
-        made |= {name: partial(self._planned, name, inputs) for name in self.plans}
+        made |= {name: partial(self._planned, name, number, inputs) for name in self.plans}
         for name, (sampler, count) in self.fewer.items():
             solver = replace(self.sampling, sampler=sampler or self.sampling.sampler)
             made[name] = partial(self._run, solver, plain, count)
@@ -248,11 +250,11 @@ class _Contest:
                 continue
             self.runs[name] = run
 
-    def _planned(self, name: str, inputs: Mapping[str, Any]) -> Callable[[Any], Tensor]:
+    def _planned(self, name: str, number: int, inputs: Mapping[str, Any]) -> Callable[[Any], Tensor]:
         plan = self.plans[name]
-        self.planned[name] = model = self.sampling.transformed(plan, self.backend)
-        self._refuse_large(name, plan, model, inputs)
-        return self._run(self.sampling, model, self.steps)
+        self.planned[name] = models = self.sampling.transformed(plan, self.backend)
+        self._refuse_large(name, plan, each(models)[number], inputs)
+        return self._run(self.sampling, models, self.steps)
 
     def _refuse_large(self, name: str, plan: Plan, model: Any, inputs: Mapping[str, Any]) -> None:
         """Raise GraphCacheError if the plan's caches do not fit."""
@@ -277,8 +279,14 @@ class _Contest:
         seconds = time.perf_counter() - start
         ideal = None if name in self.rivals else self.steps / self.count(name)
         if name in self.planned:
-            ideal = self.planned[name].summary().branches[0].ideal_speedup
+            ideal = _ideal(self.planned[name])
         return _Measured(seconds, result, ideal)
+
+
+def _ideal(models: Models) -> float:
+    """FLOPs of the plain models by those of the steps that the latest generation ran, of its first branch."""
+    found: list[Summary] = [model.summary() for model in each(models)]  # type: ignore[operator]
+    return Summary(tuple(item.branches[0] for item in found if item.branches)).ideal_speedup
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from graphcache.compiler.stretches import Stretch
+from graphcache.ir.history import OUTPUT
 from graphcache.planning.in_stretches import InStretches, SiteNodes
 
 Tensors = tuple[Tensor, ...]
@@ -58,7 +59,7 @@ class Evaluation:
         for number, run in self._forwards(env, hold):
             runs += [run] if run else []
             for site in self.graph.seen[number]:
-                self.saw(site.name, _of(site.values, env))
+                self.saw(site.name, self._joined(site, _of(site.values, env)))
         self.held = runs if hold else None
         return [env[name] for name in self.graph.results]
 
@@ -85,11 +86,11 @@ class Evaluation:
         """The tensors, by site and place, of which every sample has several rows in a row: those whose first
         rows alone move when the first sample's latents do.
         """
-        latents = self.feed[self.graph.latents]
-        changed = latents.clone()
-        changed[0] += 1
-        before, after = dict(self.feed), {**self.feed, self.graph.latents: changed}
-        samples, found = len(latents), set()
+        first, *others = self.graph.latents
+        changed = self.feed[first].clone()
+        (changed if others else changed[0]).add_(1)
+        before, after = dict(self.feed), {**self.feed, first: changed}
+        samples, found = self._samples, set()
         runs = (self._forwards(env, with_gradients=False) for env in (before, after))
         for (number, _), _ in zip(*runs, strict=True):
             for site in self.graph.seen[number]:
@@ -199,11 +200,26 @@ class Evaluation:
 
     def _by_sample(self, site: SiteNodes, tensors: Tensors) -> Tensors:
         """The same with the samples of the latents outermost, where they can be told apart."""
-        samples, folded = len(self.feed[self.graph.latents]), self.graph.folded or ()
-        return tuple(
+        samples, folded = self._samples, self.graph.folded or ()
+        apart = tuple(
             tensor.reshape(samples, -1, *tensor.shape[1:]) if (site.name, place) in folded else tensor
             for place, tensor in enumerate(tensors)
         )
+        return self._joined(site, apart)
+
+    @property
+    def _samples(self) -> int:
+        """How many there are in the latents."""
+        names = self.graph.latents
+        return len(names) if len(names) > 1 else len(self.feed[names[0]])
+
+    def _joined(self, site: SiteNodes, tensors: Tensors) -> Tensors:
+        """The same with results that are a list, as the latents are, as one tensor."""
+        listed = len(self.graph.latents)
+        alike = len({tensor.shape for tensor in tensors}) == 1
+        if site.name == OUTPUT and alike and len(tensors) == listed > 1:
+            return (torch.stack(tensors),)
+        return tensors
 
 
 def in_stretches(graph: InStretches, fed: Sequence[Tensor], stride: int, hold: bool) -> Tensors:

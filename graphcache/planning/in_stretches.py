@@ -130,17 +130,17 @@ class InStretches:
         """The nodes whose gradients are some site's."""
         return frozenset(name for site in self.sites for name in site.sources)
 
-    @property
-    def latents(self) -> str:
-        """The placeholder of the latents."""
+    @cached_property
+    def latents(self) -> tuple[str, ...]:
+        """The placeholders of the latents: one, or where they are a list one a sample."""
         ports = zip(self.runnable.step.inputs, self.stretches.inputs, strict=True)
-        return next(name for port, name in ports if isinstance(port, Input) and port.kind == "latent")
+        return tuple(name for port, name in ports if isinstance(port, Input) and port.kind == "latent")
 
     def varying(self, asked: Iterable[str]) -> frozenset[str]:
         """The nodes that depend on some placeholders, these included, and on the latents where sites are
         looked at.
         """
-        changed = frozenset((*asked, self.latents)) if self.sites else frozenset(asked)
+        changed = frozenset((*asked, *self.latents)) if self.sites else frozenset(asked)
         if changed not in self._varying:
             found = set(changed)
             for node in self.runnable.step.graph.nodes:

@@ -77,6 +77,8 @@ def _sources(timeline: Timeline, name: str) -> list[Source | None]:
     history: list[int] = []
     found: list[Source | None] = []
     for step, symbol in enumerate(timeline.symbols[name]):
+        if step in timeline.profile.handovers:
+            history.clear()
         letter = timeline.plan.letter(symbol)
         if symbol in (COMPUTE, HOLD):
             found.append(None)
@@ -91,8 +93,8 @@ def _sources(timeline: Timeline, name: str) -> list[Source | None]:
 
 def _weights(timeline: Timeline, name: str, step: int) -> tuple[float, ...]:
     """Those of the history, newest first; of `linear8` the schedule has only the difference's."""
-    made = timeline.schedule.steps[step]
-    action = dict(timeline.schedule.phases[made.phase].actions).get(History(name))
+    phase, made = timeline.at(step)
+    action = dict(phase.actions).get(History(name))
     if name == GUIDANCE or action is None or action.group < 0:
         return (1.0,)
     listed = made.coefficients[action.group]

@@ -28,7 +28,9 @@ from graphcache.runtime.session import CallSlot
 
 
 class Observer(Protocol):
-    """Told of every site of every evaluation, and of every one again on the way back, last first."""
+    """Told of every evaluation and its sites, and of every site again on the way back, last first."""
+
+    def called(self, step: int, model: nn.Module) -> None: ...
 
     def saw(self, step: int, branch: CallSlot, site: str, values: Tensors) -> None: ...
 
@@ -65,12 +67,15 @@ class ProbeEngine(Engine):
         self._probes: dict[int, InStretches] = {}
 
     @contextmanager
-    def observed_by(self, observer: Observer, share: Share) -> Iterator["ProbeEngine"]:
-        """One with sessions of its own that shares what was captured; in the end it holds nothing."""
+    def observed_by(self, observer: Observer, share: Share, left: GradientMemory) -> Iterator["ProbeEngine"]:
+        """One with sessions of its own that shares what was captured; in the end it holds nothing.
+
+        `left` is for the evaluations that are held, of all models of the generation.
+        """
         kind, given = self.__reduce__()
         made = kind(*given)
         made.maker, made._probes, made.observer = self.maker, self._probes, observer
-        made.share, made.left = share, GradientMemory(share.held)
+        made.share, made.left = share, left
         try:
             yield made
         finally:
@@ -94,6 +99,7 @@ class ProbeEngine(Engine):
 
     def evaluate(self, branch: CallSlot, state: BranchState, tensors: Sequence[Tensor]) -> Any:
         captured = state.program.captured
+        self.observer.called(state.step, self.model)
         inputs = laid(captured.strides, tensors)
         if state.watched is None:
             run_prologue(state, tensors, inputs)

@@ -63,7 +63,8 @@ class Profile:
             vector's product with the result: Σ a_j·effects[t, gap_j] − effects[t, 0] is the first-order
             effect on that product of replacing the value by Σ a_j·(value at t − gap_j).
         drift: by site (tokens,), how far each token moved from a step to the next on the mean, in units of
-            the tokens' mean length.
+            the tokens' mean length. A token that only some calls have, as of longer texts, has not moved in
+            the others.
         ranking: by site (steps,), Spearman's correlation of a token's length with how far it moves next.
         bands: (steps, 2), the same of the low and the high frequencies of guidance's difference.
         numbers: elements of one sample's result.
@@ -72,6 +73,8 @@ class Profile:
         timings: measured seconds of a compiled step: `plain`, the untouched model; `compute`, a whole step
             whose values are kept; and, by family of sites, a step that takes them from the cache.
         unmeasured: branches that the arrays have nothing of, with their costs.
+        handovers: the steps at which another model of the pipeline takes over, with caches of its own. Gram
+            products and effects across one are 0: no step can read a value from before it.
     """
 
     provenance: Provenance
@@ -86,6 +89,7 @@ class Profile:
     calls: int = 1
     timings: dict[str, float] = field(default_factory=dict)
     unmeasured: tuple[Site, ...] = ()
+    handovers: tuple[int, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -118,6 +122,7 @@ class SampleProfile:
     bands: np.ndarray | None
     numbers: int
     calls: int
+    handovers: tuple[int, ...] = ()
 
 
 def families(profile: Profile) -> dict[str, tuple[Site, ...]]:

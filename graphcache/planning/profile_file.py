@@ -3,6 +3,7 @@
 import base64
 import math
 import os
+from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -11,7 +12,7 @@ from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plantext import read_bytes, write_bytes
 from graphcache.planning.profile import Profile, Provenance, SampleProfile, Site
 
-VERSION = 2
+VERSION = 3
 MOST_NUMBERS = 2**28
 MOST_BYTES = 2**32
 """More than a profile of so many numbers takes."""
@@ -66,6 +67,7 @@ class ProfileDocument(msgspec.Struct, forbid_unknown_fields=True):
     calls: int
     timings: dict[str, float]
     unmeasured: list[SiteLine] = []
+    handovers: tuple[int, ...] = ()
 
 
 class _Versioned(msgspec.Struct):
@@ -105,6 +107,7 @@ def encode(profile: Profile) -> bytes:
         calls=profile.calls,
         timings=profile.timings,
         unmeasured=[*map(_line, profile.unmeasured)],
+        handovers=profile.handovers,
     )
     return msgspec.json.encode(document) + b"\n"
 
@@ -148,6 +151,7 @@ def decode(data: bytes) -> Profile:
         calls=document.calls,
         timings=document.timings,
         unmeasured=unmeasured,
+        handovers=document.handovers,
     )
     _check(profile)
     return profile
@@ -202,6 +206,7 @@ class PartDocument(msgspec.Struct, forbid_unknown_fields=True):
     bands: Numbers | None
     numbers: int
     calls: int
+    handovers: tuple[int, ...] = ()
 
 
 _TABLES = ("gram", "effects", "drift", "ranking")
@@ -211,7 +216,9 @@ def save_part(part: SampleProfile, key: str, path: str | os.PathLike[str]) -> No
     """Write what one sample tells, to be taken up by a later call."""
     tables = {name: {site: pack(values) for site, values in getattr(part, name).items()} for name in _TABLES}
     bands = None if part.bands is None else pack(part.bands)
-    document = PartDocument(key=key, bands=bands, numbers=part.numbers, calls=part.calls, **tables)
+    document = PartDocument(
+        key=key, bands=bands, numbers=part.numbers, calls=part.calls, handovers=part.handovers, **tables
+    )
     write_bytes(msgspec.json.encode(document), path)
 
 
@@ -228,7 +235,9 @@ def load_part(key: str, path: str | os.PathLike[str]) -> SampleProfile | None:
         return None
     if document.key != key:
         return None
-    return SampleProfile(bands=bands, numbers=document.numbers, calls=document.calls, **tables)
+    return SampleProfile(
+        bands=bands, numbers=document.numbers, calls=document.calls, handovers=document.handovers, **tables
+    )
 
 
 def _check(profile: Profile) -> None:
@@ -238,6 +247,8 @@ def _check(profile: Profile) -> None:
     shape = profile.effects.shape
     if len(shape) != 5 or shape[:2] != (count, steps) or not 1 <= shape[2] <= steps or 0 in shape:
         raise GraphCacheError(f"effects are {shape} for {count} sites and {steps} steps")
+    if any(step >= later for step, later in pairwise((0, *profile.handovers, steps))):
+        raise GraphCacheError(f"handovers are steps after the first of {steps}, each once and in their order")
     every = (*profile.sites, *profile.unmeasured)
     if len({site.name for site in every}) < len(every):
         raise GraphCacheError("a site is there twice")

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -18,12 +18,12 @@ from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
 from graphcache.planning.calibration import step_seconds
-from graphcache.planning.gradient_memory import MEMORY
+from graphcache.planning.gradient_memory import MEMORY, GradientMemory
 from graphcache.planning.probing import ProbeEngine
 from graphcache.planning.profile import Profile, Provenance, SampleProfile, families
 from graphcache.planning.profile_file import load_part, save_part, save_profile
 from graphcache.planning.profile_memory import Needs, Share
-from graphcache.planning.recording import Recording
+from graphcache.planning.recording import Recording, by_token
 from graphcache.planning.sampling import (
     Sampler,
     Sampling,
@@ -32,9 +32,8 @@ from graphcache.planning.sampling import (
     refuse_random,
     with_frozen_weights,
 )
-from graphcache.planning.subject import Subject, describe
+from graphcache.planning.subject import Subject, described
 from graphcache.runtime.options import Options
-from graphcache.runtime.transform import wrapped
 
 Detail = Literal["steps", "sites", "tokens"]
 DETAILS = get_args(Detail)
@@ -70,8 +69,9 @@ def profile(
     of branches are estimates; ranges, the output and guidance are exact.
 
     Args:
-        model_or_pipe: a module in eval mode, a pipeline with one transformer, or a `Sampling` of either,
-            which then has the sampler, the names and the conditional half.
+        model_or_pipe: a module in eval mode, a pipeline, or a `Sampling` of either, which then has the
+            sampler, the names and the conditional half. Of several denoisers each step calls one, and all
+            that are called have equal graphs.
         samples: what the sampler takes; of a pipeline mappings of its call's arguments.
         steps: model evaluations of one generation.
         sampler: runs a bare module through a generation; a pipeline is its own.
@@ -104,14 +104,17 @@ def profile(
     probes = (1 if detail == "steps" else 2) if probes is None else probes
     window = min(window, steps - 1)
     options = Options(Plan(steps), names=sampling.names)
-    engine = ProbeEngine(sampling.model, options, sampling.pipe, branches=detail != "steps")
-    subject = describe(engine, sampling.first_call(samples[0], steps), sampling.conditional)
-    engine.ranges = subject.ranges
+    engines = [
+        ProbeEngine(model, options, sampling.pipe, branches=detail != "steps") for model in sampling.models
+    ]
+    inputs = sampling.first_calls(samples[0], steps)
+    subject = described([engines[number] for number in inputs], [*inputs.values()], sampling.conditional)
     uncached, calls = sampling.uncached(samples[0], steps)
-    probed = engine.probe(engine.prepare(subject.inputs))
-    spent = Needs.of(probed, steps=steps, window=window, calls=calls).share(memory)
+    probed = [engines[number].probe(engines[number].prepare(call)) for number, call in inputs.items()]
+    spent = Needs.of(probed[0], steps=steps, window=window, calls=calls).share(memory)
     task = Task(steps, window, probes, seed, sampling.conditional, sampling.names, detail, spent.tokens)
-    kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in engine.flat(subject.inputs)]
+    first = engines[next(iter(inputs))]
+    kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in first.flat(subject.inputs)]
     key = hashlib.sha256(repr((task, subject.graph, kinds, versions())).encode()).hexdigest()
     parts: dict[int, SampleProfile] = {}
     places = {number: _part_path(path, number) for number in range(len(samples))}
@@ -122,7 +125,7 @@ def profile(
     missing = [number for number in range(len(samples)) if number not in parts]
     progress(len(parts), len(samples))
     branches = frozenset(site.name for site in subject.sites if site.kind == "branch")
-    measuring = _Measuring(engine, sampling, samples, task, spent, branches, uncached)
+    measuring = _Measuring(tuple(engines), sampling, samples, task, spent, branches, uncached)
     for number, part in zip(missing, run(measuring, missing), strict=True):
         place = places[number]
         if place is not None:
@@ -132,7 +135,7 @@ def profile(
     made = merge([parts[number] for number in range(len(samples))], subject, task, sampling)
     if backend is not None:
         sites = {name: [site.name for site in group] for name, group in families(made).items()}
-        seconds = step_seconds(sampling.model, subject.inputs, sites, backend=backend, names=sampling.names)
+        seconds = step_seconds(first.model, subject.inputs, sites, backend=backend, names=sampling.names)
         made = replace(made, timings=seconds)
     if path is not None:
         save_profile(made, path)
@@ -168,7 +171,7 @@ class _Measuring:
     under another global seed.
     """
 
-    engine: ProbeEngine
+    engines: tuple[ProbeEngine, ...]
     sampling: Sampling
     samples: Sequence[Any]
     task: Task
@@ -183,10 +186,15 @@ class _Measuring:
             task.steps, task.window, task.probes, task.seed, task.conditional, task.tokens, self.branches,
             number, drifts=task.detail == "tokens",
         )  # fmt: skip
-        with self.engine.observed_by(recording, self.share) as observed:
+        left = GradientMemory(self.share.held)
+        with ExitStack() as stack:
+            observed = [
+                stack.enter_context(engine.observed_by(recording, self.share, left))
+                for engine in self.engines
+            ]
             with nullcontext() if number else global_seed(1):
-                model = wrapped(self.sampling.model, observed)
-                result = self.sampling.generate(model, sample, task.steps, gradients=True)
+                models = self.sampling.wrapped(observed)
+                result = self.sampling.generate(models, sample, task.steps, gradients=True)
             if not result.requires_grad:
                 raise GraphCacheError(
                     "the result does not depend on the model's evaluations through differentiable "
@@ -208,13 +216,23 @@ class _Measuring:
 
 
 def merge(parts: Sequence[SampleProfile], subject: Subject, task: Task, sampling: Sampling) -> Profile:
-    """The profile of all samples, in their order."""
+    """The profile of all samples, in their order.
+
+    Raises:
+        GraphCacheError: another model takes over at other steps of one than of another.
+    """
+    handovers = {part.handovers for part in parts}
+    if len(handovers) > 1:
+        raise GraphCacheError(
+            f"the samples' models take over at different steps, {' and '.join(map(str, sorted(handovers)))}; "
+            "give samples whose generations go alike"
+        )
     sites = [site for site in subject.sites if site.name in parts[0].gram]
     names = [site.name for site in sites]
     count = len(parts)
 
     def mean(tables: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        return {name: np.sum([table[name] for table in tables], axis=0) / count for name in tables[0]}
+        return {name: by_token([table[name] for table in tables]) / count for name in tables[0]}
 
     bands = [part.bands for part in parts if part.bands is not None]
     summed = np.sum(bands, axis=0) / count if bands else None
@@ -240,6 +258,7 @@ def merge(parts: Sequence[SampleProfile], subject: Subject, task: Task, sampling
         flops=subject.flops,
         calls=parts[0].calls,
         unmeasured=tuple(site for site in subject.sites if site.kind == "branch" and site not in sites),
+        handovers=handovers.pop(),
     )
 
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphcache.analysis.frequency import basis
+from graphcache.analysis.handovers import turns
 from graphcache.ir.history import GUIDANCE, OUTPUT
 from graphcache.planning.evaluation import Tensors
 from graphcache.planning.profile import SampleProfile
+from graphcache.planning.turns import Turns
 from graphcache.runtime.session import CallSlot
 
 SKETCH = 4096
@@ -53,22 +55,31 @@ class Recording:
     drift: dict[str, np.ndarray] = field(default_factory=dict)
     ranking: dict[str, np.ndarray] = field(default_factory=dict)
     bands: np.ndarray | None = None
-    _sketches: dict[tuple[str, CallSlot], list[Tensor]] = field(default_factory=dict)
+    handovers: tuple[int, ...] = ()
+    _sketches: dict[tuple[str, CallSlot], dict[int, Tensor]] = field(default_factory=dict)
     _last: dict[tuple[str, CallSlot], Tensor] = field(default_factory=dict)
     _held: dict[tuple[str, CallSlot], list[tuple[int, Tensor]]] = field(default_factory=dict)
     _pairs: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     _signs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._turns, self._turn = Turns(self.steps), turns(self.steps, ())
+
+    def called(self, step: int, model: nn.Module) -> None:
+        """An evaluation begins; the model that takes over has moved from nowhere."""
+        if self._turns.called(step, model):
+            self._last.clear()
+
     def saw(self, step: int, branch: CallSlot, site: str, values: Tensors) -> None:
         """Forwards: sketches for the Gram matrices, and how far each token moved."""
         sketch = torch.cat([self._sketch(tensor) for tensor in values])
-        self._sketches.setdefault((site, branch), []).append(sketch)
+        self._sketches.setdefault((site, branch), {})[step] = sketch
         if self.drifts and len(values) == 1 and values[0].dim() == 3 and site != OUTPUT:
             self._moved(step, site, branch, values[0])
         difference = self._difference(step, branch, values[0]) if site == OUTPUT else None
         if difference is not None:
-            self._sketches.setdefault((GUIDANCE, ("", 0)), []).append(self._sketch(difference))
+            self._sketches.setdefault((GUIDANCE, ("", 0)), {})[step] = self._sketch(difference)
             self._spectrum(step, difference)
 
     def pulled(self, step: int, branch: CallSlot, site: str, values: Tensors, gradients: Tensors) -> None:
@@ -92,14 +103,23 @@ class Recording:
             self._contract(GUIDANCE, ("", 0), step, self._by_sample((pair["difference"],)), given)
 
     def turn(self, result: Tensor) -> None:
-        """The generation has ended: take the products of all its steps."""
+        """The generation has ended: take the products of all its steps.
+
+        Raises:
+            GraphCacheError: a step evaluated no model.
+        """
+        self.handovers = self._turns.handovers()
+        self._turn = turns(self.steps, self.handovers)
         self.rows = int(result.shape[0])
         self.numbers = result.numel() // self.rows
         self.calls = len({branch for name, branch in self._sketches if name == OUTPUT})
         for (name, _), sketches in self._sketches.items():
-            stacked = torch.stack(sketches).double()
-            product = (stacked @ stacked.T).cpu().numpy()
-            self.gram[name] = self.gram.get(name, 0) + product
+            table = self.gram.setdefault(name, np.zeros((self.steps, self.steps)))
+            for turn in range(len(self.handovers) + 1):
+                steps = [step for step in sketches if self._turn[step] == turn]
+                if steps:
+                    stacked = torch.stack([sketches[step] for step in steps]).double()
+                    table[np.ix_(steps, steps)] += (stacked @ stacked.T).cpu().numpy()
         self._sketches.clear()
         self._last.clear()
         self._pairs.clear()
@@ -107,10 +127,11 @@ class Recording:
     def part(self) -> SampleProfile:
         """What was recorded, once all probes have come back."""
         effects = {name: table.astype(np.float32) for name, table in self.effects.items()}
-        drift = {
-            name: (moved / max(1, self.steps - 1)).astype(np.float32) for name, moved in self.drift.items()
-        }
-        return SampleProfile(self.gram, effects, drift, self.ranking, self.bands, self.numbers, self.calls)
+        moves = max(1, self.steps - 1 - len(self.handovers))
+        drift = {name: (moved / moves).astype(np.float32) for name, moved in self.drift.items()}
+        return SampleProfile(
+            self.gram, effects, drift, self.ranking, self.bands, self.numbers, self.calls, self.handovers
+        )
 
     def next_probe(self) -> None:
         """A probe has come back to the first step."""
@@ -146,7 +167,7 @@ class Recording:
 
     def _contract(self, name: str, branch: CallSlot, step: int, value: Tensor, gradient: Tensor) -> None:
         held = self._held.setdefault((name, branch), [])
-        while held and held[0][0] - step > self.window:
+        while held and (held[0][0] - step > self.window or self._turn[held[0][0]] != self._turn[step]):
             held.pop(0)
         held.append((step, gradient))
         table = self.effects.setdefault(name, np.zeros((self.steps, self.window + 1, self.probes, self.rows)))
@@ -193,7 +214,7 @@ class Recording:
         found = (moved.square().mean(dim=0).sqrt() / size).cpu().double().numpy()
         if len(found) < count:
             found = np.repeat(found, self._some(count)[1].numpy())
-        self.drift[name] = self.drift.get(name, np.zeros(count)) + found
+        self.drift[name] = by_token([self.drift.get(name, np.zeros(count)), found])
         ranks = self.ranking.setdefault(name, np.zeros(self.steps))
         ranks[step] += _spearman(before.norm(dim=-1), moved)
 
@@ -230,6 +251,14 @@ class Recording:
         moved, size = difference - before, difference.norm().clamp(min=1e-20)
         low = _low_band(moved)
         self.bands[step] += [float(low.norm() / size), float((moved - low).norm() / size)]
+
+
+def by_token(tables: Sequence[np.ndarray]) -> np.ndarray:
+    """The sum of numbers of each token, of calls that have more of them or less."""
+    total = np.zeros(max(map(len, tables)))
+    for table in tables:
+        total[: len(table)] += table
+    return total
 
 
 def _low_band(value: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import copy
 import importlib.util
 import itertools
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from graphcache.compiler.backends import Backend, compile_plainly
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.errors import GraphCacheError
+from graphcache.planning.pipeline_sampler import together
 from graphcache.planning.sampling import Sampling
 from graphcache.tracing.capture import forward_parameters
 
@@ -107,38 +108,43 @@ def _layout(model: Any, latents: tuple[int, ...]) -> str:
 def hooked(
     sampling: Sampling, rival: Rival, inputs: Mapping[str, Any], steps: int, backend: Backend
 ) -> Callable[[Any], Tensor]:
-    """Generations of a copy of the model, with the same weights, under a rival's cache.
+    """Generations of a copy of the model or models, with the same weights, under a rival's cache.
 
     Args:
         sampling: how the model is run.
         rival: the cache.
-        inputs: the arguments of one call.
+        inputs: the arguments of one call; of several models all are called so.
         steps: of a generation.
         backend: compiles the model with its cache.
 
     Raises:
         Exception: what the other library says where it cannot.
     """
-    weights = itertools.chain(sampling.model.parameters(), sampling.model.buffers())
-    model = copy.deepcopy(sampling.model, {id(weight): weight for weight in weights})
-    binder = Binder(forward_parameters(model), sampling.names)
+    weights = [w for model in sampling.models for w in itertools.chain(model.parameters(), model.buffers())]
+    models: Any = copy.deepcopy(sampling.models, {id(weight): weight for weight in weights})
+    binder = Binder(forward_parameters(models[0]), sampling.names)
     bound = binder.bind((), dict(inputs))
     spec, tensors = CallSpec.of(binder, bound), binder.signature(bound)[1]
     situation = Situation(steps, sampling.conditional, tuple(tensors[spec.latents[0]].shape))
-    rival(model, situation)
-    called: Any = compile_plainly(model, backend)
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         now = spec.timestep(binder.signature(binder.bind(args, kwargs))[1])
         situation.timestep = situation.timestep if now is None else float(now.flatten()[0])
 
-    called.register_forward_pre_hook(note, with_kwargs=True)
+    called: list[Any] = []
+    for model in models:
+        rival(model, situation)
+        called.append(compile_plainly(model, backend))
+        called[-1].register_forward_pre_hook(note, with_kwargs=True)
 
     def generate(sample: Any) -> Tensor:
-        context = getattr(model, "cache_context", None)
-        with context("cond_uncond") if context else nullcontext():
-            result = sampling.generate(called, sample, steps)
-        _forget(model)
+        with ExitStack() as stack:
+            for model in models:
+                if hasattr(model, "cache_context"):
+                    stack.enter_context(model.cache_context("cond_uncond"))
+            result = sampling.generate(together(called), sample, steps)
+        for model in models:
+            _forget(model)
         return result
 
     return generate

@@ -14,16 +14,17 @@ from graphcache.compiler.backends import Backend, unwrapped
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import UNNAMED, Names
-from graphcache.libraries.extras import require
+from graphcache.planning.pipeline_sampler import Models, PipelineSampler, together
 from graphcache.runtime.engine import Engine, original
 from graphcache.runtime.options import Options
 from graphcache.runtime.parts import denoisers, modules
 from graphcache.runtime.transform import transform, wrapped
 from graphcache.tracing.capture import forward_parameters
 
-Sampler = Callable[[nn.Module, Any, int], Tensor]
+Sampler = Callable[[Any, Any, int], Tensor]
 """(model, sample, steps) -> result, the batch first: a whole generation. The same sample always begins with
-the same noise. A decorator `torch.no_grad` is looked through where gradients are needed."""
+the same noise. A decorator `torch.no_grad` is looked through where gradients are needed. Of a pipeline with
+several denoisers it is given all of them, in a tuple."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,20 @@ class Sampling:
     """A model and how it is run through a generation: what profiling, tuning and comparing begin with.
 
     Attributes:
-        model: the original one.
-        sampler: runs any model of its kind.
+        models: the original ones: one, or those of a pipeline that take turns in a generation.
+        sampler: runs any models of their kind.
         pipe: the pipeline that the sampler calls, if there is one.
         names: of the arguments that are latents and timestep, where they are not found.
         conditional: the conditional half of a doubled batch, "first" or "last".
+        parts: the models' attributes in the pipeline.
     """
 
-    model: nn.Module
+    models: tuple[nn.Module, ...]
     sampler: Sampler
     pipe: Any = None
     names: Names = UNNAMED
     conditional: str | None = None
+    parts: tuple[str, ...] = ()
 
     @staticmethod
     def of(
@@ -51,84 +54,113 @@ class Sampling:
         timestep: str | None = None,
         latents: str | Sequence[str] = (),
         conditional: str | None = None,
+        parts: str | Sequence[str] = (),
     ) -> "Sampling":
         """Of a module with a sampler, or of a pipeline; a `Sampling` is taken as it is.
 
         Args:
-            model_or_pipe: what is sampled.
+            model_or_pipe: what is sampled. A pipeline's denoisers are found as by `transform`.
             sampler: runs a bare module through a generation.
             timestep: the name of the timestep argument, if it is not found.
             latents: those of the latents, as for `transform`.
             conditional: the conditional half of a doubled batch, "first" or "last".
+            parts: the pipeline's denoisers, as for `transform`.
 
         Raises:
-            GraphCacheError: a bare module comes without a sampler, or a pipeline has two transformers; or a
+            GraphCacheError: a bare module comes without a sampler, a pipeline has no denoiser, or a
                 `Sampling` comes with what it says itself.
         """
         names = Names.of(timestep, latents)
         if isinstance(model_or_pipe, Sampling):
-            if sampler is not None or names != UNNAMED or conditional is not None:
+            if sampler is not None or names != UNNAMED or conditional is not None or parts:
                 raise GraphCacheError(
-                    "a Sampling says itself how its model is run: give sampler=, timestep=, latents= and "
-                    "conditional= to Sampling.of"
+                    "a Sampling says itself how its model is run: give sampler=, timestep=, latents=, parts= "
+                    "and conditional= to Sampling.of"
                 )
             return model_or_pipe
         if isinstance(model_or_pipe, nn.Module):
-            if sampler is None:
+            if sampler is None or parts:
                 raise GraphCacheError(
-                    "a bare module does not say how it is sampled; give sampler=, a function of (model, "
+                    f"parts={parts!r} names modules of a pipeline, and this is a module"
+                    if parts
+                    else "a bare module does not say how it is sampled; give sampler=, a function of (model, "
                     "sample, steps) that returns the result of a whole generation"
                 )
             model = original(unwrapped(model_or_pipe)[0])
-            return Sampling(model, sampler, names=names, conditional=conditional)
-        name, part = _denoiser(model_or_pipe)
-        model = original(unwrapped(part)[0])
-        sampler = sampler or _PipelineSampler(model_or_pipe, name)
-        return Sampling(model, sampler, model_or_pipe, names, conditional)
+            return Sampling((model,), sampler, names=names, conditional=conditional)
+        held = denoisers(model_or_pipe, (parts,) if isinstance(parts, str) and parts else tuple(parts))
+        models = tuple(original(unwrapped(part.module)[0]) for part in held.values())
+        sampler = sampler or PipelineSampler(model_or_pipe, tuple(held.values()))
+        return Sampling(models, sampler, model_or_pipe, names, conditional, tuple(held))
 
-    def generate(self, model: nn.Module, sample: Any, steps: int, *, gradients: bool = False) -> Tensor:
-        """The result of one generation; with `gradients` those of what the model's calls depend on."""
+    @property
+    def model(self) -> Models:
+        """The original model or models, as the sampler takes them."""
+        return together(self.models)
+
+    def generate(self, models: Models, sample: Any, steps: int, *, gradients: bool = False) -> Tensor:
+        """The result of one generation; with `gradients` those of what the models' calls depend on."""
         if not gradients:
             with torch.no_grad():
-                return self.sampler(model, sample, steps)
+                return self.sampler(models, sample, steps)
         with torch.enable_grad():
-            if isinstance(self.sampler, _PipelineSampler):
-                return self.sampler.differentiable(model, sample, steps)
-            result: Tensor = inspect.unwrap(self.sampler)(model, sample, steps)
+            if isinstance(self.sampler, PipelineSampler):
+                return self.sampler.differentiable(models, sample, steps)
+            result: Tensor = inspect.unwrap(self.sampler)(models, sample, steps)
             return result
 
     def uncached(self, sample: Any, steps: int) -> tuple[Tensor, int]:
         """What a sample gives under one global seed, and how many calls a step makes."""
         calls: list[None] = []
-        handle = self.model.register_forward_pre_hook(lambda *_: calls.append(None))
+        handles = [model.register_forward_pre_hook(lambda *_: calls.append(None)) for model in self.models]
         try:
             with global_seed(0):
                 result = self.generate(self.model, sample, steps)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         return result, max(1, round(len(calls) / steps))
 
-    def first_call(self, sample: Any, steps: int) -> Mapping[str, Any]:
-        """The arguments, by name, of the first evaluation of a sample's generation.
+    def first_calls(self, sample: Any, steps: int, most: int | None = None) -> dict[int, Mapping[str, Any]]:
+        """The arguments, by name, of the first evaluation of every model that a sample's generation calls.
+
+        Args:
+            sample: the generation's.
+            steps: of it.
+            most: so many models are enough.
+
+        Returns:
+            by the model's number, in the order of the calls.
 
         Raises:
-            GraphCacheError: the sampler never calls the model that it is given.
+            GraphCacheError: the sampler never calls any model that it is given.
         """
-        inputs = first_call(self.model, lambda: self.sampler(self.model, sample, steps))
-        if inputs is None:
+        found = first_calls(self.models, lambda: self.sampler(self.model, sample, steps), most)
+        if not found:
             raise GraphCacheError(
                 "the sampler never called the model it was given; it must call its first argument"
             )
-        return inputs
+        return found
 
-    def planned(self, plan: Plan) -> nn.Module:
-        """The model under a plan, run eagerly; to be given to `generate`."""
-        return wrapped(self.model, Engine(self.model, Options(plan, names=self.names), self.pipe))
+    def first_call(self, sample: Any, steps: int) -> Mapping[str, Any]:
+        """The arguments, by name, of a generation's first evaluation."""
+        return next(iter(self.first_calls(sample, steps, 1).values()))
 
-    def transformed(self, plan: Plan, backend: Backend) -> Any:
-        """The model under a plan, compiled, as a user would have it."""
-        names = self.names
-        return transform(self.model, plan, backend=backend, timestep=names.timestep, latents=names.latents)
+    def wrapped(self, engines: Sequence[Engine]) -> Models:
+        """The models run by these engines, one each; to be given to `generate`."""
+        return together([wrapped(*pair) for pair in zip(self.models, engines, strict=True)])
+
+    def planned(self, plan: Plan) -> Models:
+        """The models under a plan, run eagerly; to be given to `generate`."""
+        options = Options(plan, names=self.names)
+        return self.wrapped([Engine(model, options, self.pipe) for model in self.models])
+
+    def transformed(self, plan: Plan, backend: Backend) -> Models:
+        """The models under a plan, compiled, as a user would have them."""
+        timestep, latents = self.names.timestep, self.names.latents
+        return together(
+            [transform(m, plan, backend=backend, timestep=timestep, latents=latents) for m in self.models]
+        )
 
     @property
     def target(self) -> Any:
@@ -144,125 +176,45 @@ class Sampling:
         return type(scheduler).__name__
 
 
-def _denoiser(pipe: Any) -> tuple[str, nn.Module]:
-    """The attribute that holds a pipeline's only denoiser, and that."""
-    parts = denoisers(pipe)
-    if len(parts) != 1 or "." in "".join(parts):
-        raise GraphCacheError(
-            f"{type(pipe).__name__} has {' and '.join(parts)}, which take turns; profile each as a module, "
-            "with a sampler of its own"
-        )
-    ((name, part),) = parts.items()
-    return name, part.module
-
-
-@dataclass(frozen=True)
-class _PipelineSampler:
-    """A sample is a mapping of the call's arguments; `seed` is that of its generator.
-
-    `part` is the attribute that holds the denoiser; `scheduler` takes the place of the pipeline's own.
-    """
-
-    pipe: Any
-    part: str
-    scheduler: Any = None
-
-    def __call__(self, model: nn.Module, sample: Any, steps: int) -> Tensor:
-        return self._called(type(self.pipe).__call__, model, sample, steps)
-
-    def differentiable(self, model: nn.Module, sample: Any, steps: int) -> Tensor:
-        return self._called(inspect.unwrap(type(self.pipe).__call__), model, sample, steps)
-
-    def _called(self, call: Callable[..., Any], model: nn.Module, sample: Any, steps: int) -> Tensor:
-        if not isinstance(sample, Mapping):
-            raise GraphCacheError(
-                f"a pipeline's sample is a mapping of its call's arguments, not {type(sample).__name__}"
-            )
-        arguments = {"output_type": "latent", **sample}
-        seed = arguments.pop("seed", 0)
-        arguments.setdefault("generator", torch.Generator().manual_seed(int(seed)))
-        parts = {self.part: model} | ({} if self.scheduler is None else {"scheduler": self.scheduler})
-        with _in_place(self.pipe, parts):
-            result = call(self.pipe, num_inference_steps=steps, return_dict=False, **arguments)[0]
-        if isinstance(result, Tensor):
-            return result
-        if not all(isinstance(item, Tensor) for item in result):
-            asked = sample.get("output_type")
-            advice = (
-                "give sampler=, a function of (model, sample, steps) that returns the latents"
-                if asked is None
-                else f"output_type={asked!r} asks for that: leave it out, or take 'pt'"
-            )
-            raise GraphCacheError(f"{type(self.pipe).__name__} returns no tensors; {advice}")
-        return torch.stack(list(result))
-
-
 class _Recorded(Exception):
     """Ends a generation whose first evaluation was all that was needed."""
 
 
-def first_call(model: nn.Module, generate: Callable[[], object]) -> Mapping[str, Any] | None:
-    """The arguments, by name, of the first call of a model in a generation, which ends there.
+def first_calls(
+    models: Sequence[nn.Module], generate: Callable[[], object], most: int | None = None
+) -> dict[int, Mapping[str, Any]]:
+    """The arguments, by name, of each model's first call in a generation, which ends with the last of them.
 
-    None if the model is never called.
+    Args:
+        models: any, whose numbers here are those of the result.
+        generate: runs the generation.
+        most: so many models are enough.
+
+    Returns:
+        by the models' numbers, in the order of the calls; one that is never called is absent.
     """
-    seen: dict[str, Any] = {}
+    seen: dict[int, Mapping[str, Any]] = {}
+    awaited = len(models) if most is None else most
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = list(forward_parameters(module))
-        seen.update(zip(names, args, strict=False), **kwargs)
-        raise _Recorded
+        seen.setdefault(number, {**dict(zip(names, args, strict=False)), **kwargs})
+        if len(seen) == awaited:
+            raise _Recorded
 
-    hook = model.register_forward_pre_hook(record, with_kwargs=True)
+    hooks = [
+        model.register_forward_pre_hook(functools.partial(record, number), with_kwargs=True)
+        for number, model in enumerate(models)
+    ]
     try:
         with torch.no_grad():
             generate()
     except _Recorded:
-        return seen
+        pass
     finally:
-        hook.remove()
-    return None
-
-
-@contextmanager
-def _in_place(pipe: Any, parts: Mapping[str, Any]) -> Iterator[None]:
-    before = {name: getattr(pipe, name) for name in parts}
-    for name, part in parts.items():
-        setattr(pipe, name, part)
-    try:
-        yield
-    finally:
-        for name, part in before.items():
-            setattr(pipe, name, part)
-
-
-FLOW_SOLVERS = (
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-)
-
-
-def solved_by(pipe: Any, name: str) -> Sampler:
-    """A pipeline's generations by another of diffusers' schedulers, set up from the pipeline's own.
-
-    Raises:
-        GraphCacheError: diffusers has no such scheduler for this pipeline's equation.
-    """
-    own, options = pipe.scheduler, dict[str, Any]()
-    known = {kind.__name__ for kind in own.compatibles}
-    if type(own).__name__.startswith("FlowMatch"):
-        known.update(FLOW_SOLVERS)
-        options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-        options["flow_shift"] = own.config.shift
-    if name not in known:
-        raise GraphCacheError(
-            f"solver {name!r} cannot take the place of a {type(own).__name__}; those that can: "
-            + ", ".join(sorted(known))
-        )
-    kind = getattr(require("diffusers", "diffusers", "another solver"), name)
-    return _PipelineSampler(pipe, _denoiser(pipe)[0], kind.from_config(own.config, **options))
+        for hook in hooks:
+            hook.remove()
+    return seen
 
 
 @contextmanager

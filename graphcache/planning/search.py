@@ -33,6 +33,7 @@ def search(
     profile: Profile,
     *,
     steps: int | None = None,
+    handovers: Sequence[int] = (),
     speedup: float | None = None,
     max_error: float | None = None,
     max_bytes: int | None = None,
@@ -50,6 +51,8 @@ def search(
     Args:
         profile: of the model that the plan is for.
         steps: of the plan's generations, if not as many as were profiled; see `at_steps`.
+        handovers: steps at which another model takes over in these; with other numbers of steps the profile
+            knows them but for rounding.
         speedup: at least this; of all plans that reach it the one with the least error is chosen.
         max_error: at most this root mean square error of a result's numbers; the fastest such plan is chosen.
         max_bytes: at most so many bytes cached, beside the others.
@@ -64,7 +67,7 @@ def search(
     """
     if (speedup is None) == (max_error is None):
         raise GraphCacheError("give search() either speedup= or max_error=, and if needed max_bytes=")
-    made = candidates(profile if steps is None else at_steps(profile, steps))
+    made = candidates(at_steps(profile, steps or profile.steps, handovers))
     if not made:
         raise GraphCacheError("a generation of one step has none to skip")
     known = [item for item in made if max_bytes is None or item.bytes <= max_bytes]

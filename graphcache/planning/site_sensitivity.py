@@ -11,13 +11,14 @@ def sensitivity(profile: Profile) -> np.ndarray:
 
     Returns:
         float64 (sites, steps): sqrt(Σ over samples of the mean over probes of (effects[t, 1] −
-        effects[t, 0])²), drawn towards what neighbouring steps make likely (`steadied`). NaN at the first
-        step, which has none before it.
+        effects[t, 0])²), drawn towards what neighbouring steps make likely (`steadied`). NaN where a model
+        takes over, at first or later: it finds no value there.
     """
     found = np.full((len(profile.sites), profile.steps), np.nan)
     if profile.window:
         for place, site in enumerate(profile.sites):
             one_step = profile.effects[place][:, :2]
-            table = SiteProducts(site.name, profile.gram[place], one_step, reused=True)
+            table = SiteProducts(site.name, profile.gram[place], one_step, True, profile.handovers)
             found[place, 1:] = np.sqrt(steadied(gap_squares([table]), [table])[:-1, 0, 0])
+        found[:, list(profile.handovers)] = np.nan
     return found

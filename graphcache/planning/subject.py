@@ -1,6 +1,6 @@
 """What a model looks like from outside: its sites, and what they cost."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from graphcache.ir.history import GUIDANCE, OUTPUT, History, range_site
 from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
 from graphcache.ir.selector import Selector
 from graphcache.planning.calibration import site_seconds
+from graphcache.planning.probing import ProbeEngine
 from graphcache.planning.profile import Site
 from graphcache.runtime.engine import Engine
 
@@ -42,7 +43,7 @@ def describe(engine: Engine, inputs: Mapping[str, Any], conditional: str | None)
     step = program.step
     tensors = engine.flat(inputs)
     call = program.captured.call
-    call.sole_latent(tensors, "profile")
+    call.latent_argument(tensors, "profile")
     if conditional is not None and not is_doubled(call.given_latents(tensors)):
         raise GraphCacheError(
             f"conditional={conditional!r} is for a model that one call a step runs on both halves of a "
@@ -70,6 +71,27 @@ def describe(engine: Engine, inputs: Mapping[str, Any], conditional: str | None)
     sites.append(Site(OUTPUT, "output", total, result, seconds[OUTPUT]))
     sites.append(Site(GUIDANCE, "guidance", total // 2, result // 2, seconds[OUTPUT] / 2))
     return Subject(program.fingerprint, tuple(sites), tuple(found), total, inputs)
+
+
+def described(
+    engines: Sequence[ProbeEngine], calls: Sequence[Mapping[str, Any]], conditional: str | None
+) -> Subject:
+    """What models that take turns look like; they look alike. Their engines are told of the ranges.
+
+    Raises:
+        GraphCacheError: the models' graphs differ.
+    """
+    found = [describe(*pair, conditional) for pair in zip(engines, calls, strict=True)]
+    for subject, engine in zip(found, engines, strict=True):
+        if subject.graph != found[0].graph:
+            raise GraphCacheError(
+                f"the models that take turns have different graphs: {type(engines[0].model).__name__} "
+                f"{found[0].graph}, and {type(engine.model).__name__} {subject.graph}; one plan is for one "
+                "graph: choose with Sampling.of(pipe, parts=...), or profile each as a module, with a "
+                "sampler of its own"
+            )
+        engine.ranges = subject.ranges
+    return found[0]
 
 
 def _reused(program: Program, name: str) -> tuple[int, int]:

@@ -1,8 +1,10 @@
 """A plan met with a profile's sites: what happens to each of them at each step, and what is held."""
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 from graphcache.analysis.liveness import lower
 from graphcache.ir.errors import GraphCacheError, PlanError
@@ -10,7 +12,7 @@ from graphcache.ir.graph import Branch, block_count
 from graphcache.ir.history import GUIDANCE, OUTPUT, PREDICTION, History, range_site
 from graphcache.ir.plan import COMPUTE, Plan
 from graphcache.ir.resolve import Resolution, resolve
-from graphcache.ir.schedule import Role, Schedule
+from graphcache.ir.schedule import Phase, Role, Schedule, Step
 from graphcache.planning.profile import Profile, parsed
 
 HOLD = "-"
@@ -47,8 +49,8 @@ def _halves(branch: Branch) -> list[Branch]:
 class Timeline:
     """A plan of a name on a profile's model.
 
-    `rows` are the plan's, met with the branches; `schedules` are those of one call, or of guidance's two
-    branches where they are called one by one.
+    `rows` are the plan's, met with the branches; `turns` has for each model that takes over the schedules of
+    its steps: that of one call, or those of guidance's two branches where they are called one by one.
     """
 
     name: str
@@ -56,12 +58,15 @@ class Timeline:
     profile: Profile
     branches: tuple[Branch, ...]
     rows: Resolution
-    schedules: tuple[Schedule, ...]
+    turns: tuple[tuple[Schedule, ...], ...]
 
-    @property
-    def schedule(self) -> Schedule:
-        """That of the conditional branch, or of both."""
-        return self.schedules[0]
+    def at(self, step: int) -> tuple[Phase, Step]:
+        """What the conditional branch, or both, do at a step."""
+        starts = (0, *self.profile.handovers)
+        turn = bisect_right(starts, step) - 1
+        schedule = self.turns[turn][0]
+        made = schedule.steps[step - starts[turn]]
+        return schedule.phases[made.phase], made
 
     @property
     def text(self) -> str:
@@ -71,7 +76,7 @@ class Timeline:
     @property
     def graphs(self) -> int:
         """Different steps, each a compiled graph."""
-        return sum(len(schedule.phases) for schedule in self.schedules)
+        return sum(len({step.phase for step in one.steps}) for turn in self.turns for one in turn)
 
     @cached_property
     def whole(self) -> tuple[int, ...]:
@@ -94,16 +99,21 @@ class Timeline:
         actions |= {OUTPUT: rows.output.actions} if rows.output else {}
         actions = dict.fromkeys(blocks, COMPUTE * self.plan.steps) | actions
         found = {name: self._run(name, line, blocks.get(name)) for name, line in actions.items()}
-        return found | ({GUIDANCE: rows.guidance.actions} if rows.guidance else {})
+        if rows.guidance:
+            pairs = enumerate(rows.guidance.actions)
+            first = self.profile.handovers
+            found[GUIDANCE] = "".join(COMPUTE if step in first else symbol for step, symbol in pairs)
+        return found
 
     def _run(self, name: str, actions: str, block: int | None) -> str:
         line = []
-        for step, symbol in zip(self.schedule.steps, actions, strict=True):
-            phase = self.schedule.phases[step.phase]
+        ranges = self.turns[0][0]
+        for step, symbol in enumerate(actions):
+            phase, _ = self.at(step)
             action = dict(phase.actions).get(History(name))
             held = action is not None and action.kind == "hold"
             if action is None and block is not None:
-                held = self.schedule.is_skipped(phase, block)
+                held = ranges.is_skipped(phase, block)
             computed = action is not None and action.kind == "compute"
             line.append(HOLD if held else COMPUTE if computed else symbol)
         return "".join(line)
@@ -125,10 +135,11 @@ class Timeline:
         every = (*self.profile.sites, *self.profile.unmeasured)
         sites = {site.name: site.bytes_kept for site in every}
         widest = max((site.bytes_kept for site in every if site.kind == "branch"), default=0)
-        halves = 2 if self.schedule.guided and self.schedule.guided.conditional else 1
-        bands = 2 if self.schedule.guided and self.schedule.guided.divisor is not None else 1
+        guided = self.turns[0][0].guided
+        halves = 2 if guided and guided.conditional else 1
+        bands = 2 if guided and guided.divisor is not None else 1
         found: dict[History, int] = {}
-        for schedule in self.schedules:
+        for schedule in self._schedules:
             for phase in schedule.phases:
                 for name, action in phase.actions:
                     entry = sites.get(name.site, widest) // halves
@@ -139,22 +150,38 @@ class Timeline:
     @cached_property
     def held(self) -> tuple[int, ...]:
         """Bytes that the caches hold after each step."""
-        times = self.profile.calls if len(self.schedules) == 1 else 1
-        return tuple(
-            times * sum(schedule.held(step, self._with_patches) for schedule in self.schedules)
-            for step in range(self.plan.steps)
-        )
+        found, before = list[int](), 0
+        for turn in self.turns:
+            own = [sum(one.held(n, self._with_patches) for one in turn) for n in range(len(turn[0].steps))]
+            found += [before + size for size in own]
+            before = found[-1]
+        return tuple(self._times * size for size in found)
 
     @property
     def peak(self) -> int:
-        """The most bytes at any time: what a step found, and beside it what it stored."""
-        times = self.profile.calls if len(self.schedules) == 1 else 1
-        return times * sum(schedule.peak(self._with_patches) for schedule in self.schedules)
+        """The most bytes at any time: what a step found, and beside it what it stored.
+
+        A model whose turn is over keeps what it held, for it does not know that.
+        """
+        most = before = 0
+        for turn in self.turns:
+            most = max(most, before + sum(one.peak(self._with_patches) for one in turn))
+            before += sum(one.held(len(one.steps) - 1, self._with_patches) for one in turn)
+        return self._times * most
+
+    @property
+    def _times(self) -> int:
+        """Calls of a step that each schedule stands for."""
+        return self.profile.calls if len(self.turns[0]) == 1 else 1
+
+    @property
+    def _schedules(self) -> tuple[Schedule, ...]:
+        return tuple(schedule for turn in self.turns for schedule in turn)
 
     @cached_property
     def _with_patches(self) -> Mapping[History, int]:
         """A copy of a value that tokens are written into is as large as the value."""
-        stored = {name for schedule in self.schedules for names in schedule.stores for name in names}
+        stored = {name for schedule in self._schedules for names in schedule.stores for name in names}
         return {**self.sizes} | {
             name: self.sizes[name._replace(content="value")] for name in stored - self.sizes.keys()
         }
@@ -180,10 +207,21 @@ def meet(name: str, plan: Plan, profile: Profile) -> Timeline:
     branches = branches_of(profile, plan.splits_parallel)
     try:
         rows = resolve(plan, branches, block_count(branches))
-        schedules = tuple(lower(plan, branches, rows, role=role) for role in _roles(plan, profile))
+        turns = tuple(
+            tuple(_lowered(plan, branches, rows, role, *turn) for role in _roles(plan, profile))
+            for turn in pairwise((0, *profile.handovers, plan.steps))
+        )
     except PlanError as error:
         raise GraphCacheError(f"plan {name} does not fit the profile: {error}") from None
-    return Timeline(name, plan, profile, branches, rows, schedules)
+    return Timeline(name, plan, profile, branches, rows, turns)
+
+
+def _lowered(
+    plan: Plan, branches: Sequence[Branch], rows: Resolution, role: Role, start: int, end: int
+) -> Schedule:
+    """The schedule of a model's turn: lowered as if it went on to the last step, which it cannot tell."""
+    whole = lower(plan, branches, rows, start=start, role=role)
+    return replace(whole, steps=whole.steps[: end - start])
 
 
 def _roles(plan: Plan, profile: Profile) -> tuple[Role, ...]:

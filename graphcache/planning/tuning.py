@@ -33,7 +33,6 @@ from graphcache.runtime.engine import Engine
 from graphcache.runtime.options import Options
 from graphcache.runtime.runner import BranchState, run_step
 from graphcache.runtime.session import CallSlot
-from graphcache.runtime.transform import wrapped
 
 MOST_RATE = 0.05
 """Coefficients are near 1: larger updates of them are not small."""
@@ -110,18 +109,20 @@ def tune(
             raise GraphCacheError(f"{name} is empty: tuning needs at least one sample there")
     sampling = Sampling.of(model_or_pipe, sampler, timestep, latents)
     weights = Weights(plan)
-    engine = TuningEngine(sampling.model, weights, sampling.names, sampling.pipe)
+    engines = [TuningEngine(one, weights, sampling.names, sampling.pipe) for one in sampling.models]
     with torch.enable_grad():
-        inputs = engine.with_gradient(sampling.first_call(samples[0], plan.steps))
-        engine.prepare(inputs)
+        ((number, call),) = sampling.first_calls(samples[0], plan.steps, 1).items()
+        inputs = engines[number].with_gradient(call)
+        engines[number].prepare(inputs)
         uncached, calls = sampling.uncached(samples[0], plan.steps)
-        share = engine.needs(inputs, calls, uncached, len(samples) + len(held_out)).share(memory)
+        references = len(samples) + len(held_out)
+        share = engines[number].needs(inputs, calls, uncached, references).share(memory)
     refuse_random(sampling, samples[0], plan.steps, uncached)
     chosen = {"uncached": _uncached, "converged": converged}[reference]
     targets = [] if reference == "converged" else [uncached]
     targets += [chosen(sampling, sample, plan.steps) for sample in samples[len(targets) :]]
     held_targets = [chosen(sampling, sample, plan.steps) for sample in held_out]
-    model = wrapped(sampling.model, engine)
+    model = sampling.wrapped(engines)
     trained = list(weights.parameters())
 
     def judged() -> float:
@@ -132,7 +133,9 @@ def tune(
     best, stale, curve = before, 0, list[Iteration]()
     for number in range(iterations):
         turn = number % len(samples)
-        engine.share, engine.left = share, GradientMemory(share.held)
+        left = GradientMemory(share.held)
+        for engine in engines:
+            engine.share, engine.left = share, left
         result = sampling.generate(model, samples[turn], plan.steps, gradients=True)
         error = psnr(result, targets[turn], data_range, LEAST_ERROR).mean()
         reached = float(error.detach())
@@ -146,6 +149,8 @@ def tune(
         weights.zero_grad()
         torch.autograd.backward(-error, inputs=trained)
         del result, error  # and what they hold
+        for engine in engines:
+            engine.reset()  # a model whose turn is over keeps what it has until its next one
         if number == 0:
             rate = decibel_rate(trained) if rate is None else rate
             optimiser = Adam(trained, lr=rate, betas=(0.9, 0.95))
@@ -174,10 +179,10 @@ def decibel_rate(trained: Sequence[nn.Parameter]) -> float:
     return 1 / max(slope, 1 / MOST_RATE)
 
 
-def with_corrections(plan: Plan, symbol: str = "c") -> Plan:
+def with_corrections(plan: Plan, symbol: str = "c", handovers: Sequence[int] = ()) -> Plan:
     """The plan with every computed step but a row's first corrected: a·new + b·previous, at first 1 and 0.
 
-    Guidance stays as it is.
+    Guidance stays as it is, and so do the steps at which another model takes over: it has no previous value.
     """
     if plan.letter(symbol) is not None:
         raise PlanError(f"the plan has a letter {symbol!r} already; give symbol=")
@@ -186,7 +191,8 @@ def with_corrections(plan: Plan, symbol: str = "c") -> Plan:
         if row.selector.is_guidance:
             rows.append(row)
             continue
-        corrected = [step for step in range(1, plan.steps) if row.actions[step] == COMPUTE]
+        later = (step for step in range(1, plan.steps) if step not in handovers)
+        corrected = [step for step in later if row.actions[step] == COMPUTE]
         actions = "".join(symbol if step in corrected else action for step, action in enumerate(row.actions))
         listed = (*row.coefficients, *((step, (1.0, 0.0)) for step in corrected))
         rows.append(replace(row, actions=actions, coefficients=listed))
@@ -239,6 +245,11 @@ class Weights(nn.Module):
         return replace(self.given, rows=tuple(rows), preset=None)
 
 
+def _needing(latent: Tensor) -> Tensor:
+    """A tensor that needs a gradient."""
+    return latent if latent.requires_grad else latent.clone().requires_grad_()
+
+
 def _name(key: Key) -> str:
     return f"{key[0]}_{key[1]}"
 
@@ -280,9 +291,9 @@ class TuningEngine(Engine):
         bound = dict(bound)
         key, tensors = self.binder.signature(bound)
         spec = self.maker.spec(key, bound)
-        latent = spec.leaf_names[spec.sole_latent(tensors, "tune")]
-        if not bound[latent].requires_grad:
-            bound[latent] = bound[latent].clone().requires_grad_()
+        owner = spec.latent_argument(tensors, "tune")
+        held = bound[owner]
+        bound[owner] = _needing(held) if isinstance(held, Tensor) else type(held)(map(_needing, held))
         return bound
 
     def evaluate(self, branch: CallSlot, state: BranchState, tensors: Sequence[Tensor]) -> Any:

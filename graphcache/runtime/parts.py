@@ -58,7 +58,7 @@ def denoisers(pipe: Any, named: Sequence[str] = ()) -> dict[str, PipelinePart]:
         GraphCacheError: it has none, or none of that name.
     """
     held = modules(pipe)
-    ask = f"name them with transform(pipe, plan, parts=...): {type(pipe).__name__} holds {', '.join(held)}"
+    ask = f"name them with parts=...: {type(pipe).__name__} holds {', '.join(held)}"
     places = {_path(place, part, pipe): part for part in held.values() for place in part.places}
     unknown = [name for name in named if name not in held and name not in places]
     if unknown:

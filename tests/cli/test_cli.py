@@ -117,7 +117,7 @@ def test_a_folder_with_a_pipeline_is_called_to_learn_the_inputs(tmp_path: Path) 
     result = run("inspect", str(tmp_path / "pipe"), "--call", '{"class_labels": [1]}')
     assert "self" in result.output, result.exception
     message = refusal("inspect", str(tmp_path / "pipe"))
-    assert "failed before it called its transformer" in message
+    assert "failed before it called its denoiser" in message
     assert "--call" in message
 
 

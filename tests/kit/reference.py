@@ -156,6 +156,10 @@ class Reference:
                 if self.start == 0:
                     raise PlanError(f"{site.name}, step {self.now}: nothing was computed yet")
                 site.symbol = "#"
+            letter = self.letters.get(site.symbol)
+            known = len(site.history) + bool(letter and letter.is_compute)
+            if self.start and len(site.row.listed(self.now) or ()) > known:
+                site.symbol = "#"
             if self._is_taken(site):
                 if any(_overlap(outer.blocks, site.blocks) for outer in taken):
                     raise PlanError(f"{site.name}, step {self.now}: overlaps with another range taken")

@@ -16,7 +16,8 @@ from graphcache.cli.main import app
 from graphcache.planning.automatic import checker
 from graphcache.planning.comparison import Contender, compare, load_rows
 from graphcache.planning.metrics import frechet_distance, psnr
-from graphcache.planning.sampling import Sampling, solved_by
+from graphcache.planning.pipeline_sampler import solved_by
+from graphcache.planning.sampling import Sampling
 from inside import engine_of
 from linear import Replanned, Sampler, linear
 from pipelines import PIPELINES

@@ -5,7 +5,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,6 +46,7 @@ def small_profile(steps: int = 3, seed: int = 0) -> Profile:
         flops=31,
         calls=2,
         timings={"plain": 1e-3, "compute": 1.1e-3, "output": 5e-324},
+        handovers=tuple(range(1, steps, 2)),
     )
 
 
@@ -94,6 +95,16 @@ def test_a_large_models_profile_is_a_small_file() -> None:
     assert_equal(decode(data), made)
 
 
+def test_profiles_of_the_second_version_are_read() -> None:
+    """They were of one model."""
+
+    def older(document: dict[str, Any]) -> None:
+        document["version"] = 2
+        del document["handovers"]
+
+    assert_equal(decode(edited(older)), replace(small_profile(), handovers=()))
+
+
 def test_profiles_of_the_first_version_are_read() -> None:
     """They had drift for every step, and looked at all tokens."""
     made = small_profile()
@@ -102,7 +113,7 @@ def test_profiles_of_the_first_version_are_read() -> None:
     def older(document: dict[str, Any]) -> None:
         document["version"] = 1
         document["drift"]["block.0.mlp"] = array(table)
-        del document["provenance"]["tokens"]
+        del document["provenance"]["tokens"], document["handovers"]
 
     again = decode(edited(older))
     np.testing.assert_array_equal(again.drift["block.0.mlp"], table[1:].mean(axis=0))
@@ -158,7 +169,7 @@ def unknown_kind(document: dict[str, Any]) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "another version": (setting(version=3), "version 3 of the profile format is not known, only 1 to 2"),
+    "another version": (setting(version=4), "version 4 of the profile format is not known, only 1 to 3"),
     "no version": (lambda d: d.pop("version"), "not a profile in JSON"),
     "an unknown field": (setting(more=1), "unknown field `more`"),
     "an unknown field of a site": (lambda d: d["sites"][0].update(depth=1), "unknown field `depth`"),
@@ -196,6 +207,9 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no step": (setting(provenance__steps=0), "gram is"),
     "no flops": (setting(flops=0), "at least 1"),
     "no time": (setting(timings={"plain": 0.0}), "seconds above 0"),
+    "a handover at the first step": (setting(handovers=[0]), "handovers are steps after the first of 3"),
+    "a handover behind the last step": (setting(handovers=[1, 3]), "handovers are steps after the first"),
+    "handovers out of order": (setting(handovers=[2, 1]), "each once and in their order"),
     "another half": (setting(provenance__conditional="both"), "conditional is first, last or absent"),
 }
 
@@ -247,7 +261,9 @@ def test_writing_into_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> N
 def test_a_part_is_taken_up_under_its_own_key_alone(tmp_path: Path) -> None:
     made = small_profile()
     values = {"output": made.gram[0]}
-    part = SampleProfile(values, {"output": made.effects[0]}, made.drift, made.ranking, made.bands, 4, 2)
+    part = SampleProfile(
+        values, {"output": made.effects[0]}, made.drift, made.ranking, made.bands, 4, 2, made.handovers
+    )
     place = tmp_path / ".profile.json.part0"
     assert load_part("key 0", place) is None
     save_part(part, "key 0", place)

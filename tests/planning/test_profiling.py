@@ -26,6 +26,7 @@ from graphcache.planning.comparison import compare
 from graphcache.planning.sampling import Sampling, with_frozen_weights
 from graphcache.planning.subject import Subject as Described
 from graphcache.planning.subject import describe
+from graphcache.planning.tuning import tune
 from graphcache.runtime.engine import Engine
 from graphcache.runtime.options import Options
 from linear import LinearDiT, Replanned, Sampler, linear
@@ -281,6 +282,52 @@ def test_drift_and_ranking_are_those_of_the_tokens() -> None:
     np.testing.assert_allclose(on.profile.ranking["blocks.1.mlp"], ranking, rtol=1e-6, atol=1e-9)
 
 
+def test_tokens_that_only_some_samples_have_count_for_those() -> None:
+    def sampler(model: nn.Module, sample: int, steps: int) -> Tensor:
+        return Sampler(tokens=sample)(model, sample, steps)
+
+    few, more, both = (
+        profiled(None, samples, sampler=sampler).drift["blocks.0.mlp"] for samples in ((3,), (5,), (3, 5))
+    )
+    expected = np.concatenate([few, [0, 0]]) / 2 + more / 2
+    np.testing.assert_allclose(both, expected, rtol=1e-6)
+
+
+class ListedDiT(LinearDiT):
+    """Takes and gives a list of samples."""
+
+    def forward(self, x: list[Tensor], timestep: Tensor, text: Tensor) -> list[Tensor]:  # type: ignore[override]
+        return list(super().forward(torch.stack(x), timestep, text).unbind())
+
+
+def in_lists(model: nn.Module, sample: int, steps: int) -> Tensor:
+    def called(x: Tensor, **rest: Tensor) -> Tensor:
+        return torch.stack(model(list(x.unbind()), **rest))
+
+    return Sampler()(called, sample, steps)
+
+
+def test_latents_may_be_a_list_of_samples() -> None:
+    model = ListedDiT(2).eval()
+    model.load_state_dict(linear(2).state_dict())
+    found, expected = (
+        graphcache.profile(one, [5, 8], steps=4, sampler=sampler)
+        for one, sampler in ((model, in_lists), (linear(2), Sampler()))
+    )
+    assert [site.name for site in found.sites] == [site.name for site in expected.sites]
+    np.testing.assert_allclose(found.gram, expected.gram, rtol=1e-6)
+    np.testing.assert_allclose(found.effects, expected.effects, rtol=1e-4, atol=1e-7)
+    plan = graphcache.search(expected, speedup=1.3).plan
+    tuned, same = (
+        tune(one, plan, [5], [8], sampler=sampler, iterations=2, every=2, rate=0.01)
+        for one, sampler in ((model, in_lists), (linear(2), Sampler()))
+    )
+    assert tuned.before == pytest.approx(same.before, abs=1e-3)
+    for step in tuned.curve, same.curve:
+        assert step[1].trained != step[0].trained
+    assert tuned.curve[1].trained == pytest.approx(same.curve[1].trained, abs=1e-3)
+
+
 def spearman(one: np.ndarray, other: np.ndarray) -> float:
     ranks = [np.argsort(np.argsort(item)) for item in (one, other)]
     return float(np.corrcoef(*ranks)[0, 1])
@@ -403,7 +450,7 @@ def test_a_sampling_says_once_how_a_model_is_run() -> None:
     assert graphcache.restore(made.model) is given.model
     (_, row) = compare(given, {"found": made.plan}, [8], steps=3, backend=None)
     assert row.psnr == pytest.approx(made.held_out, abs=1e-2)
-    with pytest.raises(GraphCacheError, match=r"give sampler=, timestep=, latents= .* to Sampling.of"):
+    with pytest.raises(GraphCacheError, match=r"give sampler=, timestep=, latents=.* to Sampling.of"):
         graphcache.profile(given, [5], steps=3, conditional="last")
 
 
