@@ -16,6 +16,7 @@ from graphcache.packaging.program import PackagedProgram
 from graphcache.runtime.options import Options
 from graphcache.runtime.program_maker import ProgramMaker
 from graphcache.runtime.spoken import Spoken
+from graphcache.tracing.homes import Homes
 
 _MODES = len(ambient())
 
@@ -39,6 +40,7 @@ class PackagedPrograms(ProgramMaker):
         self.backend = "aot"
         self.binder = binder
         self.weights = weights
+        self.homes = Homes(weights.model, False)
         self.spoken = spoken
         self.held: dict[Signature, PackagedProgram] = {}
         self._around = modes

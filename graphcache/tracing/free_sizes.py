@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import nn
 
@@ -91,7 +90,7 @@ class _Found:
         environment: Any = trace.environment
         self._environment = environment
         self._shapes = [value_of(node).shape for node in trace.step.placeholders()]
-        self._places: dict[tuple[int, int], sympy.Symbol] = {}
+        self._places: dict[tuple[int, int], Any] = {}
         for symbol, sources in environment.var_to_sources.items():
             for source in sources:
                 name = source.name if isinstance(source.name, str) else source.name()
@@ -112,7 +111,7 @@ class _Found:
         """The first thing that was asked of a symbol and that one number alone answers."""
         for guard in self._environment.guards:
             asked = guard.expr
-            is_equation = isinstance(asked, sympy.Eq) and any(side.is_Integer for side in asked.args)
+            is_equation = asked.func.__name__ == "Equality" and any(side.is_Integer for side in asked.args)
             if is_equation and asked.free_symbols == {symbol}:
                 return f"{asked.lhs} = {asked.rhs} {_where(guard.sloc)}"
         return ""

@@ -9,7 +9,6 @@ from fractions import Fraction
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import fx, nn
 
@@ -153,6 +152,8 @@ def _relations(size: int, before: int) -> tuple[Fraction, int]:
 
 
 def _at(shapes: Sequence[Sequence[Any]], values: Mapping[Any, int]) -> list[tuple[int, ...]]:
+    import sympy  # takes longer to import than a package does to load
+
     numbers = {symbol: sympy.Integer(value) for symbol, value in values.items()}
     return [
         tuple(
