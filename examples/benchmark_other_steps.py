@@ -13,8 +13,8 @@ from examples.samplers import EXAMPLES, Example, Item
 from examples.sweep import mean_and_spread
 from graphcache import Profile
 from graphcache.planning.automatic import checker
-from graphcache.planning.metrics import psnr
 from graphcache.planning.sampling import Sampling
+from graphcache.runtime.closeness import psnr
 
 SPEEDUPS = (1.5, 2.0, 3.0)
 SHARES = (0.4, 0.6)

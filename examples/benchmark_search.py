@@ -33,13 +33,13 @@ from graphcache.planning.bench import TimedGeneration
 from graphcache.planning.calibration import step_seconds
 from graphcache.planning.candidates import Candidate
 from graphcache.planning.convergence import converged
-from graphcache.planning.metrics import psnr
 from graphcache.planning.profile import families
 from graphcache.planning.sampling import Sampling
 from graphcache.planning.search import search
 from graphcache.planning.site_sensitivity import sensitivity
 from graphcache.planning.timeline import meet
 from graphcache.planning.tuning import tune, with_corrections
+from graphcache.runtime.closeness import psnr
 
 SPEEDUPS = (1.5, 2.0, 3.0, 4.0)
 TRAINED, HELD, TEST, JUDGED = 1_000, 2_000, 3_000, 4_000

@@ -22,8 +22,8 @@ from examples.records import TIMES, Cell, Column, add_json_option, report, time_
 from graphcache import Plan, presets
 from graphcache.compiler.backends import Backend
 from graphcache.planning.bench import benchmark
-from graphcache.planning.metrics import psnr
 from graphcache.presets import clusca, duca, toca
+from graphcache.runtime.closeness import psnr
 
 STEPS = 50
 SAMPLES = 20

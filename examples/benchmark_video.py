@@ -19,8 +19,9 @@ from examples.moving_digits.model import flow_scheduler, load_model
 from examples.moving_digits.sample import sample
 from examples.records import Cell, Column, add_json_option, report
 from graphcache import Plan, presets
-from graphcache.planning.metrics import psnr, ssim
+from graphcache.planning.metrics import ssim
 from graphcache.presets import fastercache
+from graphcache.runtime.closeness import psnr
 
 STEPS = 50
 Generate = Callable[..., Tensor]

@@ -2,8 +2,9 @@
 
 from graphcache import importers, presets
 from graphcache.cost.pricing import price
-from graphcache.ir.errors import CaptureError, GraphCacheError, PlanError, StateError
+from graphcache.ir.errors import CaptureError, GraphCacheError, PlanError, PromiseWarning, StateError
 from graphcache.ir.plan import Plan
+from graphcache.ir.promise import Promise
 from graphcache.packaging.loading import load
 from graphcache.packaging.writing import package
 from graphcache.planning.automatic import auto
@@ -24,6 +25,8 @@ __all__ = [
     "Plan",
     "PlanError",
     "Profile",
+    "Promise",
+    "PromiseWarning",
     "Resampler",
     "Sampling",
     "StateError",

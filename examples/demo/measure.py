@@ -14,7 +14,8 @@ from torch import Tensor
 from examples.demo.methods import Method
 from examples.demo.progress import Progress
 from examples.digits.evaluate import SampleQuality
-from graphcache.planning.metrics import psnr, ssim
+from graphcache.planning.metrics import ssim
+from graphcache.runtime.closeness import psnr
 
 Judge = Callable[[Tensor], SampleQuality]
 """Judges the samples of all rounds."""

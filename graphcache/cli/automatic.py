@@ -1,10 +1,12 @@
 """The command line's auto: from a model and some prompts to a plan, with the report that judges it."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any, TypeVar, cast
 
 import torch
@@ -29,10 +31,10 @@ from graphcache.cli.measuring import Memory, Ray, Steps, Subject, fewer_steps, m
 from graphcache.cli.sources import Placement, Sampled, load_sampled
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
-from graphcache.ir.plantext import read_bytes, write_bytes
+from graphcache.ir.plantext import read_bytes, read_rows, write_bytes
 from graphcache.ir.units import size
 from graphcache.page import write_page
-from graphcache.planning.automatic import Parts
+from graphcache.planning.automatic import Parts, Trial, best
 from graphcache.planning.candidates import candidates
 from graphcache.planning.comparison import Contender, compare, load_rows
 from graphcache.planning.gradient_memory import MEMORY
@@ -45,7 +47,12 @@ from graphcache.planning.rivals import rivals as known_rivals
 from graphcache.planning.sampling import Sampler, Sampling
 
 Made = TypeVar("Made")
-FILES = {"profile": "profile.json", "search": "plan.txt", "tune": "tuned.txt", "compare": "comparison.json"}
+FILES = {
+    "profile": "profile.json",
+    "search": "families.json",
+    "tune": "tuned.txt",
+    "compare": "comparison.json",
+}
 """What each part leaves behind."""
 
 
@@ -143,6 +150,38 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     write_bytes(text.encode(), place)
 
 
+def nearer_at_fewer_steps(rows: Sequence[Contender]) -> list[Contender]:
+    """Rows of fewer steps that are no slower than the found plan and no further from the plain results."""
+    (found,) = (row for row in rows if row.name == "found")
+    return [
+        row
+        for row in rows
+        if row.kind == "fewer steps"
+        and row.speedup >= found.speedup
+        and (row.psnr or -math.inf) >= (found.psnr or -math.inf)
+    ]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """The best plan, as text, of a family that may be the best one, and decibels after a few iterations."""
+
+    family: str
+    plan: str
+    decibels: tuple[float, ...] = ()
+
+
+def _load_families(path: Path) -> tuple[_Family, ...]:
+    found = read_rows(path, _Family, "list of families")
+    if not found:
+        raise GraphCacheError(f"{path} names no family: remove it, and it is made again")
+    return found
+
+
+def _save_families(found: Sequence[_Family], path: Path) -> None:
+    write_bytes(json.dumps([asdict(item) for item in found], indent=1).encode(), path)
+
+
 @dataclass(frozen=True)
 class _Run:
     """One run of the command; every part leaves a file, by which a later run goes on."""
@@ -157,14 +196,19 @@ class _Run:
         """All parts, one after the other."""
         self._announce()
         measured = self._part("profile", load_profile, self.parts.profiled)
-        plan = self._part("search", Plan.load, lambda path: self._searched(path, measured))
-        tuned = self._part("tune", Plan.load, lambda path: self._tuned(path, plan, measured))
+        near = self._part("search", _load_families, lambda path: self._searched(path, measured))
+        tuned = self._part("tune", Plan.load, lambda path: self._tuned(path, near, measured.handovers))
         rows = self._part("compare", load_rows, lambda path: self._compared(path, tuned))
         print_rows(rows)
+        for row in nearer_at_fewer_steps(rows):
+            console.print(
+                f"{row.name} of the plain model are as fast as the plan and come nearer to its result: at "
+                f"{self.parts.steps} steps nothing is gained by caching"
+            )
         page = self.folder / "report.html"
-        plans = {"tuned": tuned, "searched": plan}
+        plans = {"tuned": tuned, "searched": Plan.parse(near[0].plan)}
         write_page(page, measured, plans, rows=rows, candidates=candidates(measured), title=self.folder.name)
-        console.print(f"wrote {page}. The plan is used like this:")
+        console.print(f"wrote {page}. The plan promises {tuned.promise}; it is used like this:")
         console.print("    import graphcache")
         console.print(f'    plan = graphcache.Plan.load("{self.folder / "tuned.txt"}")')
         console.print(f"    pipe = graphcache.transform(pipe, plan, backend={self.parts.backend!r})")
@@ -206,16 +250,36 @@ class _Run:
             yield result
             self.parts.progress("compare", done, len(samples))
 
-    def _searched(self, path: Path, measured: Profile) -> Plan:
-        plan = replace(self.parts.searched(measured).plan, graph=measured.provenance.graph)
-        plan.save(path)
-        return plan
+    def _searched(self, path: Path, measured: Profile) -> tuple[_Family, ...]:
+        near = self.parts.near(self.parts.searched(measured))
+        found = tuple(_Family(item.family, str(item.plan)) for item in near)
+        _save_families(found, path)
+        return found
 
-    def _tuned(self, path: Path, plan: Plan, measured: Profile) -> Plan:
-        result = self.parts.tuned(plan, measured.handovers)
-        found = plan if result is None else result.plan
+    def _tuned(self, path: Path, near: Sequence[_Family], handovers: Sequence[int]) -> Plan:
+        """The best plan of the near families after a few iterations each, or the only one, tuned in full."""
+        plan = Plan.parse(near[0].plan)
+        if len(near) > 1:
+            trials = [
+                self._tried(self.folder / f"family-{place}.json", item, handovers)
+                for place, item in enumerate(near, 1)
+            ]
+            told = (f"{trial.family} {fmean(trial.decibels):.2f} dB" for trial in trials)
+            console.print(f"tuned shortly: {', '.join(told)}")
+            plan = best(trials).plan
+        plan.save(self.folder / "plan.txt")
+        result = self.parts.tuned(plan, handovers)
+        found = self.parts.promised(plan if result is None else result.plan)
         found.save(path)
         return found
+
+    def _tried(self, path: Path, item: _Family, handovers: Sequence[int]) -> Trial:
+        """A family's trial, taken up where it is there."""
+        if not path.exists():
+            trial = self.parts.tried(item.family, Plan.parse(item.plan), handovers)
+            _save_families([_Family(trial.family, str(trial.plan), trial.decibels)], path)
+        (found,) = _load_families(path)
+        return Trial(found.family, Plan.parse(found.plan), found.decibels)
 
     def _compared(self, path: Path, plan: Plan) -> tuple[Contender, ...]:
         parts, every = self.parts, max(2, round(self.parts.speedup))

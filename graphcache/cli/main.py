@@ -126,6 +126,8 @@ def show(plan: Annotated[str, typer.Argument(help="a plan file, or preset:steps[
     """Show a plan's grid in colour."""
     found = plan_argument(plan, None)
     console.print(f"{found.steps} steps" + (f", preset {found.preset.name}" if found.preset else ""))
+    if found.promise is not None:
+        console.print(f"promises {found.promise}")
     width = max((len(str(row.selector)) for row in found.rows), default=0)
     colours = {letter.symbol: c for letter, c in zip(found.letters, _LETTER_COLOURS * 9, strict=False)}
     for row in found.rows:

@@ -224,6 +224,10 @@ def compare(
     ] = None,
     memory: Memory = MEMORY,
     output: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
+    promise: Annotated[
+        bool,
+        typer.Option("--promise", help="write into the plans' files what they reached, as their promise"),
+    ] = False,
     call: Call = None,
     samples: Count = 2,
     timestep: Timestep = None,
@@ -234,6 +238,7 @@ def compare(
     ray: Ray = None,
 ) -> None:
     """Time plans and fewer steps against the plain compiled model, and measure how near they come to it."""
+    files = {text: Plan.load(text) for text in plan or [] if promise}
     found = _sampled(model, call, samples, threads, Placement(device, dtype))
     with mapping(ray, device) as run, console.status("starting") as status:
         rows = compare_runs(
@@ -255,6 +260,10 @@ def compare(
     print_rows(rows)
     if output is not None:
         write_bytes(json.dumps([asdict(row) for row in rows], indent=1).encode(), output)
+    for row in rows:
+        if row.name in files and row.promise is not None:
+            files[row.name].promising(row.promise).save(row.name)
+            console.print(f"wrote {row.name}: it promises {row.promise}")
 
 
 def fewer_steps(

@@ -15,3 +15,7 @@ class CaptureError(GraphCacheError):
 
 class StateError(GraphCacheError):
     """A call that does not fit the generation in progress."""
+
+
+class PromiseWarning(UserWarning):
+    """A generation did not keep what its plan promises, or could not be compared with it."""

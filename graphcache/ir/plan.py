@@ -1,14 +1,18 @@
 """The plan: how each site is obtained at each step, as data."""
 
+import hashlib
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+
+import msgspec
 
 from graphcache.ir import plantext
 from graphcache.ir.errors import PlanError
 from graphcache.ir.letter import MAX_STEPS, Letter
 from graphcache.ir.plantext import is_word
+from graphcache.ir.promise import Promise
 from graphcache.ir.selector import Selector
 
 COMPUTE, REUSE = "#", "."
@@ -71,7 +75,8 @@ class Plan:
     halves; without it the histories start empty there. `grid` holds the frames, height and width of the
     tokens, for models that return predictions as packed tokens. `graph` is the fingerprint of the only model
     that the plan is for, and `scheduler` the class of the only scheduler, where a pipeline has one; None is
-    any.
+    any. `promise` says how near its results came to the untouched model's; a plan that is changed has none,
+    whoever changed it, in Python or in its text.
     """
 
     steps: int
@@ -82,6 +87,7 @@ class Plan:
     grid: tuple[int, int, int] | None = None
     graph: str | None = None
     scheduler: str | None = None
+    promise: Promise | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "letters", tuple(self.letters))
@@ -101,6 +107,8 @@ class Plan:
         for row in self.rows:
             _check_row(row, self)
         _check_guidance(self)
+        if self.promise is not None and self.promise.plan != self._digest():
+            object.__setattr__(self, "promise", None)
 
     @classmethod
     def parse(cls, text: str) -> "Plan":
@@ -121,6 +129,10 @@ class Plan:
 
     def __str__(self) -> str:
         return plantext.write_text(self._document())
+
+    def promising(self, promise: Promise) -> "Plan":
+        """The plan with what was measured of it."""
+        return replace(self, promise=replace(promise, plan=self._digest()))
 
     def letter(self, symbol: str) -> Letter | None:
         """The definition of a letter; None of the built-in `#` and `.`."""
@@ -170,6 +182,7 @@ class Plan:
         preset = document.preset
         call = None if preset is None else Preset(preset.name, tuple(preset.arguments.items()))
         grid = None if document.grid is None else _checked_grid(document.grid)
+        promise = document.promise
         return cls(
             document.steps,
             tuple(letters),
@@ -179,6 +192,7 @@ class Plan:
             grid,
             document.graph,
             document.scheduler,
+            None if promise is None else Promise(**msgspec.structs.asdict(promise)),
         )
 
     def _document(self) -> plantext.PlanDocument:
@@ -200,7 +214,13 @@ class Plan:
             grid,
             letters,
             rows,
+            None if self.promise is None else plantext.PromiseLine(**asdict(self.promise)),
         )
+
+    def _digest(self) -> str:
+        """A word that tells plans apart by everything but what they promise."""
+        text = plantext.write_text(msgspec.structs.replace(self._document(), promise=None))
+        return "p" + hashlib.sha256(text.encode()).hexdigest()[:15]
 
 
 def check_steps(steps: int) -> None:

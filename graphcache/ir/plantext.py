@@ -56,6 +56,17 @@ class PresetLine(msgspec.Struct, forbid_unknown_fields=True):
     arguments: dict[str, bool | int | float | str] = {}
 
 
+class PromiseLine(msgspec.Struct, forbid_unknown_fields=True):
+    """`promise mean=57.2 worst=53.9 …`, see `Promise`."""
+
+    mean: float
+    worst: float
+    data_range: float
+    samples: int
+    results: str
+    plan: str
+
+
 class PlanDocument(msgspec.Struct, forbid_unknown_fields=True):
     """What text and JSON have in common."""
 
@@ -68,6 +79,7 @@ class PlanDocument(msgspec.Struct, forbid_unknown_fields=True):
     grid: list[int] | None = None
     letters: list[LetterLine] = []
     rows: list[RowLine] = []
+    promise: PromiseLine | None = None
 
 
 class _Versioned(msgspec.Struct):
@@ -145,7 +157,12 @@ def _read_grid(value: object) -> list[int]:
 
 
 def _read_line(line: str, document: PlanDocument) -> None:
-    if listed := _LISTED.fullmatch(line):
+    words = line.split()
+    if words[0] == "promise" and "=" in line:
+        if document.promise is not None:
+            raise PlanError("the plan promises twice")
+        document.promise = _read_promise(words[1:])
+    elif listed := _LISTED.fullmatch(line):
         if not document.rows:
             raise PlanError("coefficients are listed before any row")
         line_of_step = CoefficientLine(int(listed[1]), _numbers(listed[2].split()))
@@ -154,10 +171,16 @@ def _read_line(line: str, document: PlanDocument) -> None:
         kind, options = _read_letter(letter[1], letter[2].split())
         document.letters.append(LetterLine(letter[1], kind, options))
     else:
-        words = line.split()
         if len(words) != 2:
             raise PlanError(f"expected a site and its actions, found {line[:60]!r}")
         document.rows.append(RowLine(words[0], words[1]))
+
+
+def _read_promise(words: list[str]) -> PromiseLine:
+    try:
+        return msgspec.convert(_fields(words), PromiseLine)
+    except msgspec.ValidationError as error:
+        raise PlanError(f"promise: {error}") from None
 
 
 def _read_letter(symbol: str, words: list[str]) -> tuple[str, dict[str, int | float | str]]:
@@ -202,6 +225,8 @@ def write_text(document: PlanDocument) -> str:
     if document.grid is not None:
         header.insert(1, f"grid={'x'.join(map(str, document.grid))}")
     lines = [" ".join(header)]
+    if document.promise is not None:
+        lines.append(" ".join(["promise", *_words(msgspec.structs.asdict(document.promise))]))
     lines += [_letter_text(letter) for letter in document.letters]
     width = max((len(row.site) for row in document.rows), default=0)
     for row in document.rows:

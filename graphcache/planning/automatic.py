@@ -3,41 +3,72 @@
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean, stdev
 from typing import Any, Literal, TypeVar
 
 from graphcache.compiler.backends import Backend
 from graphcache.cost.pricing import without_weights
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
+from graphcache.ir.promise import Promise
+from graphcache.planning.candidates import Candidate
 from graphcache.planning.gradient_memory import MEMORY
 from graphcache.planning.outlook import Outlook, Part
+from graphcache.planning.pipeline_sampler import Models
 from graphcache.planning.profile import Profile
 from graphcache.planning.profiling import Detail, profile
 from graphcache.planning.sampling import Sampler, Sampling
 from graphcache.planning.search import Found, search
-from graphcache.planning.tuning import Tuned, mean_psnr, tune, with_corrections
+from graphcache.planning.tuning import Tuned, tune, with_corrections
+from graphcache.runtime.closeness import decibels
 from graphcache.runtime.transform import transform
 
 Target = TypeVar("Target")
 Progress = Callable[[str, int, int], None]
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 MOST_PROFILED = 8
+NEAR = 2.0
+"""A family whose error is at most so many times the least one may come to lead by tuning."""
+FEW = 6
+"""Iterations of tuning before one of the near families is chosen."""
+FAMILIES = 3
+"""Near ones that are reckoned with beforehand."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The best plan of a family, tuned shortly, and the PSNR of every sample that it was judged by."""
+
+    family: str
+    plan: Plan
+    decibels: tuple[float, ...]
+
+    def leads(self, other: "Trial") -> bool:
+        """Whether it is ahead of another one, judged by the same samples, by more than chance explains."""
+        ahead = [mine - theirs for mine, theirs in zip(self.decibels, other.decibels, strict=True)]
+        return len(ahead) > 1 and fmean(ahead) > stdev(ahead) / len(ahead) ** 0.5
 
 
 @dataclass(frozen=True)
 class Automatic:
     """What `auto` found: the transformed model or pipeline, its plan, and how it came about.
 
-    `held_out` is the plan's mean PSNR to the uncached run, in decibels, of samples that no
-    coefficient was fitted to.
+    `trials` are those of near families, of which the best was tuned in full; none where one family leads.
+    The plan's promise says what it reached on samples that no coefficient was fitted to.
     """
 
     model: Any
     plan: Plan
     profile: Profile
     found: Found
+    trials: tuple[Trial, ...]
     tuned: Tuned | None
-    held_out: float
+
+    @property
+    def held_out(self) -> float:
+        """The plan's mean PSNR to the uncached run, in decibels, of the samples that were held out."""
+        assert self.plan.promise is not None
+        return self.plan.promise.mean
 
 
 @dataclass(frozen=True)
@@ -101,26 +132,68 @@ class Parts:
         )
 
     def searched(self, measured: Profile) -> Found:
-        """The best plan by the profile and by runs of two samples."""
+        """The best plans by the profile and by runs of two samples."""
         self.progress("search", 0, 0)
         check = checker(self.sampling, self.trained[:2], self.steps)
-        return search(measured, speedup=self.speedup, max_bytes=self.max_bytes, check=check, run=self.run)
+        found = search(measured, speedup=self.speedup, max_bytes=self.max_bytes, check=check, run=self.run)
+        graph = measured.provenance.graph
+        families = tuple(replace(item, plan=replace(item.plan, graph=graph)) for item in found.families)
+        return replace(found, chosen=families[0], families=families)
+
+    def near(self, found: Found) -> tuple[Candidate, ...]:
+        """The best plans of those families that tuning may bring to the lead, the present one first."""
+        if not self.iterations:
+            return (found.chosen,)
+        most = NEAR * found.chosen.known_error
+        return tuple(item for item in found.families if item.known_error <= most)
+
+    def tried(self, family: str, plan: Plan, handovers: Sequence[int] = ()) -> Trial:
+        """A plan tuned for a few iterations by half of the samples to train on, judged by the others."""
+        half = max(1, len(self.trained) // 2)
+        judges = self.trained[half:] or self.judges
+        if plan.lists_coefficients:
+            result = self._tuned(plan, self.trained[:half], judges, min(FEW, self.iterations), handovers)
+            return Trial(family, result.plan, result.each)
+        return Trial(family, plan, tuple(self._reached(self.sampling.planned(plan), judges)))
 
     def tuned(self, plan: Plan, handovers: Sequence[int] = ()) -> Tuned | None:
         """The plan with its coefficients trained; None where it has none, or nothing is to be trained."""
         if not (self.iterations and plan.lists_coefficients):
             return None
+        return self._tuned(plan, self.trained, self.judges, self.iterations, handovers)
+
+    def _tuned(
+        self,
+        plan: Plan,
+        trained: Sequence[Any],
+        judges: Sequence[Any],
+        iterations: int,
+        handovers: Sequence[int],
+    ) -> Tuned:
         return tune(
             self.sampling,
-            with_corrections(plan, handovers=handovers),
-            self.trained,
-            self.judges,
+            with_corrections(plan, handovers=handovers) if plan.letter("c") is None else plan,
+            trained,
+            judges,
             reference=self.reference,
-            iterations=self.iterations,
+            iterations=iterations,
             data_range=self.data_range,
             memory=self.memory,
-            progress=lambda now: self.progress("tune", now.number + 1, self.iterations),
+            progress=lambda now: self.progress("tune", now.number + 1, iterations),
         )
+
+    def promised(self, plan: Plan) -> Plan:
+        """The plan with a promise: what it reaches, compiled, on the samples that were held out."""
+        reached = self._reached(self.sampling.transformed(plan, self.backend), self.judges)
+        return plan.promising(Promise.of(reached, self.data_range, self.sampling.compared(self.judges)))
+
+    def _reached(self, model: Models, samples: Sequence[Any]) -> list[float]:
+        """Decibels of every sample under a plan."""
+        results, references = (
+            [self.sampling.generate(each, sample, self.steps) for sample in samples]
+            for each in (model, self.sampling.model)
+        )
+        return decibels(results, references, self.data_range)
 
     def outlook(self, rivals: int = 0) -> tuple[Part, ...]:
         """What the parts will take, and the comparison behind them; the model is captured for it.
@@ -139,6 +212,7 @@ class Parts:
             self.steps, self.speedup, calls, min(len(self.trained), MOST_PROFILED), len(self.trained),
             len(self.judges), self.iterations, self.memory, branches=self.detail != "steps",
             timed=self.backend is not None, rivals=rivals,
+            trials=FAMILIES * min(FEW, self.iterations),
         ).parts()  # fmt: skip
 
 
@@ -165,8 +239,9 @@ def auto(
 ) -> Automatic:
     """Make a model, or a pipeline's denoisers, `speedup` times as fast with the best plan found for them.
 
-    The last quarter of the samples, at least one, is held out of profiling and judges the tuned plan; of the
-    rest at most eight are profiled.
+    The last quarter of the samples, at least one, is held out of profiling and judges the tuned plan, which
+    promises what it reached; of the rest at most eight are profiled. Where families of sites come near each
+    other, the best plan of each is tuned shortly, and the best of those is tuned in full.
 
     Args:
         model_or_pipe: as for `profile`.
@@ -201,19 +276,27 @@ def auto(
     )  # fmt: skip
     measured = parts.profiled(None if folder is None else os.path.join(folder, "profile.json"))
     found = parts.searched(measured)
-    tuned = parts.tuned(found.plan, measured.handovers)
-    plan = found.plan if tuned is None else tuned.plan
-    plan = replace(plan, graph=measured.provenance.graph)
+    near = parts.near(found)
+    there = measured.handovers
+    trials = tuple(parts.tried(item.family, item.plan, there) for item in near) if len(near) > 1 else ()
+    plan = best(trials).plan if trials else found.plan
+    tuned = parts.tuned(plan, there)
+    progress("check")
+    plan = parts.promised(plan if tuned is None else tuned.plan)
     if folder is not None:
         plan.save(os.path.join(folder, "plan.txt"))
-    progress("check")
-    held_out = judged(sampling, plan, parts.judges, data_range)
     target = model_or_pipe if model_or_pipe is not sampling else sampling.target
     names = sampling.names
     made = transform(
         target, plan, backend=backend, timestep=names.timestep, latents=names.latents, parts=sampling.parts
     )
-    return Automatic(made, plan, measured, found, tuned, held_out)
+    return Automatic(made, plan, measured, found, trials, tuned)
+
+
+def best(trials: Sequence[Trial]) -> Trial:
+    """The first one, which was the best before tuning, unless others lead it: then the best of those."""
+    ahead = [trial for trial in trials[1:] if trial.leads(trials[0])]
+    return max(ahead, key=lambda trial: fmean(trial.decibels), default=trials[0])
 
 
 def checker(sampling: Sampling, samples: Sequence[Any], steps: int) -> Callable[[Plan], float]:
@@ -230,11 +313,3 @@ def checker(sampling: Sampling, samples: Sequence[Any], steps: int) -> Callable[
         return float((total / count) ** 0.5)
 
     return check
-
-
-def judged(sampling: Sampling, plan: Plan, samples: Sequence[Any], data_range: float) -> float:
-    """A plan's mean PSNR to the uncached run in decibels."""
-    model = sampling.planned(plan)
-    results = [sampling.generate(model, sample, plan.steps) for sample in samples]
-    references = [sampling.generate(sampling.model, sample, plan.steps) for sample in samples]
-    return mean_psnr(results, references, data_range)

@@ -1,5 +1,6 @@
 """`compare`: plans, presets and fewer steps on one model, by time and by quality."""
 
+import math
 import os
 import random
 import statistics
@@ -16,8 +17,10 @@ from graphcache.compiler.backends import Backend, compile_plainly
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import read_rows
+from graphcache.ir.promise import SAMPLER, Promise
 from graphcache.planning.gradient_memory import MEMORY
-from graphcache.planning.metrics import LEAST_ERROR, frechet_distance, psnr, ssim
+from graphcache.planning.judging import Judge, Judged, Measured
+from graphcache.planning.metrics import frechet_distance
 from graphcache.planning.pareto import unbeaten
 from graphcache.planning.pipeline_sampler import Models, each, together
 from graphcache.planning.plan_memory import lowered
@@ -48,6 +51,7 @@ class Contender:
         ideal: speed-up in FLOPs.
         spread: standard deviation of the generations' mean PSNR.
         failure: why it did not run, else None.
+        promise: of a plan what it may promise, if nothing was fitted to these samples: `plan.promising(...)`.
     """
 
     name: str
@@ -61,6 +65,7 @@ class Contender:
     ideal: float | None = None
     spread: float | None = None
     failure: str | None = None
+    promise: Promise | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -135,11 +140,12 @@ def compare(
     refuse_random(sampling, samples[0], steps, uncached)
     contest = _Contest(sampling, dict(plans), steps, dict(fewer or {}), backend, calls)
     contest.rivals, contest.optional = dict(rivals or {}), frozenset(optional)
+    contest.data_range, contest.compared = data_range, sampling.compared(samples)
     contest.left = memory - _results(uncached, len(contest.names), memory)
     progress(f"compiling {len(contest.names)} contenders")
-    rounds, failures = list[dict[str, _Judged]](), dict[str, str]()
+    rounds, failures = list[dict[str, Judged]](), dict[str, str]()
     for measured in run(contest, list(enumerate(samples))):
-        judge = _Judge(measured.results["plain"].result, data_range, features)
+        judge = Judge(measured.results["plain"].result, data_range, features)
         rounds.append({name: judge(one) for name, one in measured.results.items()})
         failures |= measured.failures
         progress(f"sample {len(rounds)} of {len(samples)}")
@@ -166,19 +172,10 @@ def _results(result: Tensor, contenders: int, memory: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """One contender's generation from one sample."""
-
-    seconds: float
-    result: Tensor
-    ideal: float | None
-
-
-@dataclass(frozen=True)
 class _Round:
     """What all contenders that run gave for one sample, and why others do not run."""
 
-    results: dict[str, _Measured]
+    results: dict[str, Measured]
     failures: dict[str, str]
 
 
@@ -198,6 +195,8 @@ class _Contest:
     left: int = 0
     rivals: dict[str, Rival] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
+    data_range: float = 2.0
+    compared: str = SAMPLER
     failures: dict[str, str] = field(default_factory=dict)
     runs: dict[str, Callable[[Any], Tensor]] = field(default_factory=dict)
     planned: dict[str, Any] = field(default_factory=dict)
@@ -271,7 +270,7 @@ class _Contest:
     def _run(sampling: Sampling, model: Any, steps: int) -> Callable[[Any], Tensor]:
         return lambda sample: sampling.generate(model, sample, steps)
 
-    def _measured(self, name: str, sample: Any) -> _Measured:
+    def _measured(self, name: str, sample: Any) -> Measured:
         start = time.perf_counter()
         result = self.runs[name](sample)
         if result.is_cuda:
@@ -280,7 +279,7 @@ class _Contest:
         ideal = None if name in self.rivals else self.steps / self.count(name)
         if name in self.planned:
             ideal = _ideal(self.planned[name])
-        return _Measured(seconds, result, ideal)
+        return Measured(seconds, result, ideal)
 
 
 def _ideal(models: Models) -> float:
@@ -289,37 +288,8 @@ def _ideal(models: Models) -> float:
     return Summary(tuple(item.branches[0] for item in found if item.branches)).ideal_speedup
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """What is kept of one contender's generation: `psnr` is the mean, `ssim` that of every frame."""
-
-    seconds: float
-    ideal: float | None
-    psnr: float
-    ssim: Sequence[float]
-    features: tuple[Tensor, Tensor] | None
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """Compares generations from one sample with the plain model's result."""
-
-    plain: Tensor
-    data_range: float
-    features: Callable[[Tensor], Tensor] | None
-
-    def __call__(self, one: _Measured) -> _Judged:
-        mean = float(psnr(one.result, self.plain, self.data_range, LEAST_ERROR).mean())
-        made, wanted = _frames(one.result), _frames(self.plain)
-        alike: list[float] = []
-        if made.dim() == 4 and min(made.shape[-2:]) >= 7:
-            alike = ssim(made, wanted, self.data_range).tolist()
-        found = None if self.features is None else (self.features(made), self.features(wanted))
-        return _Judged(one.seconds, one.ideal, mean, alike, found)
-
-
 def _row(
-    name: str, contest: _Contest, rounds: Sequence[Mapping[str, _Judged]], failure: str | None
+    name: str, contest: _Contest, rounds: Sequence[Mapping[str, Judged]], failure: str | None
 ) -> Contender:
     if failure is not None:
         return Contender(name, contest.kind(name), 0.0, None, steps=contest.count(name), failure=failure)
@@ -336,7 +306,10 @@ def _row(
     )
     if row.kind == "plain":
         return row
-    means, alike = [one.psnr for one in own], [value for one in own for value in one.ssim]
+    means, alike = (
+        [statistics.fmean(one.decibels) for one in own],
+        [value for one in own for value in one.ssim],
+    )
     pairs = [one.features for one in own if one.features]
     return replace(
         row,
@@ -344,9 +317,13 @@ def _row(
         spread=statistics.pstdev(means),
         ssim=statistics.fmean(alike) if alike else None,
         frechet=frechet_distance(*map(torch.cat, zip(*pairs, strict=True))) if pairs else None,
+        promise=_promise(name, contest, [value for one in own for value in one.decibels]),
     )
 
 
-def _frames(results: Tensor) -> Tensor:
-    """Images as they are; clips (N, C, T, H, W) frame by frame."""
-    return results.transpose(1, 2).flatten(0, 1) if results.dim() == 5 else results
+def _promise(name: str, contest: _Contest, reached: list[float]) -> Promise | None:
+    """Of a plan whose steps were run, and whose results are finite."""
+    held = name in contest.plans and contest.plans[name].steps == contest.steps
+    if not held or not all(map(math.isfinite, reached)):
+        return None
+    return Promise.of(reached, contest.data_range, contest.compared)

@@ -1,30 +1,11 @@
-"""How close images are to a reference, and how close two sets of features are in distribution."""
+"""How alike images are in structure, and how close two sets of features are in distribution."""
 
 import torch
 from torch import Tensor
 
 from graphcache.ir.errors import GraphCacheError
 from graphcache.libraries.extras import require
-
-LEAST_ERROR = 1e-20
-"""Mean square error that smaller ones are taken for, so that equal results have no infinite decibels."""
-
-
-def psnr(images: Tensor, reference: Tensor, data_range: float = 2.0, least: float = 0.0) -> Tensor:
-    """Peak signal-to-noise ratio of each image.
-
-    Args:
-        images: (N, ...), any shape after the first dimension.
-        reference: of the same shape.
-        data_range: largest minus smallest possible value; 2 for images in [-1, 1].
-        least: mean square error that smaller ones are taken for.
-
-    Returns:
-        decibels, float64 (N,); infinite where an image equals its reference and `least` is 0.
-    """
-    _check_pair(images, reference, data_range)
-    error = (images.double() - reference.double()).flatten(1).square().mean(dim=1)
-    return 10 * torch.log10(data_range**2 / error.clamp(min=least))
+from graphcache.runtime.closeness import check_pair
 
 
 def ssim(images: Tensor, reference: Tensor, data_range: float = 2.0, *, sigma: float = 0.75) -> Tensor:
@@ -42,7 +23,7 @@ def ssim(images: Tensor, reference: Tensor, data_range: float = 2.0, *, sigma: f
     Returns:
         float64 (N,), at most 1.
     """
-    _check_pair(images, reference, data_range)
+    check_pair(images, reference, data_range)
     side = 2 * int(3.5 * sigma + 0.5) + 1
     if images.ndim != 4 or min(images.shape[-2:]) < side:
         raise GraphCacheError(
@@ -95,16 +76,3 @@ def _symmetric_root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     return root
-
-
-def _check_shapes(value: Tensor, reference: Tensor) -> None:
-    if value.shape != reference.shape:
-        raise GraphCacheError(f"shapes differ: {tuple(value.shape)} and {tuple(reference.shape)}")
-
-
-def _check_pair(images: Tensor, reference: Tensor, data_range: float) -> None:
-    _check_shapes(images, reference)
-    if images.ndim < 2:
-        raise GraphCacheError(f"a batch of images is expected, not a tensor {tuple(images.shape)}")
-    if not data_range > 0:
-        raise GraphCacheError(f"data_range={data_range}: must be above 0")

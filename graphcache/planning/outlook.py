@@ -63,6 +63,7 @@ class Outlook:
         window: of the profile.
         memory: bytes that every part may take.
         timed: whether compiled steps are timed.
+        trials: iterations of tuning of which families are chosen by.
         rivals: contenders of the comparison that take as long as the plain model, at most.
     """
 
@@ -79,6 +80,7 @@ class Outlook:
     window: int = 12
     timed: bool = True
     rivals: int = 0
+    trials: int = 0
 
     def parts(self) -> tuple[Part, ...]:
         """All parts, in their order."""
@@ -113,7 +115,7 @@ class Outlook:
         back = sum(self._back(phase.step) * phase.flops for phase in phases) / plain
         each = forth * (1 + self._again(needs, computed)) + back
         looks = self.judges * forth * (1 + self.iterations // _LOOKS)
-        runs = 1 + self.trained + self.judges + self.iterations * each + looks
+        runs = 1 + self.trained + self.judges + (self.iterations + self.trials) * each + looks
         return Part("tune", runs if self.iterations else 0.0, needs.least, _most(needs, computed))
 
     def _compare(self) -> Part:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from graphcache.ir.errors import GraphCacheError
 from graphcache.libraries.extras import require
+from graphcache.runtime.checked import own_class
 from graphcache.runtime.parts import PipelinePart, denoisers
+from graphcache.runtime.pipeline_call import called
 
 Models = nn.Module | tuple[nn.Module, ...]
 """What a sampler is given: a model, or as many as a pipeline has that take turns."""
@@ -40,11 +42,11 @@ class PipelineSampler:
     scheduler: Any = None
 
     def __call__(self, models: Models, sample: Any, steps: int) -> Tensor:
-        return self._called(type(self.pipe).__call__, models, sample, steps)
+        return self._called(own_class(self.pipe).__call__, models, sample, steps)
 
     def differentiable(self, models: Models, sample: Any, steps: int) -> Tensor:
         """The same where a decorator would turn gradients off."""
-        return self._called(inspect.unwrap(type(self.pipe).__call__), models, sample, steps)
+        return self._called(inspect.unwrap(own_class(self.pipe).__call__), models, sample, steps)
 
     def _called(self, call: Callable[..., Any], models: Models, sample: Any, steps: int) -> Tensor:
         if not isinstance(sample, Mapping):
@@ -55,18 +57,7 @@ class PipelineSampler:
         seed = arguments.pop("seed", 0)
         arguments.setdefault("generator", torch.Generator().manual_seed(int(seed)))
         with self._in_place(models):
-            result = call(self.pipe, num_inference_steps=steps, return_dict=False, **arguments)[0]
-        if isinstance(result, Tensor):
-            return result
-        if not all(isinstance(item, Tensor) for item in result):
-            asked = sample.get("output_type")
-            advice = (
-                "give sampler=, a function of (model, sample, steps) that returns the latents"
-                if asked is None
-                else f"output_type={asked!r} asks for that: leave it out, or take 'pt'"
-            )
-            raise GraphCacheError(f"{type(self.pipe).__name__} returns no tensors; {advice}")
-        return torch.stack(list(result))
+            return called(call, self.pipe, {"num_inference_steps": steps, **arguments})
 
     @contextmanager
     def _in_place(self, models: Models) -> Iterator[None]:

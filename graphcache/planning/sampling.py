@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from graphcache.compiler.backends import Backend, unwrapped
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
+from graphcache.ir.promise import SAMPLER
 from graphcache.ir.roles import UNNAMED, Names
 from graphcache.planning.pipeline_sampler import Models, PipelineSampler, together
 from graphcache.runtime.engine import Engine, original
@@ -161,6 +162,13 @@ class Sampling:
         return together(
             [transform(m, plan, backend=backend, timestep=timestep, latents=latents) for m in self.models]
         )
+
+    def compared(self, samples: Sequence[Any]) -> str:
+        """What a promise says of these samples' results: the `output_type` that they have in common."""
+        if not isinstance(self.sampler, PipelineSampler):
+            return SAMPLER
+        kinds = {str(sample.get("output_type", "latent")) for sample in samples}
+        return kinds.pop() if len(kinds) == 1 else SAMPLER
 
     @property
     def target(self) -> Any:

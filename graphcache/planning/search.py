@@ -14,11 +14,16 @@ from graphcache.planning.profile import Profile
 @dataclass(frozen=True)
 class Found:
     """The chosen plan, the candidates that no other one beats in speed-up and error, fastest first, and all
-    that were priced."""
+    that were priced.
+
+    `families` are the best plans of each family within the budget, best first; where plans were run, of
+    those.
+    """
 
     chosen: Candidate
     front: tuple[Candidate, ...]
     priced: tuple[Candidate, ...]
+    families: tuple[Candidate, ...]
 
     @property
     def plan(self) -> Plan:
@@ -96,14 +101,20 @@ def search(
         meeting = sorted(filter(allowed, measured), key=order)
         if not meeting:
             raise _unmet(measured, speedup, max_error)
-    return Found(meeting[0], pareto(known), tuple(made))
+    return Found(meeting[0], pareto(known), tuple(made), tuple(_bests(meeting).values()))
+
+
+def _bests(items: Iterable[Candidate]) -> dict[str, Candidate]:
+    """The first of every family."""
+    first: dict[str, Candidate] = {}
+    for item in items:
+        first.setdefault(item.family, item)
+    return first
 
 
 def _varied(items: Sequence[Candidate]) -> list[Candidate]:
     """The best of every family first, since estimates compare plans of one family best."""
-    first: dict[str, Candidate] = {}
-    for item in items:
-        first.setdefault(item.family, item)
+    first = _bests(items)
     return [*first.values(), *(item for item in items if item is not first[item.family])]
 
 

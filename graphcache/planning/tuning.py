@@ -1,8 +1,9 @@
 """`tune`: a plan's listed coefficients, trained through the sampler."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from graphcache.ir.graph import Coefficients
 from graphcache.ir.history import OUTPUT, range_site
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, Plan
+from graphcache.ir.promise import Promise
 from graphcache.ir.resolve import resolve
 from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Phase
@@ -24,11 +26,11 @@ from graphcache.planning.convergence import converged
 from graphcache.planning.evaluation import in_stretches
 from graphcache.planning.gradient_memory import MEMORY, GradientMemory, with_own_inputs
 from graphcache.planning.in_stretches import InStretches
-from graphcache.planning.metrics import LEAST_ERROR, psnr
 from graphcache.planning.plan_memory import lowered
 from graphcache.planning.profile_memory import Needs, Share
 from graphcache.planning.sampling import Sampler, Sampling, refuse_random, with_frozen_weights
 from graphcache.planning.tuning_memory import cut, tuning_needs
+from graphcache.runtime.closeness import LEAST_ERROR, decibels, psnr
 from graphcache.runtime.engine import Engine
 from graphcache.runtime.options import Options
 from graphcache.runtime.runner import BranchState, run_step
@@ -51,12 +53,16 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A tuned plan, its curve, and PSNR of the held-out samples before and after."""
+    """A tuned plan, its curve, mean PSNR of the held-out samples before and after, and that of each after.
+
+    The plan promises what those reached, if they were held against the uncached run.
+    """
 
     plan: Plan
     curve: tuple[Iteration, ...]
     before: float
     after: float
+    each: tuple[float, ...]
 
 
 @with_frozen_weights
@@ -125,12 +131,12 @@ def tune(
     model = sampling.wrapped(engines)
     trained = list(weights.parameters())
 
-    def judged() -> float:
+    def judged() -> list[float]:
         results = (sampling.generate(model, sample, plan.steps) for sample in held_out)
-        return mean_psnr(results, held_targets, data_range)
+        return decibels(results, held_targets, data_range)
 
-    best_plan, before = plan, judged()
-    best, stale, curve = before, 0, list[Iteration]()
+    best_plan, best = plan, judged()
+    before, stale, curve = fmean(best), 0, list[Iteration]()
     for number in range(iterations):
         turn = number % len(samples)
         left = GradientMemory(share.held)
@@ -159,15 +165,18 @@ def tune(
         schedule.step()
         held = None
         if (number + 1) % every == 0 or number + 1 == iterations:
-            held = judged()
+            reached_there = judged()
+            held = fmean(reached_there)
             stale += 1
-            if held > best:
-                best, best_plan, stale = held, weights.plan(), 0
+            if held > fmean(best):
+                best, best_plan, stale = reached_there, weights.plan(), 0
         curve.append(Iteration(number, reached, held))
         progress(curve[-1])
         if stale > patience:
             break
-    return Tuned(best_plan, tuple(curve), before, best)
+    if reference == "uncached":
+        best_plan = best_plan.promising(Promise.of(best, data_range, sampling.compared(held_out)))
+    return Tuned(best_plan, tuple(curve), before, fmean(best), tuple(best))
 
 
 def decibel_rate(trained: Sequence[nn.Parameter]) -> float:
@@ -198,14 +207,6 @@ def with_corrections(plan: Plan, symbol: str = "c", handovers: Sequence[int] = (
         rows.append(replace(row, actions=actions, coefficients=listed))
     letters = (*plan.letters, Letter(symbol, "tuned compute"))
     return replace(plan, letters=letters, rows=tuple(rows), preset=None)
-
-
-def mean_psnr(results: Iterable[Tensor], references: Iterable[Tensor], data_range: float = 2.0) -> float:
-    """Mean over all samples of the results' first dimensions, in decibels."""
-    pairs = zip(results, references, strict=True)
-    return float(
-        torch.cat([psnr(result, target, data_range, LEAST_ERROR) for result, target in pairs]).mean()
-    )
 
 
 def _uncached(sampling: Sampling, sample: Any, steps: int) -> Tensor:

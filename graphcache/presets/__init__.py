@@ -270,7 +270,7 @@ def resample(plan: Plan, steps: int) -> Plan:
         return plan
     if plan.preset is None or plan.preset.name not in _PRESETS:
         return plan.resample(steps)
-    if _under_header(plan, evaluate(plan.preset, plan.steps)) != plan:
+    if _under_header(plan, evaluate(plan.preset, plan.steps)) != replace(plan, promise=None):
         raise PlanError(
             f"the rows are not those of preset {plan.preset.name} at {plan.steps} steps and would be lost; "
             f"write preset=none to resample them"
@@ -280,7 +280,13 @@ def resample(plan: Plan, steps: int) -> Plan:
 
 def _under_header(given: Plan, plan: Plan) -> Plan:
     """A plan with what another's header says of the model's calls."""
-    return replace(plan, conditional=given.conditional, grid=given.grid, graph=given.graph)
+    return replace(
+        plan,
+        conditional=given.conditional,
+        grid=given.grid,
+        graph=given.graph,
+        scheduler=given.scheduler,
+    )
 
 
 def _periodic(steps: int, interval: int, between: str = ".", warmup: int = 1) -> str:

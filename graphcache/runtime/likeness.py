@@ -34,12 +34,12 @@ def alike(model: nn.Module, base: type) -> nn.Module:
         # not Module.__call__, which would run what original.compile() left in the shared attributes
         "__call__": MODULE_CALL,
     }
-    made: nn.Module = object.__new__(_equal_to(kind)(kind.__name__, (base, kind), names))
+    made: nn.Module = object.__new__(equal_to(kind)(kind.__name__, (base, kind), names))
     made.__dict__ = model.__dict__
     return made
 
 
-def _equal_to(kind: type) -> Any:
+def equal_to(kind: type) -> Any:
     """A metaclass whose classes equal another one, and are found in sets and tables under it."""
 
     class Likeness(type(kind)):  # type: ignore[misc]

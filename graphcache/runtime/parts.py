@@ -1,5 +1,6 @@
 """The denoisers of a pipeline: what its components are called with tells them, wherever it holds them."""
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,24 @@ def denoisers(pipe: Any, named: Sequence[str] = ()) -> dict[str, PipelinePart]:
     if not found:
         raise GraphCacheError(f"none of the modules is called with a time, as denoisers are; {ask}")
     return found
+
+
+def twin(pipe: Any) -> Any:
+    """A copy of a pipeline that can be called without a trace: schedulers of its own and no progress bar.
+
+    So it is with the pipelines in it; modules are shared.
+    """
+    memo: dict[int, Any] = {}
+    made = {id(holder): copy.copy(holder) for _, holder in _pipelines(pipe, "", set())}
+    for holder in made.values():
+        for name, value in vars(holder).items():
+            if id(value) in made:
+                vars(holder)[name] = made[id(value)]
+            elif "timesteps" in getattr(value, "__dict__", {}):
+                vars(holder)[name] = copy.deepcopy(value, memo)
+        if hasattr(holder, "set_progress_bar_config"):
+            holder.set_progress_bar_config(disable=True)
+    return made[id(pipe)]
 
 
 def _path(place: tuple[Any, str], part: PipelinePart, pipe: Any) -> str:

@@ -12,6 +12,7 @@ from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
 from graphcache.libraries.diffusers_private import REGISTRY
+from graphcache.runtime.checked import check_calls, end_checks, refuse_unchecked
 from graphcache.runtime.engine import Engine, original
 from graphcache.runtime.likeness import alike
 from graphcache.runtime.offloading import settle
@@ -139,6 +140,7 @@ def transform(
     max_cache_bytes: int | None = None,
     resample: Resample | None = None,
     stream_weights: bool = False,
+    check: int = 0,
 ) -> Target:
     """Make a model, or the denoisers of a diffusers pipeline, run under a plan.
 
@@ -199,6 +201,9 @@ def transform(
         stream_weights: leave the model's weights in host memory, where they have to be, and fetch for each
             step those that it reads, one block ahead; the accelerator computes where there is one. The
             model's own forward, within `disabled()` and while it is captured, fetches them module by module.
+        check: of so many first calls of the pipeline the generation is also run both ways, under the plan
+            and without it, and a `PromiseWarning` says which of them comes to fewer decibels than the plan
+            promises. What the calls return, draw and call back is as without.
 
     Returns:
         An instance of the model's class, or the pipeline.
@@ -210,7 +215,7 @@ def transform(
         raise PlanError(
             f"plan is a {type(plan).__name__}, not a Plan; use graphcache.presets, Plan.parse or Plan.load"
         )
-    _check_options(branches, wait, signatures, watch, regions, sizes, max_cache_bytes)
+    _check_options(branches, wait, signatures, watch, regions, sizes, max_cache_bytes, check)
     if stream_weights and regions is False and backend is not None:
         raise GraphCacheError("stream_weights=True fetches weights region by region; leave out regions=False")
     refuse_unknown(backend)
@@ -233,15 +238,25 @@ def transform(
     if isinstance(model_or_pipe, nn.Module):
         if named:
             raise GraphCacheError(f"parts={parts!r} names modules of a pipeline, and this is a module")
+        if check:
+            raise GraphCacheError(
+                f"check={check}: calls of a module are steps, and a plan promises results: hold them against "
+                "the promise with graphcache.compare(model, {'plan': plan}, samples, steps=, sampler=)"
+            )
         made: Any = _transformed(model_or_pipe, options)
         if example_inputs is not None:
             made._graphcache.prepare(example_inputs)
         return made  # type: ignore[no-any-return]
+    if check:
+        refuse_unchecked(model_or_pipe, plan, check)
     chosen = denoisers(model_or_pipe, named).values()
     models: list[Any] = [_transformed(part.module, options, model_or_pipe) for part in chosen]
     for part, made in zip(chosen, models, strict=True):
         made._graphcache.timesteps_before = timesteps_of(model_or_pipe)
         part.replace(made)
+    end_checks(model_or_pipe)
+    if check:
+        check_calls(model_or_pipe, models, plan, check)
     return model_or_pipe
 
 
@@ -255,6 +270,7 @@ def restore(model_or_pipe: Target) -> Target:
     """
     if isinstance(model_or_pipe, nn.Module):
         return _restored(model_or_pipe)  # type: ignore[return-value]
+    end_checks(model_or_pipe)
     parts = modules(model_or_pipe).values()
     say_if_passed_by([e for part in parts if (e := _engine_of(part.module)) is not None])
     for part in parts:
@@ -272,6 +288,7 @@ def _check_options(
     regions: Any,
     sizes: str,
     max_cache_bytes: int | None,
+    check: int,
 ) -> None:
     if branches is not None and not _is_count(branches):
         raise GraphCacheError(f"branches={branches}: say how many calls a step makes, at least 1")
@@ -283,6 +300,8 @@ def _check_options(
         raise GraphCacheError(f"regions={regions!r}: must be True, False or 'auto'")
     if max_cache_bytes is not None and not _is_count(max_cache_bytes):
         raise GraphCacheError(f"max_cache_bytes={max_cache_bytes!r}: say how many bytes, at least 1")
+    if check != 0 and not _is_count(check):
+        raise GraphCacheError(f"check={check!r}: say how many generations are checked, or 0")
     if sizes not in ("auto", "fixed", "any"):
         raise GraphCacheError(f"sizes={sizes!r}: must be 'auto', 'fixed' or 'any'")
     if wait not in ("step", "never"):

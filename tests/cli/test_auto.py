@@ -16,11 +16,12 @@ from typer.testing import CliRunner, Result
 
 import graphcache
 from folders import FOLDERS, Folder
+from graphcache.cli.automatic import nearer_at_fewer_steps
 from graphcache.cli.main import app
 from graphcache.libraries.quiet import quiet_loading
 from graphcache.planning.comparison import Contender, load_rows
-from graphcache.planning.metrics import psnr
 from graphcache.planning.rivals import rivals
+from graphcache.runtime.closeness import psnr
 
 FACTORY = """
 from linear import Sampler, linear
@@ -29,7 +30,10 @@ def made():
 def single():
     return linear(2), Sampler(), [1]
 """
-FILES = {"settings.json", "profile.json", "plan.txt", "tuned.txt", "comparison.json", "report.html"}
+FILES = {
+    "settings.json", "profile.json", "families.json", "plan.txt", "tuned.txt", "comparison.json",
+    "report.html",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -58,13 +62,16 @@ def test_a_folder_and_prompts_give_a_plan_and_a_report(name: str, tmp_path: Path
     beside = "--rivals" if name == "pixart" else "--no-rivals"
     result = run(out, place, *options, "--speedup", "1.2", "--steps", "4", *given.options, rivals=beside)
     assert result.exception is None, result.exception
-    assert {path.name for path in out.iterdir()} == FILES
+    assert {path.name for path in out.iterdir() if not path.name.startswith("family-")} == FILES
     profile = graphcache.load_profile(out / "profile.json")
     assert profile.provenance.samples == 2, "of three prompts the last one judges"
     assert (len(profile.handovers) > 0) is (name == "wan_2_2")
     plan = graphcache.Plan.load(out / "tuned.txt")
     assert plan.steps == 4
     assert plan.graph == profile.provenance.graph
+    assert plan.promise is not None
+    assert (plan.promise.samples, plan.promise.results) == (1, "latent")
+    assert f"The plan promises {plan.promise}" in " ".join(result.output.split())
     assert all(row.actions[step] == "#" for row in plan.rows for step in (0, *profile.handovers))
     rows = {row.name: row for row in load_rows(out / "comparison.json")}
     assert {"found", "fora", "taylorseer", "3 steps"} < rows.keys()
@@ -119,6 +126,16 @@ def test_results_for_other_settings_are_not_mixed_up(tmp_path: Path) -> None:
     result = run(tmp_path / "out", "auto_factory:made", "--speedup", "1.6")
     assert isinstance(result.exception, graphcache.GraphCacheError)
     assert "holds results for other settings" in str(result.exception)
+
+
+def test_fewer_steps_that_come_nearer_are_named() -> None:
+    found = Contender("found", "searched", 2.0, 40.0)
+    nearer, slower, farther = (
+        Contender(f"{n} steps", "fewer steps", *figures)
+        for n, figures in enumerate([(2.1, 40.5), (1.9, 60.0), (3.0, 39.0)])
+    )
+    preset = Contender("fora", "preset", 2.5, 50.0)
+    assert nearer_at_fewer_steps([found, nearer, slower, farther, preset]) == [nearer]
 
 
 @pytest.mark.parametrize(

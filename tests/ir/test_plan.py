@@ -1,5 +1,7 @@
 import json
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -7,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graphcache import presets, with_corrections
 from graphcache.ir import plantext
 from graphcache.ir.errors import PlanError
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Preset, Row
+from graphcache.ir.promise import Promise
 from graphcache.ir.resolve import resolve
 from graphcache.ir.selector import Selector
 from strategies import plans
@@ -28,6 +32,9 @@ f = fitted order=1
 range(0.0..0.5)  #...........
 guidance         #####.##.#.#"""
 
+PROMISING = (
+    "plan steps=1\npromise mean={mean} worst={worst} data_range=2 samples={samples} results=pt plan=p0"
+)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 GRIDS = st.text("#.t", min_size=1, max_size=40).map(lambda text: "#" + text[1:])
 
@@ -124,9 +131,67 @@ class TestText:
         assert (row.listed(10), row.listed(11), row.listed(0)) == ((1.52, -0.52), (0.9,), None)
 
 
+class TestPromise:
+    PROMISE = Promise(57.21, 53.9, 2.0, 3)
+
+    def test_it_is_a_line_of_the_text_and_of_json(self, tmp_path: Path) -> None:
+        plan = Plan.parse(EXAMPLE).promising(self.PROMISE)
+        assert plan.promise is not None
+        line = "promise mean=57.21 worst=53.9 data_range=2.0 samples=3 results=latent plan="
+        assert str(plan).splitlines()[1] == line + plan.promise.plan
+        assert str(replace(plan, promise=None)) == EXAMPLE
+        assert Plan.parse(str(plan)) == plan != Plan.parse(EXAMPLE)
+        for name in ("plan.txt", "plan.json"):
+            plan.save(tmp_path / name)
+            assert Plan.load(tmp_path / name) == plan
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda plan: replace(plan, rows=plan.rows[1:]),
+            lambda plan: replace(plan, conditional="last"),
+            lambda plan: replace(plan, graph="m0"),
+            lambda plan: plan.resample(20),
+            lambda plan: with_corrections(plan, "k"),
+            lambda plan: Plan.parse(str(plan).replace("0.9", "0.8")),
+            lambda plan: Plan.parse(str(plan).replace("####t.##t.t#", "####t.##t.##")),
+        ],
+    )
+    def test_a_changed_plan_has_none(self, change: Callable[[Plan], Plan]) -> None:
+        plan = Plan.parse(EXAMPLE).promising(self.PROMISE)
+        changed = change(plan)
+        assert changed != plan
+        assert changed.promise is None
+        assert "promise" not in str(changed)
+
+    def test_the_same_plan_keeps_it_in_another_text(self) -> None:
+        plan = Plan.parse(EXAMPLE).promising(self.PROMISE)
+        assert Plan.parse("; found\n" + str(plan).replace("  ", "\t")) == plan
+        assert replace(plan, rows=list(plan.rows)) == plan
+
+    def test_a_preset_with_a_promise_is_evaluated_anew(self) -> None:
+        plan = replace(presets.fora(12), scheduler="DDIMScheduler").promising(self.PROMISE)
+        other = presets.resample(plan, 20)
+        assert other == replace(presets.fora(20), scheduler="DDIMScheduler")
+
+    def test_decibels_are_rounded_down(self) -> None:
+        assert Promise.of([50.119, 40.999], 1.0, "pt") == Promise(45.55, 40.99, 1.0, 2, "pt")
+        with pytest.raises(PlanError, match="not finite"):
+            Promise.of([50.0, math.nan], 2.0, "pt")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("plan steps=1\npromise mean=1", "line 2: promise: Object missing required field `worst`"),
+        ("plan steps=1\npromise mean=1 worst=a", "line 2: promise: Expected `float`"),
+        (PROMISING.format(mean=1, worst=2, samples=1), "worst no more than mean"),
+        (PROMISING.format(mean="1e999", worst=2, samples=1), "must be decibels"),
+        (PROMISING.format(mean=2, worst=1, samples=0), "samples=0 must be a whole number"),
+        (
+            PROMISING.format(mean=2, worst=1, samples=1) + "\npromise mean=1",
+            "line 3: the plan promises twice",
+        ),
         ("", "the text is empty"),
         ("; only a comment", "the text is empty"),
         ("grid steps=2", "line 1: expected 'plan steps="),
@@ -265,6 +330,7 @@ class TestFiles:
             "grid": None,
             "letters": [],
             "rows": [],
+            "promise": None,
         }
 
     def test_a_failed_save_leaves_the_old_file_and_no_other(

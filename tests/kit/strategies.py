@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
+from graphcache.ir.promise import Promise
 from graphcache.ir.selector import Selector
 
 SELECTORS = ("@self", "@mlp", "*", "output", "range(0..1)")
@@ -74,6 +75,15 @@ def rows(
 
 
 @st.composite
+def promises(draw: st.DrawFn) -> Promise:
+    """A promise, as yet of no plan."""
+    mean, below, span = draw(st.floats(-20, 150)), draw(st.floats(0, 30)), draw(st.floats(0.5, 255))
+    return Promise(
+        mean, mean - below, span, draw(st.integers(1, 64)), draw(st.sampled_from(["latent", "sampler"]))
+    )
+
+
+@st.composite
 def plans(
     draw: st.DrawFn,
     selectors: Sequence[str] = SELECTORS,
@@ -81,8 +91,13 @@ def plans(
     tokens: bool = False,
     values: st.SearchStrategy[float] = _MILD,
 ) -> Plan:
-    """A legal plan with one to four rows over the given selectors and a number of steps within bounds."""
+    """A legal plan with one to four rows over the given selectors and a number of steps within bounds.
+
+    Some promise something.
+    """
     count = draw(st.integers(*steps))
     defined = draw(letters(tokens))
     sites = draw(st.lists(st.sampled_from(list(selectors)), min_size=1, max_size=4))
-    return Plan(count, defined, tuple(draw(rows(site, count, defined, values)) for site in sites))
+    plan = Plan(count, defined, tuple(draw(rows(site, count, defined, values)) for site in sites))
+    promise = draw(st.none() | promises())
+    return plan if promise is None else plan.promising(promise)

@@ -15,9 +15,10 @@ from graphcache import GraphCacheError, Plan, load_profile, presets, profile, se
 from graphcache.cli.main import app
 from graphcache.planning.automatic import checker
 from graphcache.planning.comparison import Contender, compare, load_rows
-from graphcache.planning.metrics import frechet_distance, psnr
+from graphcache.planning.metrics import frechet_distance
 from graphcache.planning.pipeline_sampler import solved_by
 from graphcache.planning.sampling import Sampling
+from graphcache.runtime.closeness import psnr
 from inside import engine_of
 from linear import Replanned, Sampler, linear
 from pipelines import PIPELINES
@@ -121,6 +122,27 @@ def test_the_command_line_writes_the_rows(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert [row.name for row in load_rows(output)] == ["plain", "fora", "3 steps"]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_the_command_line_writes_promises_into_plans(tmp_path: Path) -> None:
+    place = tmp_path / "plan.txt"
+    PLANS["fora"].save(place)
+    arguments = [
+        "compare",
+        "tests.planning.test_comparison:factory",
+        "--steps",
+        str(STEPS),
+        "--backend",
+        "none",
+    ]
+    result = CliRunner().invoke(app, [*arguments, "--plan", str(place), "--promise"])
+    assert result.exit_code == 0, result.output
+    promise = Plan.load(place).promise
+    (_, row, _) = compare(linear(), PLANS, SAMPLES, steps=STEPS, sampler=Sampler(), backend=None)
+    assert promise is not None
+    assert row.promise == replace(promise, plan="any")
+    refused = CliRunner().invoke(app, [*arguments, "--plan", "fora", "--promise"])
+    assert isinstance(refused.exception, GraphCacheError), "a preset has no file"
 
 
 def test_the_command_line_checks_the_plans_that_it_finds(tmp_path: Path) -> None:

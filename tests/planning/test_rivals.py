@@ -10,9 +10,9 @@ from diffusers.hooks import FirstBlockCacheConfig
 
 from graphcache import GraphCacheError, presets
 from graphcache.planning.comparison import Contender, compare
-from graphcache.planning.metrics import LEAST_ERROR, psnr
 from graphcache.planning.rivals import Situation, rivals
 from graphcache.planning.sampling import Sampling
+from graphcache.runtime.closeness import LEAST_ERROR, psnr
 from linear import Sampler, linear
 from pipelines import PIPELINES
 

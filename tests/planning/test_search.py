@@ -57,9 +57,12 @@ def estimated(profile: Profile, item: Candidate) -> float:
     return math.sqrt(total / (profile.numbers * samples))
 
 
-@pytest.mark.parametrize("mode", [None, "first", "calls"])
-def test_every_family_has_a_plan_for_every_number_of_steps(mode: str | None) -> None:
-    profile = profile_of(mode)
+@pytest.mark.parametrize(
+    ("mode", "steps"),
+    [(None, STEPS), ("first", STEPS), ("calls", STEPS), ("first", 2), (None, 4), ("calls", 5)],
+)
+def test_every_family_has_a_plan_for_every_number_of_steps(mode: str | None, steps: int) -> None:
+    profile = profile_of(mode, steps)
     found = candidates(profile)
     expected = {"branches", "range(0..2)", "range(0..1)", "output"} | ({"guidance"} if mode else set())
     for role in ("mlp", "mlp.1"):
@@ -67,7 +70,7 @@ def test_every_family_has_a_plan_for_every_number_of_steps(mode: str | None) -> 
     assert {item.family for item in found} == expected
     for family in expected:
         sizes = {len(item.computed) for item in found if item.family == family}
-        assert sizes == set(range(1, STEPS))
+        assert sizes == set(range(1, steps))
     for item in found:
         assert item.computed[0] == 0
         for row in item.plan.rows:
