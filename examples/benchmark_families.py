@@ -50,7 +50,8 @@ def rows(example: Example, arguments: argparse.Namespace) -> list[list[Cell]]:
             speedup,
             iterations=arguments.iterations,
             backend=None,
-            progress=print,
+            detail="tokens",
+            progress=lambda part, done, total: print(part, done, total),
         )
         if not arguments.profile.exists():
             arguments.profile.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ python -m examples.benchmark_few_steps digits [--steps 8] [--json FILE]
 
 import argparse
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from examples.sweep import mean_and_spread
 from graphcache import GraphCacheError
 from graphcache.planning.automatic import Parts, best
 from graphcache.planning.convergence import converged
-from graphcache.planning.pipeline_sampler import Models
 from graphcache.planning.sampling import Sampling
 from graphcache.runtime.closeness import decibels
 
@@ -75,10 +75,11 @@ class FewSteps:
             speedup,
             iterations=self.iterations,
             backend=None,
-            progress=print,
+            detail="tokens",
+            progress=lambda part, done, total: print(part, done, total),
         )
 
-    def _generated(self, model: Models, steps: int, solver: str | None = None) -> list[Tensor]:
+    def _generated(self, model: Any, steps: int, solver: str | None = None) -> list[Tensor]:
         with torch.no_grad():
             return [self.example.sampler(solver)(model, item, steps) for item in self.test]
 

@@ -120,6 +120,7 @@ def test_the_command_goes_on_family_by_family(tmp_path: Path, monkeypatch: pytes
             "1.5",
             "--threads",
             "1",
+            "--no-rivals",
         )
         return CliRunner().invoke(app, ["auto", "tried_factory:made", "--output", str(folder), *options])
 
