@@ -43,6 +43,7 @@ empty where none is fast enough.
 {profiling-within-a-limit}
 {plans-for-other-numbers-of-steps-digits}
 {few-steps-digits}
+{chosen-families-digits}
 
 ## Published methods
 

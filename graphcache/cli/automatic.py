@@ -197,7 +197,7 @@ class _Run:
         self._announce()
         measured = self._part("profile", load_profile, self.parts.profiled)
         near = self._part("search", _load_families, lambda path: self._searched(path, measured))
-        tuned = self._part("tune", Plan.load, lambda path: self._tuned(path, near, measured.handovers))
+        tuned = self._part("tune", Plan.load, lambda path: self._tuned(path, near, measured))
         rows = self._part("compare", load_rows, lambda path: self._compared(path, tuned))
         print_rows(rows)
         for row in nearer_at_fewer_steps(rows):
@@ -256,27 +256,27 @@ class _Run:
         _save_families(found, path)
         return found
 
-    def _tuned(self, path: Path, near: Sequence[_Family], handovers: Sequence[int]) -> Plan:
+    def _tuned(self, path: Path, near: Sequence[_Family], measured: Profile) -> Plan:
         """The best plan of the near families after a few iterations each, or the only one, tuned in full."""
         plan = Plan.parse(near[0].plan)
         if len(near) > 1:
             trials = [
-                self._tried(self.folder / f"family-{place}.json", item, handovers)
+                self._tried(self.folder / f"family-{place}.json", item, measured)
                 for place, item in enumerate(near, 1)
             ]
             told = (f"{trial.family} {fmean(trial.decibels):.2f} dB" for trial in trials)
             console.print(f"tuned shortly: {', '.join(told)}")
             plan = best(trials).plan
         plan.save(self.folder / "plan.txt")
-        result = self.parts.tuned(plan, handovers)
+        result = self.parts.tuned(plan, measured.handovers)
         found = self.parts.promised(plan if result is None else result.plan)
         found.save(path)
         return found
 
-    def _tried(self, path: Path, item: _Family, handovers: Sequence[int]) -> Trial:
+    def _tried(self, path: Path, item: _Family, measured: Profile) -> Trial:
         """A family's trial, taken up where it is there."""
         if not path.exists():
-            trial = self.parts.tried(item.family, Plan.parse(item.plan), handovers)
+            trial = self.parts.tried(item.family, Plan.parse(item.plan), measured.handovers)
             _save_families([_Family(trial.family, str(trial.plan), trial.decibels)], path)
         (found,) = _load_families(path)
         return Trial(found.family, Plan.parse(found.plan), found.decibels)

@@ -277,10 +277,13 @@ def auto(
     measured = parts.profiled(None if folder is None else os.path.join(folder, "profile.json"))
     found = parts.searched(measured)
     near = parts.near(found)
-    there = measured.handovers
-    trials = tuple(parts.tried(item.family, item.plan, there) for item in near) if len(near) > 1 else ()
+    trials = (
+        tuple(parts.tried(item.family, item.plan, measured.handovers) for item in near)
+        if len(near) > 1
+        else ()
+    )
     plan = best(trials).plan if trials else found.plan
-    tuned = parts.tuned(plan, there)
+    tuned = parts.tuned(plan, measured.handovers)
     progress("check")
     plan = parts.promised(plan if tuned is None else tuned.plan)
     if folder is not None:

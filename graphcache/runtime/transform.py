@@ -16,7 +16,7 @@ from graphcache.runtime.checked import check_calls, end_checks, refuse_unchecked
 from graphcache.runtime.engine import Engine, original
 from graphcache.runtime.likeness import alike
 from graphcache.runtime.offloading import settle
-from graphcache.runtime.options import SIGNATURES, Options
+from graphcache.runtime.options import SIGNATURES, Options, check_options
 from graphcache.runtime.parts import denoisers, modules
 from graphcache.runtime.passed_by import say_if_passed_by, timesteps_of
 from graphcache.runtime.plans import Resample
@@ -215,7 +215,7 @@ def transform(
         raise PlanError(
             f"plan is a {type(plan).__name__}, not a Plan; use graphcache.presets, Plan.parse or Plan.load"
         )
-    _check_options(branches, wait, signatures, watch, regions, sizes, max_cache_bytes, check)
+    check_options(branches, wait, signatures, watch, regions, sizes, max_cache_bytes, check)
     if stream_weights and regions is False and backend is not None:
         raise GraphCacheError("stream_weights=True fetches weights region by region; leave out regions=False")
     refuse_unknown(backend)
@@ -278,43 +278,6 @@ def restore(model_or_pipe: Target) -> Target:
         if before is not part.module:
             part.replace(before)
     return model_or_pipe
-
-
-def _check_options(
-    branches: int | None,
-    wait: str,
-    signatures: int,
-    watch: str,
-    regions: Any,
-    sizes: str,
-    max_cache_bytes: int | None,
-    check: int,
-) -> None:
-    if branches is not None and not _is_count(branches):
-        raise GraphCacheError(f"branches={branches}: say how many calls a step makes, at least 1")
-    if not _is_count(signatures):
-        raise GraphCacheError(f"signatures={signatures}: say how many captures are kept, at least 1")
-    if watch not in ("adapters", "everything"):
-        raise GraphCacheError(f"watch={watch!r}: must be 'adapters' or 'everything'")
-    if not isinstance(regions, bool) and regions != "auto":
-        raise GraphCacheError(f"regions={regions!r}: must be True, False or 'auto'")
-    if max_cache_bytes is not None and not _is_count(max_cache_bytes):
-        raise GraphCacheError(f"max_cache_bytes={max_cache_bytes!r}: say how many bytes, at least 1")
-    if check != 0 and not _is_count(check):
-        raise GraphCacheError(f"check={check!r}: say how many generations are checked, or 0")
-    if sizes not in ("auto", "fixed", "any"):
-        raise GraphCacheError(f"sizes={sizes!r}: must be 'auto', 'fixed' or 'any'")
-    if wait not in ("step", "never"):
-        raise GraphCacheError(f"wait={wait!r}: must be 'step' or 'never'")
-    if wait == "never" and (branches or 1) > 1:
-        raise GraphCacheError(
-            "branches= cannot be told apart without the timestep; leave wait= out, or wrap each call in "
-            "model.cache_context(name)"
-        )
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def wrapped(model: nn.Module, engine: Engine, base: type[Transformed] = Transformed) -> nn.Module:
