@@ -22,11 +22,10 @@ from graphcache.planning.gradient_memory import MEMORY
 from graphcache.planning.judging import Judge, Judged, Measured
 from graphcache.planning.metrics import frechet_distance
 from graphcache.planning.pareto import unbeaten
-from graphcache.planning.pipeline_sampler import Models, each, together
+from graphcache.planning.pipeline_sampler import each, ideal_speedup, together
 from graphcache.planning.plan_memory import lowered
 from graphcache.planning.rivals import Rival, hooked
 from graphcache.planning.sampling import Sampler, Sampling, refuse_random
-from graphcache.runtime.summary import Summary
 
 Kind = Literal["preset", "searched", "fewer steps", "plain", "rival"]
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
@@ -278,14 +277,8 @@ class _Contest:
         seconds = time.perf_counter() - start
         ideal = None if name in self.rivals else self.steps / self.count(name)
         if name in self.planned:
-            ideal = _ideal(self.planned[name])
+            ideal = ideal_speedup(self.planned[name])
         return Measured(seconds, result, ideal)
-
-
-def _ideal(models: Models) -> float:
-    """FLOPs of the plain models by those of the steps that the latest generation ran, of its first branch."""
-    found: list[Summary] = [model.summary() for model in each(models)]  # type: ignore[operator]
-    return Summary(tuple(item.branches[0] for item in found if item.branches)).ideal_speedup
 
 
 def _row(

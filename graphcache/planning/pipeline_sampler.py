@@ -14,6 +14,7 @@ from graphcache.libraries.extras import require
 from graphcache.runtime.checked import own_class
 from graphcache.runtime.parts import PipelinePart, denoisers
 from graphcache.runtime.pipeline_call import called
+from graphcache.runtime.summary import Summary
 
 Models = nn.Module | tuple[nn.Module, ...]
 """What a sampler is given: a model, or as many as a pipeline has that take turns."""
@@ -28,6 +29,12 @@ def together(models: Sequence[Any]) -> Models:
     """As a sampler takes them."""
     found: Models = models[0] if len(models) == 1 else tuple(models)
     return found
+
+
+def ideal_speedup(models: Models) -> float:
+    """FLOPs of the plain models by those of the steps that the latest generation ran, of its first branch."""
+    found: list[Summary] = [model.summary() for model in each(models)]  # type: ignore[operator]
+    return Summary(tuple(item.branches[0] for item in found if item.branches)).ideal_speedup
 
 
 @dataclass(frozen=True)
