@@ -65,6 +65,7 @@ step; commands that set `MALLOC_` variables keep that out. PyTorch's own allocat
 ## Without weights
 
 {at-full-size}
+{what-auto-will-take}
 
 ## On a GPU
 

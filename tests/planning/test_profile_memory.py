@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from graphcache import GraphCacheError, Profile
+from graphcache import GraphCacheError, Plan, Profile, presets
+from graphcache.planning.profile_file import decode, encode
+from graphcache.planning.timeline import meet
 from linear import Sampler
 from profiled import levels, needs, profiled
 
@@ -101,6 +103,15 @@ def test_steps_alone_cost_less_and_say_the_same(mode: str | None) -> None:
     assert steps.provenance.probes == 1
     assert {site.kind for site in steps.sites} == {"range", "output", *(["guidance"] if mode else [])}
     assert steps.drift == {}
+    branches = [site for site in whole.sites if site.kind == "branch"]
+    assert [site.name for site in steps.unmeasured] == [site.name for site in branches]
+    again = decode(encode(steps))
+    assert again.unmeasured == steps.unmeasured
+    assert not whole.unmeasured
+    for plan in (presets.fora(3), Plan.parse("plan steps=3 preset=none\nrange(0..0) ##.")):
+        timelines = [meet("one", plan, profile) for profile in (again, whole)]
+        assert timelines[0].held == timelines[1].held
+        assert timelines[0].symbols == timelines[1].symbols
     for place, site in enumerate(steps.sites):
         np.testing.assert_array_equal(steps.effects[place], whole.effects[whole.index(site.name)])
     assert work[1] - work[0] <= 4 * steps.steps * steps.calls * steps.flops
