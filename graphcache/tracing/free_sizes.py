@@ -14,7 +14,7 @@ from graphcache.ir.graph import value_of
 from graphcache.tracing.explanation import is_user_code
 from graphcache.tracing.symbolic import Symbolic
 
-_SOURCE = re.compile(r"\[(\d+)\]\.size\(\)\[(\d+)\]$")
+_SOURCE = re.compile(r"\]\[(\d+)\]\.size\(\)\[(\d+)\]$")
 _ONE = "PyTorch takes a size of 1 for a constant: a class of its own"
 
 
@@ -94,7 +94,7 @@ class _Found:
         for symbol, sources in environment.var_to_sources.items():
             for source in sources:
                 name = source.name if isinstance(source.name, str) else source.name()
-                if (place := _SOURCE.search(name)) and "_base" not in name:
+                if place := _SOURCE.search(name):
                     self._places[int(place[1]), int(place[2])] = symbol
 
     def of(self, leaf: int, place: int, size: int) -> tuple[str, str]:

@@ -39,8 +39,8 @@ LIBRARIES = "torch|diffusers|accelerate|peft|transformers"
 ANYWHERE = {*torch_private.MODULE_TABLES, *torch_private.FORWARD_HOOKS}
 PYTHON = {"_fields", "_replace", "_getframe", "_get_running_loop", "_thread"}
 """Private by name, but documented or of Python's own library."""
-OWN = {"_graphcache"}
-"""The slot in which a transformed model has its engine."""
+OWN = {"_graphcache", "_graphcache_kind"}
+"""The slots in which a transformed model has its engine, and a checked pipeline its own class."""
 
 
 def is_private(name: str) -> bool:

@@ -263,7 +263,7 @@ def test_auto_and_compare_run_the_pipeline_as_one() -> None:
     assert_same(result, on.generate(on.planned(made.plan), samples[2], STEPS))
     rows = compare(pipe, {"found": made.plan}, samples[2:], steps=STEPS, fewer={"4": (None, 4)}, backend=None)
     assert [row.name for row in rows] == ["plain", "found", "4"]
-    assert rows[1].psnr == pytest.approx(made.held_out)
+    assert rows[1].psnr == pytest.approx(made.held_out, abs=0.005)
     work = [model.summary().branches[0] for model in (pipe.early, pipe.late)]
     assert rows[1].ideal == pytest.approx(
         sum(item.plain_flops for item in work) / sum(item.flops for item in work)
