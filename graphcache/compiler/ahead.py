@@ -55,6 +55,11 @@ def compile_ahead(step: StepGraph, what: str, options: Mapping[str, Any] = Mappi
             f"{what} calls back into Python, which native code cannot: for modules that "
             "are not traced, and for offload=True, take another backend"
         )
+    if step.homes:
+        raise CaptureError(
+            f"{what} reads weights that are kept elsewhere, in host memory or in a file, which native code "
+            "cannot fetch: take offloading off the model, or another backend"
+        )
     module = flattened(step, {})
     named = {
         **dict(module.named_parameters(remove_duplicate=False)),

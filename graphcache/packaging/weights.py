@@ -35,6 +35,11 @@ class Stored:
                 f"{name} is a {type(weight).__name__}, and a package holds plain tensors: use the model with "
                 "transform(...)"
             )
+        if weight.is_meta:
+            raise CaptureError(
+                f"{name} is kept elsewhere, as by offloading, and a package holds all weights: take "
+                "offloading off the model before it is packaged"
+            )
         first = self._memory.setdefault(_place(weight), name)
         if first == name:
             self.tensors[name] = weight.detach().to("cpu", copy=True).contiguous()

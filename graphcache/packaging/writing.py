@@ -92,10 +92,10 @@ def package(
         options = Options(plan, branches=branches, waits=wait == "step", names=Names.of(timestep, latents))
     else:
         options = given.options if plan is None else dataclasses.replace(given.options, plan=plan)
-    if options.offload or options.max_cache_bytes is not None:
+    if options.offload or options.stream_weights or options.max_cache_bytes is not None:
         raise GraphCacheError(
-            "a package keeps its caches on the device: transform the model without offload= and "
-            "max_cache_bytes=, or package the untransformed one"
+            "a package keeps caches and weights on the device: transform the model without offload=, "
+            "stream_weights= and max_cache_bytes=, or package the untransformed one"
         )
     # a backend that is never called: phases are made as for being compiled
     options = dataclasses.replace(options, backend="inductor", sizes="fixed", signatures=_MANY)

@@ -165,6 +165,11 @@ def test_what_a_package_cannot_hold_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CaptureError, match=r"the call\.text is a Record, which a package cannot hold"):
         graphcache.package(tiny(kind=WithRecord), target, PLAN, [arguments() | {"text": Record()}])
+    streamed = graphcache.transform(tiny(), PLAN, offload=True)
+    with pytest.raises(GraphCacheError, match="caches and weights on the device"):
+        graphcache.package(streamed, target, sizes=[arguments()])
+    with pytest.raises(CaptureError, match=r"time\.weight is kept elsewhere.*take offloading off"):
+        graphcache.package(tiny().to("meta"), target, PLAN, [arguments()])
     with pytest.raises(GraphCacheError, match="sizes= is empty"):
         graphcache.package(tiny(), target, PLAN)
     with pytest.raises(PlanError, match="plan= is missing"):
