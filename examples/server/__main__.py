@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from examples.server.app import application
 from examples.server.studio import Studio
-from graphcache.cli.arguments import plan_argument
+from graphcache.presets.written import plan_argument
 
 
 def main() -> None:

@@ -7,10 +7,8 @@ from typing import Annotated, Any, Literal, cast
 
 import typer
 
-from graphcache import presets
-from graphcache.ir.errors import GraphCacheError, PlanError
-from graphcache.ir.plan import Plan, Preset, Value
-from graphcache.ir.plantext import parse_value
+from graphcache.ir.errors import GraphCacheError
+from graphcache.presets.written import assignment
 
 ModelName = Annotated[
     str, typer.Argument(help="package.module:factory, or a local diffusers folder", metavar="MODEL")
@@ -44,32 +42,6 @@ def backend_argument(text: str, options: list[str] | None = None) -> Any:
 def regions_argument(wanted: bool | None) -> Literal["auto"] | bool:
     """Whether phases are compiled by regions, as `transform` takes it."""
     return "auto" if wanted is None else wanted
-
-
-def plan_argument(text: str, steps: int | None) -> Plan:
-    """A plan file, or `preset[:steps[:key=value,…]]`; `steps` are those of presets that name none."""
-    name, _, rest = text.partition(":")
-    if name not in presets.names():
-        return Plan.load(text)
-    count, _, options = rest.partition(":")
-    if count and not count.isdigit():
-        raise PlanError(f"'{text}': write preset:steps:key=value, for example fora:50:interval=3")
-    if not count and steps is None:
-        raise PlanError(f"'{text}' does not say how many steps; write {name}:50")
-    return preset_argument(name, int(count or steps or 0), options.split(",") if options else [])
-
-
-def preset_argument(name: str, steps: int, options: list[str]) -> Plan:
-    """A preset evaluated with options written as name=value."""
-    return presets.evaluate(Preset(name, tuple(map(assignment, options))), steps)
-
-
-def assignment(text: str) -> tuple[str, Value]:
-    """name=value."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise PlanError(f"'{text}' is no name=value")
-    return name, parse_value(value)
 
 
 def sizes_argument(text: str) -> dict[str, int]:

@@ -30,7 +30,6 @@ from graphcache.cli.arguments import (
     Timestep,
     backend_argument,
     json_argument,
-    plan_argument,
     regions_argument,
 )
 from graphcache.cli.console import console
@@ -40,6 +39,7 @@ from graphcache.ir.plantext import write_bytes
 from graphcache.ir.units import size
 from graphcache.planning.bench import BY_BLOCKS, EAGER, Timing, benchmark
 from graphcache.planning.floors import Rates
+from graphcache.presets.written import plan_argument
 
 _VERSIONS = ("graphcache-dit", "torch", "diffusers", "triton")
 

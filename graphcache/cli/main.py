@@ -20,10 +20,7 @@ from graphcache.cli.arguments import (
     Latents,
     ModelName,
     Timestep,
-    assignment,
     json_argument,
-    plan_argument,
-    preset_argument,
 )
 from graphcache.cli.automatic import auto
 from graphcache.cli.benching import bench
@@ -41,6 +38,7 @@ from graphcache.page import save_charts, write_page
 from graphcache.planning.candidates import candidates
 from graphcache.planning.comparison import load_rows
 from graphcache.planning.profile_file import load_profile
+from graphcache.presets.written import assignment, plan_argument, preset_argument
 from graphcache.runtime.inspection import inspect as inspect_model
 
 app = typer.Typer(

@@ -23,7 +23,6 @@ from graphcache.cli.arguments import (
     Timestep,
     backend_argument,
     json_argument,
-    plan_argument,
 )
 from graphcache.cli.console import console
 from graphcache.cli.sources import Placement, Sampled, load_object, load_sampled
@@ -47,6 +46,7 @@ from graphcache.planning.search import search as search_plan
 from graphcache.planning.tuning import tune as tune_plan
 from graphcache.planning.tuning import with_corrections
 from graphcache.planning.turns import handovers
+from graphcache.presets.written import plan_argument
 
 Subject = Annotated[
     str,

@@ -20,7 +20,6 @@ from graphcache.cli.arguments import (
     PresetSteps,
     Timestep,
     json_argument,
-    plan_argument,
     sizes_argument,
 )
 from graphcache.cli.console import console
@@ -29,6 +28,7 @@ from graphcache.cost.pricing import Price, cheapest
 from graphcache.cost.pricing import price as price_plans
 from graphcache.ir.plantext import write_bytes
 from graphcache.ir.units import size, work
+from graphcache.presets.written import plan_argument
 
 At = Annotated[
     list[str] | None,

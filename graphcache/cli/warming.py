@@ -27,7 +27,6 @@ from graphcache.cli.arguments import (
     Timestep,
     backend_argument,
     json_argument,
-    plan_argument,
     regions_argument,
 )
 from graphcache.cli.console import console
@@ -35,6 +34,7 @@ from graphcache.cli.sources import Placement, is_pipeline, load_denoisers, load_
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import write_bytes
+from graphcache.presets.written import plan_argument
 from graphcache.runtime.transform import transform
 
 

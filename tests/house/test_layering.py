@@ -17,6 +17,7 @@ ROOMS = (
     "graphcache.compiler",
     "graphcache.runtime",
     "graphcache.packaging",
+    "graphcache.integrations",
     "graphcache.cost",
     "graphcache.planning",
     "graphcache.page",
