@@ -95,8 +95,8 @@ class SamplingRun:
         if step <= self._reached.get((call.model, branch), -1):
             self._given_up = (
                 f"the sampler evaluates the denoiser more than once at step {step}, for the same "
-                "conditionings: from here on this run follows no plan; choose a sampler with one evaluation a step, such as "
-                "euler or dpmpp_2m, and no tiles or windows"
+                "conditionings: from here on this run follows no plan; choose a sampler of one call a "
+                "step, such as euler or dpmpp_2m, and no tiles or windows"
             )
             raise Plainly(self._given_up)
         self._reached[call.model, branch] = step

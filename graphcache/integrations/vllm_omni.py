@@ -1,10 +1,10 @@
-"""A cache backend for vLLM-Omni's pipelines: `enable` puts a plan on the denoisers, `refresh` begins a request."""
+"""A cache backend for vLLM-Omni: `enable` puts a plan on a pipeline, `refresh` begins a request."""
 
 import importlib
 import logging
 import weakref
 from collections.abc import Mapping
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -31,6 +31,7 @@ class PlanOnPipeline:
 
     config: Any
     enabled: bool
+    _models: Mapping[str, Any] = MappingProxyType({})
 
     def enable(self, pipeline: Any) -> None:
         """Run the pipeline's denoisers under the plan.
@@ -104,7 +105,7 @@ def backend_class() -> type:
         base: Any = importlib.import_module(_BASE)
     except ImportError as error:
         raise GraphCacheError(
-            f"vLLM-Omni cannot be imported ({error}); install it as its documentation says: pip install vllm-omni"
+            f"vLLM-Omni cannot be imported ({error}); it is installed by: pip install vllm-omni"
         ) from error
     return type("GraphCacheBackend", (PlanOnPipeline, base.CacheBackend), {})
 

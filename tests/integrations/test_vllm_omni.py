@@ -118,7 +118,7 @@ def test_a_request_that_failed_is_forgotten() -> None:
     class Cancelled(Exception):
         pass
 
-    def cancel(*args: Any) -> None:
+    def cancel(*args: Any, **kwargs: Any) -> None:
         raise Cancelled
 
     step = pipeline.scheduler.step
@@ -144,7 +144,8 @@ def test_parts_are_named_or_found() -> None:
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(
-    ("config", "message"), [({}, "no plan"), ({"plan": "fora"}, "how many steps"), ({"plan": "no.txt"}, "no.txt")]
+    ("config", "message"),
+    [({}, "no plan"), ({"plan": "fora"}, "how many steps"), ({"plan": "no.txt"}, "no.txt")],
 )
 def test_a_config_without_a_plan_is_refused(config: dict[str, Any], message: str) -> None:
     pipeline, backend = Pipeline(), vllm_omni.backend(config)

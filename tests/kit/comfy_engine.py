@@ -1,16 +1,15 @@
-"""A stand-in for the part of ComfyUI's engine that nodes wrap: patchers, chains of wrappers, guidance, samplers.
+"""A stand-in for the part of ComfyUI that nodes wrap: patchers, chains of wrappers, guidance, samplers.
 
 It follows the interface as it is documented and used by nodes, and shares no code with ComfyUI.
 """
 
-
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID, uuid4
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny import TinyBlock
@@ -93,7 +92,9 @@ class BaseModel(nn.Module):
         super().__init__()
         self.diffusion_model = denoiser
 
-    def apply_model(self, x: Tensor, sigma: Tensor, options: Options, control: Any, context: Tensor) -> Tensor:
+    def apply_model(
+        self, x: Tensor, sigma: Tensor, options: Options, control: Any, context: Tensor
+    ) -> Tensor:
         denoised = self.diffusion_model(
             x, sigma, context=context, control=control, transformer_options=dict(options)
         )
@@ -133,7 +134,7 @@ class Cond:
 
 
 Batched = bool | Callable[[int], bool]
-"""Whether conditionings are evaluated in one batch, where they can be, or at which of a run's steps they are."""
+"""Whether conditionings are evaluated in one batch where they can be, or at which of a run's steps."""
 
 
 class Guider:
@@ -209,14 +210,14 @@ def _alike(one: Cond, other: Cond) -> bool:
 
 
 def euler(denoised: Callable[..., Tensor], x: Tensor, sigmas: Tensor) -> Tensor:
-    for now, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, following in itertools.pairwise(sigmas):
         x = x + (x - denoised(x, now)) / now * (following - now)
     return x
 
 
 def heun(denoised: Callable[..., Tensor], x: Tensor, sigmas: Tensor) -> Tensor:
     """A second evaluation at the noise level that the next step begins with."""
-    for now, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, following in itertools.pairwise(sigmas):
         slope = (x - denoised(x, now)) / now
         ahead = x + slope * (following - now)
         if following > 0:
@@ -227,7 +228,7 @@ def heun(denoised: Callable[..., Tensor], x: Tensor, sigmas: Tensor) -> Tensor:
 
 def midpoint(denoised: Callable[..., Tensor], x: Tensor, sigmas: Tensor) -> Tensor:
     """A second evaluation between the noise levels of the schedule."""
-    for now, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, following in itertools.pairwise(sigmas):
         between = (now + following) / 2
         half = x + (x - denoised(x, now)) / now * (between - now)
         x = x + (half - denoised(half, between)) / between * (following - now)
