@@ -15,12 +15,12 @@ from graphcache.cli.arguments import (
     Threads,
     Timestep,
     json_argument,
-    plan_argument,
 )
 from graphcache.cli.console import console
 from graphcache.cli.sources import Placement, load_model_for
 from graphcache.ir.units import size
 from graphcache.packaging.writing import package as write_package
+from graphcache.presets.written import plan_argument
 
 
 def package(

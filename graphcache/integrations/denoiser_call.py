@@ -69,7 +69,7 @@ class DenoiserCall:
         if executor.wrappers[executor.idx + 1 :]:
             raise Plainly("another wrapper of the denoiser was put within the plan's")
         owner = getattr(method, "__self__", None)
-        if not isinstance(model, nn.Module) or owner is not model:
+        if owner is not model or not isinstance(model, nn.Module):
             raise Plainly("what the wrappers stand around is no method of the denoiser")
         named = _by_name(method, args, kwargs)
         options = named.get(OPTIONS)
