@@ -61,19 +61,8 @@ def application(studio: Studio, arguments: Mapping[str, Any]) -> FastAPI:
             raise HTTPException(503, "too many requests wait", {"Retry-After": "1"}) from None
         running[number] = request
 
-        async def lines() -> AsyncIterator[str]:
-            try:
-                yield json.dumps({"id": number}) + "\n"
-                while True:
-                    message = await messages.get()
-                    yield json.dumps(message) + "\n"
-                    if any(key in message for key in _LAST):
-                        return
-            finally:  # also when the client has gone
-                request.cancelled.set()
-                running.pop(number, None)
-
-        return StreamingResponse(lines(), media_type="application/x-ndjson")
+        lines = _lines(number, request, messages, running)
+        return StreamingResponse(lines, media_type="application/x-ndjson")
 
     @app.delete("/pictures/{number}", status_code=204)
     async def cancel(number: int) -> None:
@@ -83,18 +72,36 @@ def application(studio: Studio, arguments: Mapping[str, Any]) -> FastAPI:
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> str:
-        counts = studio.counts
-        values: dict[str, float] = {
-            f'graphcache_requests{{outcome="{key}"}}': counts[key] for key in _OUTCOMES
-        }
-        values |= {
-            "graphcache_requests_running": counts["running"],
-            "graphcache_seconds_sum": round(studio.seconds, 3),
-            "process_peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
-        return "".join(f"{name} {value}\n" for name, value in values.items())
+        return _metrics(studio)
 
     return app
 
 
+async def _lines(
+    number: int, request: Request, messages: asyncio.Queue[Message], running: dict[int, Request]
+) -> AsyncIterator[str]:
+    """What a client is sent: its number, and every message up to the last one."""
+    try:
+        yield json.dumps({"id": number}) + "\n"
+        while True:
+            message = await messages.get()
+            yield json.dumps(message) + "\n"
+            if any(key in message for key in _LAST):
+                return
+    finally:  # also when the client has gone
+        request.cancelled.set()
+        running.pop(number, None)
+
+
 _OUTCOMES = ("done", "cancelled", "failed", "refused")
+
+
+def _metrics(studio: Studio) -> str:
+    counts = studio.counts
+    values: dict[str, float] = {f'graphcache_requests{{outcome="{key}"}}': counts[key] for key in _OUTCOMES}
+    values |= {
+        "graphcache_requests_running": counts["running"],
+        "graphcache_seconds_sum": round(studio.seconds, 3),
+        "process_peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    return "".join(f"{name} {value}\n" for name, value in values.items())
