@@ -27,7 +27,8 @@ test: .venv/.with-test
 test-models: .venv/.with-test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist load --every-model \
 	  tests/diffusers/test_every_class.py tests/diffusers/test_every_pipeline.py tests/cost/test_price.py \
-	  tests/compiler/test_any_size.py tests/compiler/test_symbolic_captures.py tests/cli/test_auto.py
+	  tests/compiler/test_any_size.py tests/compiler/test_symbolic_captures.py tests/compiler/test_sizes_any.py \
+	  tests/diffusers/test_offloaded_weights.py tests/cli/test_auto.py
 
 # Faults of other libraries' present versions, which docs/coming-from.md speaks of: one that fails was mended.
 test-foreign: .venv/.with-test

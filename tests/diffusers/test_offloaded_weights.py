@@ -7,6 +7,7 @@ memory. Streams are stood in for, so that their order is tested and not that the
 """
 
 import functools
+import random
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from graphcache import CaptureError, GraphCacheError, Plan, StateError, presets
 from inside import programs_of
 from pipelines import PIPELINES
 from reference import assert_same
-from seeding import own_numbers
+from seeding import Run, own_numbers
 from tiny_pipelines import variant_of
 from zoo import CASES
 
@@ -42,6 +43,13 @@ KINDS: dict[str, Callable[[Path], Callable[[nn.Module], None]]] = {
     "blocks by stream": lambda _: in_groups("block_level", stream=True),
     "leafs by stream": lambda _: in_groups("leaf_level", stream=True),
 }
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Two kinds in each run, which SEED chooses; all with --every-model."""
+    if "away" in metafunc.fixturenames:
+        every = metafunc.config.getoption("--every-model")
+        metafunc.parametrize("away", list(KINDS) if every else random.Random(Run.seed).sample(list(KINDS), 2))
 
 
 @pytest.fixture(autouse=True)
@@ -120,21 +128,20 @@ def kept_of(model: nn.Module, kind: str) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_what_a_step_reads_is_moved(kind: str, tmp_path: Path) -> None:
+def test_only_what_a_step_reads_is_moved(away: str, tmp_path: Path) -> None:
     """Offloading enabled before `transform`."""
     pipe = WAN.make()
-    KINDS[kind](tmp_path)(pipe.transformer)
+    KINDS[away](tmp_path)(pipe.transformer)
     graphcache.transform(pipe, FORA)
     expected, reads = cached()
     assert_same(WAN.generate(pipe, STEPS), expected)
     before = at_home(pipe.transformer)
-    kept = kept_of(pipe.transformer, kind)
+    kept = kept_of(pipe.transformer, away)
     with Moves(kept) as moves, HookMoves() as by_hooks:
         assert_same(WAN.generate(pipe, STEPS), expected)
     assert by_hooks.bytes == 0
     assert at_home(pipe.transformer) == before
-    if "disk" not in kind:  # accelerate leaves buffers that are in no file where the model computes
+    if "disk" not in away:  # accelerate leaves buffers that are in no file where the model computes
         reads = Counter({name: count for name, count in reads.items() if name in kept})
         assert moves.counts == reads
     sizes = {name: nbytes(tensor) for name, tensor in weights(pipe.transformer).items()}
@@ -150,11 +157,10 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_offloading_enabled_afterwards_and_an_accident(kind: str, tmp_path: Path) -> None:
+def test_offloading_enabled_afterwards_and_an_accident(away: str, tmp_path: Path) -> None:
     pipe = graphcache.transform(WAN.make(), FORA)
     expected, _ = cached()
-    KINDS[kind](tmp_path)(pipe.transformer)
+    KINDS[away](tmp_path)(pipe.transformer)
     assert_same(WAN.generate(pipe, STEPS), expected)
     before = at_home(pipe.transformer)
 
@@ -166,7 +172,7 @@ def test_offloading_enabled_afterwards_and_an_accident(kind: str, tmp_path: Path
     with pytest.raises(Stop):
         WAN.generate(pipe, STEPS, callback=stop)
     assert at_home(pipe.transformer) == before
-    with Moves(kept_of(pipe.transformer, kind)), HookMoves() as by_hooks:
+    with Moves(kept_of(pipe.transformer, away)), HookMoves() as by_hooks:
         assert_same(WAN.generate(pipe, STEPS), expected)
     assert by_hooks.bytes == 0
     with pipe.transformer.disabled():
