@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from graphcache.ir.attributes import attributes_of
 from graphcache.ir.graph import layout
 from graphcache.libraries.torch_private import FORWARD_HOOKS
 from graphcache.tracing.homes import Homes
@@ -212,8 +213,8 @@ def _containers(states: list[dict[str, Any]]) -> Iterator[Any]:
         if id(value) in seen or isinstance(value, _NOT_FOLLOWED):
             continue
         seen.add(id(value))
-        live = value if isinstance(value, _CONTAINERS) else getattr(value, "__dict__", ())
+        live = value if isinstance(value, _CONTAINERS) else attributes_of(value)
         if isinstance(live, (dict, list, set)):
             yield live
-        if depth < _DEEPEST:
+        if depth < _DEEPEST and live is not None:
             todo.extend((item, depth + 1) for item in (live.values() if isinstance(live, dict) else live))

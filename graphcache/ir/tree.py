@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from graphcache.ir.attributes import attributes_of
 from graphcache.ir.errors import CaptureError
 
 INSTEAD_OF_A_CACHE = (
@@ -43,7 +44,7 @@ def _is_made_of_fields(value: Any) -> bool:
     if isinstance(value, type) or not dataclasses.is_dataclass(value):
         return False
     fields = dataclasses.fields(value)
-    others = set(getattr(value, "__dict__", ())) - {field.name for field in fields}
+    others = set(attributes_of(value) or ()) - {field.name for field in fields}
     return not others and all(field.init for field in fields)
 
 

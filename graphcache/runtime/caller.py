@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from graphcache.ir.attributes import attributes_of
 from graphcache.libraries.torch_private import MODULE_CALL
 
 FARTHEST = 32
@@ -74,7 +75,7 @@ def _driving(frame: FrameType, model: nn.Module | None, names: Sequence[str]) ->
     variables, found = frame.f_locals, None
     for name in names:
         value = variables.get(name)
-        attributes = getattr(value, "__dict__", None)
+        attributes = attributes_of(value)
         if attributes and _has_scheduler(value, attributes) and _holds(attributes, model):
             found = value
             break

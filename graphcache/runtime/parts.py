@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from graphcache.compiler.backends import unwrapped
+from graphcache.ir.attributes import attributes_of
 from graphcache.ir.errors import GraphCacheError
 from graphcache.tracing.capture import forward_parameters
 
@@ -84,7 +85,7 @@ def twin(pipe: Any) -> Any:
         for name, value in vars(holder).items():
             if id(value) in made:
                 vars(holder)[name] = made[id(value)]
-            elif "timesteps" in getattr(value, "__dict__", {}):
+            elif "timesteps" in (attributes_of(value) or ()):
                 vars(holder)[name] = copy.deepcopy(value, memo)
         if hasattr(holder, "set_progress_bar_config"):
             holder.set_progress_bar_config(disable=True)
@@ -104,7 +105,7 @@ def _pipelines(pipe: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, An
     seen.add(id(pipe))
     yield prefix, pipe
     for name, value in _attributes(pipe).items():
-        attributes = getattr(value, "__dict__", {})
+        attributes = attributes_of(value) or {}
         if isinstance(value, nn.Module) or "scheduler" not in attributes:
             continue
         if any(isinstance(item, nn.Module) for item in attributes.values()):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from graphcache.ir.attributes import attributes_of
 from graphcache.libraries.torch_private import MODULE_TABLES, FakeTensor
 from graphcache.tracing.keepers import (
     MEMO,
@@ -112,12 +113,12 @@ class Belongings:
         # other threads may write to the thing itself meanwhile
         parts = thing if keeper is None else keeper.before
         self._push(parts.items() if isinstance(parts, dict) else enumerate(parts), path)
-        if hasattr(thing, "__dict__"):
+        if attributes_of(thing) is not None:
             self._object(thing, path)
 
     def _object(self, thing: Any, path: Path) -> None:
         kind = type(thing)
-        state = getattr(thing, "__dict__", None)
+        state = attributes_of(thing)
         if isinstance(state, dict):
             kept = Entries.of(state)
             self.keepers.append(kept)

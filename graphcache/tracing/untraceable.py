@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graphcache.ir.attributes import attributes_of
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.opaque import Opaque
 from graphcache.tracing.opaque import is_foreign, named
@@ -111,7 +112,7 @@ class CalledAsTheyAre:
     def around(self, frames: Iterable[FrameType]) -> list[str]:
         """The modules whose methods run in frames; tracing runs proxies that share their attributes."""
         paths = {id(module.__dict__): path for path, module in reversed(self.modules.items())}
-        found = [paths.get(id(getattr(frame.f_locals.get("self"), "__dict__", None))) for frame in frames]
+        found = [paths.get(id(attributes_of(frame.f_locals.get("self")))) for frame in frames]
         return [path for path in dict.fromkeys(found) if path]
 
 

@@ -629,16 +629,6 @@ def test_no_samples_are_refused() -> None:
         profiled(samples=())
 
 
-def test_a_pipeline_with_two_transformers_is_refused() -> None:
-    class WanPipeline:
-        transformer, transformer_2 = linear(1), linear(1)
-
-    with pytest.raises(
-        GraphCacheError, match="WanPipeline has transformer and transformer_2, which take turns"
-    ):
-        graphcache.profile(WanPipeline(), [{}], steps=3)
-
-
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(GraphCacheError, match="str is neither a module nor a pipeline with a transformer"):
         graphcache.profile("model", [{}], steps=3)

@@ -104,6 +104,30 @@ class InOrderedDict(WithHelper):
         return kept[count]
 
 
+class StandsIn:
+    """Has no attributes of its own, and fails when it is asked for one."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"no {name} yet")
+
+
+STANDS_IN = StandsIn()
+
+
+class BesideWhatStandsIn(InDictOfObject):
+    """Among what holds the table is an object that does not let itself be looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.helper.other = [StandsIn()]
+
+    def table(self, count: int) -> Tensor:
+        assert STANDS_IN is not None
+        return super().table(count)
+
+
 class InSlot(Network):
     def __init__(self) -> None:
         super().__init__()
@@ -261,6 +285,7 @@ KINDS = [
     InListOfObject,
     InDeque,
     InOrderedDict,
+    BesideWhatStandsIn,
     InSlot,
     InMemoOfMethod,
     InMemoOfFunction,
