@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 
+import torch
 from torch import fx
 
 from graphcache.analysis import ops
@@ -13,9 +14,11 @@ def invariant_values(step: StepGraph, varying: Collection[int] = ()) -> tuple[st
 
     A value is invariant when it depends on neither latents nor timestep nor an input in `varying`
     (leaf indices seen to change within a generation). Views and broadcasts of it stay in the step, where
-    they cost little; what they repeat is kept instead.
+    they cost little; what they repeat is kept instead. So do weights that are kept in fewer bits than they
+    are computed with.
     """
     fixed = _invariant(step, varying)
+    unpacked = _unpacked(step)
     frontier = [
         node for node in step.graph.nodes if node in fixed and any(user not in fixed for user in node.users)
     ]
@@ -26,6 +29,8 @@ def invariant_values(step: StepGraph, varying: Collection[int] = ()) -> tuple[st
         if node in seen or node.op != "call_function":
             continue
         seen.add(node)
+        if node in unpacked:
+            continue
         if is_tensor(node) and not _is_cheap(node):
             kept.add(node)
         else:
@@ -44,6 +49,23 @@ def _invariant(step: StepGraph, varying: Collection[int]) -> set[fx.Node]:
         ):
             fixed.add(node)
     return fixed
+
+
+def _unpacked(step: StepGraph) -> set[fx.Node]:
+    """What is larger than the weights of fewer bits that it is computed from, and from nothing else."""
+    sources: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in step.graph.nodes:
+        if node.op == "get_attr" and is_tensor(node):
+            sources[node] = frozenset([node])
+        elif node.op == "call_function" and all(operand in sources for operand in node.all_input_nodes):
+            sources[node] = frozenset[fx.Node]().union(*map(sources.__getitem__, node.all_input_nodes))
+    return {node for node, weights in sources.items() if is_tensor(node) and _is_larger(node, weights)}
+
+
+def _is_larger(node: fx.Node, weights: Collection[fx.Node]) -> bool:
+    held = [value_of(weight) for weight in weights]
+    packed = any(weight.element_size() == 1 and weight.dtype is not torch.bool for weight in held)
+    return packed and has_static_shape(node) and storage_bytes(value_of(node)) > sum(map(storage_bytes, held))
 
 
 def _is_cheap(node: fx.Node) -> bool:

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphcache.ir.graph import LINEAR
 from graphcache.ir.opaque import OPAQUE
 from graphcache.libraries.torch_private import (
     CPU_ATTENTION,
     EFFICIENT_ATTENTION,
     FLASH_ATTENTION,
+    INTEGER_MM,
     TO_COPY,
     UNSAFE_VIEW,
 )
@@ -95,7 +97,14 @@ FUSED_ATTENTION = frozenset({CPU_ATTENTION, EFFICIENT_ATTENTION, FLASH_ATTENTION
 """Kernels that return the log-sum-exp of each query's row beside the result."""
 
 CONTRACTIONS = frozenset(
-    {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.einsum.default}
+    {
+        aten.matmul.default,
+        aten.bmm.default,
+        aten.mm.default,
+        aten.baddbmm.default,
+        aten.einsum.default,
+        INTEGER_MM,
+    }
 )
 """Products that are attention when they multiply two activations."""
 
@@ -148,7 +157,7 @@ def is_product(node: fx.Node) -> bool:
     """Whether the node is real work; an einsum over one operand only permutes."""
     if node.target is aten.einsum.default:
         return len(operands(node)) > 1
-    return node.target in HEAVY
+    return node.target in HEAVY or bool(node.meta.get(LINEAR))
 
 
 def operands(node: fx.Node) -> list[fx.Node]:

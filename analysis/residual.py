@@ -8,7 +8,7 @@ from graphcache.analysis import ops
 from graphcache.analysis.dataflow import LATENT, Dataflow
 from graphcache.analysis.spread import Spread
 from graphcache.analysis.ways import Residual, is_branch, starts_inside, unwrap
-from graphcache.ir.graph import is_tensor, same_sizes, value_of
+from graphcache.ir.graph import LINEAR, PARTS, is_tensor, same_sizes, value_of
 
 _SAME_ROWS = ops.VIEWS | ops.COPIES | ops.BROADCASTS
 
@@ -21,7 +21,7 @@ def residuals(flow: Dataflow, spread: Spread) -> list[Residual]:
         if split is None:
             continue
         stream, branch, source = split
-        value = _produced(flow, source, branch)
+        value = _scaled(_produced(flow, source, branch), branch)
         if value in found and unwrap(found[value].stream) is source:
             value = found[value].value  # x + gate * (x + f(x))
         found[node] = Residual(node, stream, branch, source, value)
@@ -115,6 +115,28 @@ def _produced(flow: Dataflow, source: fx.Node, branch: fx.Node) -> fx.Node:
             return node
         node = previous
     return node
+
+
+def _scaled(value: fx.Node, branch: fx.Node) -> fx.Node:
+    """A product with what a quantised weight is made of, behind the scales and the bias that belong to it."""
+    found, node = value, value
+    is_quantised = bool(value.meta.get(LINEAR))
+    while node is not branch and len(node.users) == 1:
+        (user,) = node.users
+        others = [item for item in user.all_input_nodes if item is not node]
+        if user.target is ops.aten.mul.Tensor and any(map(_is_part, others)):
+            found, is_quantised = user, True
+        elif user.target is ops.aten.add.Tensor and is_quantised and all(n.op == "get_attr" for n in others):
+            return user
+        elif not (ops.is_view(user) or user.target in ops.COPIES):
+            break
+        node = user
+    return found
+
+
+def _is_part(node: fx.Node) -> bool:
+    node = ops.behind(node, _SAME_ROWS)
+    return node.op == "get_attr" and str(node.target).startswith(PARTS)
 
 
 def _immediate_dominators(flow: Dataflow, source: fx.Node, target: fx.Node) -> dict[fx.Node, fx.Node]:

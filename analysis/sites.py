@@ -61,7 +61,7 @@ class _Sites:
         roles = Roles(self.flow, self.merges, self.latent)
         blocks = Blocks(
             [
-                Standing(_module_path(residual.merge), roles.role(residual), work_of(roles.work(residual)))
+                Standing(module_path(residual.merge), roles.role(residual), work_of(roles.work(residual)))
                 for residual in self.found
             ]
         )
@@ -109,7 +109,7 @@ def _block_paths(merges: list[fx.Node], roles: list[str], contexts: list[bool]) 
     paths: list[str] = []
     loose, seen = -1, set[tuple[str, bool]]()
     for node, role, context in zip(merges, roles, contexts, strict=True):
-        path = _module_path(node) or ("model" if role == STEM else "")
+        path = module_path(node) or ("model" if role == STEM else "")
         if not path:
             if loose < 0 or (role, context) in seen:
                 loose, seen = loose + 1, set()
@@ -119,7 +119,7 @@ def _block_paths(merges: list[fx.Node], roles: list[str], contexts: list[bool]) 
     return paths
 
 
-def _module_path(node: fx.Node) -> str:
+def module_path(node: fx.Node) -> str:
     """The path of the innermost module around a node; a second call of a module ends in `@1`."""
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:

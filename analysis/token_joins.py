@@ -31,6 +31,8 @@ def sliced(node: fx.Node, known: Known) -> Followed:
     source: Any = node.args[0]
     pieces = node.target is operator.getitem
     call = source if pieces else node
+    if pieces and call.target not in (*SPLITS, aten.unbind.int):
+        raise Untokenised(node, f"is a result of {call.target}, which has no rule")
     source = call.args[0]
     layout = known.needed(node, source)
     dim = _dimension(call, len(layout), 2 if call.target in SPLITS else 1)

@@ -16,9 +16,9 @@ from graphcache.analysis.token_joins import concatenated, padded, sliced, writte
 from graphcache.analysis.token_layout import TokenFactor, is_marked, laid, marks, merged, other, viewed
 from graphcache.analysis.token_operands import Followed, Known, Untokenised, aligned, refuse
 from graphcache.analysis.token_products import attention, einsum, linear, matmul, pointwise_convolution
-from graphcache.ir.graph import has_static_shape, value_of
+from graphcache.ir.graph import LINEAR, has_static_shape, value_of
 from graphcache.ir.opaque import called
-from graphcache.libraries.torch_private import CONJUGATE, SOFTMAX, UNSAFE_VIEW, OpOverload
+from graphcache.libraries.torch_private import CONJUGATE, INTEGER_MM, SOFTMAX, UNSAFE_VIEW, OpOverload
 
 aten = ops.aten
 Rule = Callable[[fx.Node, Known], Followed]
@@ -36,7 +36,7 @@ def follow(node: fx.Node, known: Known) -> Followed:
         raise Untokenised(node, f"calls module '{call.place}', which was not traced and may mix tokens")
     if not has_static_shape(node):
         raise Untokenised(node, "has a shape that depends on data")
-    rule = _RULES.get(node.target) or _by_kind(node.target)
+    rule = linear if node.meta.get(LINEAR) else _RULES.get(node.target) or _by_kind(node.target)
     if rule is None:
         raise Untokenised(node, "has no rule that says where its tokens come from")
     return rule(node, known)
@@ -250,6 +250,7 @@ _RULES = _table(
                 aten.mm.default,
                 aten.addmm.default,
                 aten.baddbmm.default,
+                INTEGER_MM,
             ],
         ),
         (einsum, [aten.einsum.default]),

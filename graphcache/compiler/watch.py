@@ -4,7 +4,7 @@ import functools
 import operator
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from graphcache.ir.attributes import attributes_of
 from graphcache.ir.graph import layout
-from graphcache.libraries.torch_private import FORWARD_HOOKS
+from graphcache.libraries.torch_private import FORWARD_HOOKS, is_traceable_wrapper_subclass
 from graphcache.tracing.homes import Homes
 from graphcache.tracing.hooks import BOOKKEEPING, Worn, worn
+from graphcache.tracing.unlifted import parts_of
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 """Values that are the same when they are equal; all others are compared by identity."""
@@ -34,12 +35,12 @@ _SKIPPED = _PASSED_OVER | vars(nn.Module()).keys()
 class Watch:
     """Everything that a capture baked in, held so that no identity is reused, to be compared cheaply.
 
-    Its *structure* are modules, parameters and buffers by identity, tensors also by dtype, device and
-    layout, and the classes' forwards; of weights that are kept elsewhere shape, dtype and where they are
-    computed with. Its *surface* are the other attributes, by value where they are plain,
-    the contents of those that are dicts, lists or sets, the attributes of objects such as attention
-    processors, which tensors need a gradient, and what stands around forwards. Values inside weights do not
-    count.
+    Its *structure* are modules, parameters and buffers by identity, tensors also by dtype, device, layout
+    and the tensors that they are made of, and the classes' forwards; of weights that are kept elsewhere
+    shape, dtype and where they are computed with. Its *surface* are the other attributes, by value where
+    they are plain, the contents of those that are dicts, lists or sets, the attributes of objects such as
+    attention processors, which tensors need a gradient, and what stands around forwards. Values inside
+    weights do not count.
     """
 
     def __init__(self, model: nn.Module, homes: Homes) -> None:
@@ -52,6 +53,8 @@ class Watch:
         self._entries = [*self._kept_here()]
         self._tensors = [item for item in self._entries if isinstance(item, torch.Tensor)]
         self._layouts = [*map(layout, self._tensors)]
+        self._wrappers = [item for item in self._tensors if is_traceable_wrapper_subclass(item)]
+        self._parts = [*_parts(self._wrappers)]
         self._methods = {kind: kind.forward for kind in {type(module) for module in self._modules}}
         self._hooks = [state[name] for state in self._states for name in FORWARD_HOOKS]
         self._take()
@@ -91,6 +94,7 @@ class Watch:
             not _identical(self._kept_here(), self._entries)
             or self._homes.layouts(self._modules) != self._away
             or [*map(layout, self._tensors)] != self._layouts
+            or (bool(self._wrappers) and not _are(self._parts, _parts(self._wrappers)))
             or any(kind.forward is not method for kind, method in self._methods.items())
         )
 
@@ -148,6 +152,15 @@ class Watch:
             return False
         self._take()
         return True
+
+
+def _parts(wrappers: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The tensors that others are made of; a graph holds these."""
+    return (part for wrapper in wrappers for _, part in parts_of(wrapper))
+
+
+def _are(ones: Iterable[Any], others: Iterable[Any]) -> bool:
+    return all(one is other for one, other in zip_longest(ones, others))
 
 
 def _values(tables: Iterable[dict[str, Any]]) -> Iterator[Any]:

@@ -15,6 +15,10 @@ from graphcache.ir.opaque import Opaque
 from graphcache.ir.selector import STEM
 from graphcache.libraries.torch_private import FakeTensor, FakeTensorMode
 
+LINEAR = "linear"
+"""The mark in `meta` of an operation of another library that is a linear layer: rows by a fixed matrix."""
+PARTS = "parts."
+"""How the names begin of the tensors that the model's weights are made of, `parts.<weight>.<attribute>`."""
 InputKind = Literal["latent", "timestep", "constant"]
 
 
@@ -158,7 +162,8 @@ class StepGraph:
 
     `root` holds the weights that the graph names; every graph of a model shares one. `opaque` are the calls
     of modules that were not traced, which the graph's operations name by numbers. `homes` are those of
-    weights that are kept elsewhere, by the identity of what stands for them in `root`.
+    weights that are kept elsewhere, by the identity of what stands for them in `root`. `packed` are the
+    shapes of the model's weights that are made of several tensors, of which the graph names these.
     """
 
     root: nn.Module
@@ -169,6 +174,7 @@ class StepGraph:
     passes: tuple[str, ...] = ()
     opaque: tuple[Opaque, ...] = ()
     homes: Mapping[int, Home] = field(default_factory=dict)
+    packed: Mapping[str, torch.Size] = field(default_factory=dict)
 
     @cached_property
     def module(self) -> fx.GraphModule:

@@ -133,6 +133,8 @@ def _of_group(group: Any, slots: dict[int, list[tuple[dict[str, Any], str]]]) ->
             read: Any = partial(table.__getitem__, name)
             if group.offload_to_disk_path is not None:
                 read = partial(_filed, group.safetensors_file_path, group.tensor_to_key[tensor])
+            elif group.stream is not None:  # what is cast in its place is not what comes
+                read = partial(group.cpu_param_dict.__getitem__, tensor)
             yield Kept(table, name, _device(group.onload_device), id(group), read)
 
 

@@ -79,6 +79,7 @@ with names_of("torch"):
 
     # operations that stand in graphs
     CONJUGATE: Any = torch.ops.aten._conj.default
+    INTEGER_MM: Any = torch.ops.aten._int_mm.default
     ITEM: Any = torch.ops.aten._local_scalar_dense.default
     SOFTMAX: Any = torch.ops.aten._softmax.default
     TO_COPY: Any = torch.ops.aten._to_copy.default
@@ -108,6 +109,15 @@ with names_of("torch"):
 
 FAKE_TENSOR_LOG = FakeTensor.__module__
 """Where PyTorch logs what does not fit, which is expected while sizes are tried."""
+
+
+def forget_real(mode: FakeTensorMode) -> None:
+    """Let go of the tensors that fake ones were made of.
+
+    PyTorch moves no tensor that is made of others while somebody refers to it weakly.
+    """
+    with names_of("torch"):
+        mode.fake_tensor_converter.meta_converter.describer.lookup_tensor.clear()
 
 
 def compiled_module(wrapper: nn.Module) -> nn.Module | None:

@@ -9,11 +9,12 @@ import torch
 from graphcache.analysis.branches import branch_flops
 from graphcache.analysis.cost import graph_flops
 from graphcache.analysis.dataflow import Dataflow
+from graphcache.analysis.rounding import rounded_within
 from graphcache.analysis.tokens import cut_tokens
 from graphcache.compiler.guidance_half import is_doubled
 from graphcache.compiler.program import Program
 from graphcache.ir.errors import GraphCacheError, PlanError
-from graphcache.ir.graph import Branch, storage_bytes, value_of
+from graphcache.ir.graph import Branch, StepGraph, storage_bytes, value_of
 from graphcache.ir.history import GUIDANCE, OUTPUT, History, range_site
 from graphcache.ir.plan import COMPUTE, REUSE, Plan, Row
 from graphcache.ir.selector import Selector
@@ -41,6 +42,7 @@ def describe(engine: Engine, inputs: Mapping[str, Any], conditional: str | None)
     with torch.no_grad():
         program = engine.prepare(inputs)
     step = program.step
+    refuse_rounding(step)
     tensors = engine.flat(inputs)
     call = program.captured.call
     call.latent_argument(tensors, "profile")
@@ -92,6 +94,17 @@ def described(
             )
         engine.ranges = subject.ranges
     return found[0]
+
+
+def refuse_rounding(step: StepGraph) -> None:
+    """Raise GraphCacheError if a step has no gradients that say anything, since it rounds activations."""
+    place = rounded_within(step)
+    if place is not None:
+        raise GraphCacheError(
+            f"module '{place}' rounds its activations to eight bits, so that there are no gradients through "
+            "it to measure or train with: profile and tune the model before it is quantised, or with weights "
+            "quantised alone; plans for it fit this model too"
+        )
 
 
 def _reused(program: Program, name: str) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from graphcache.planning.in_stretches import InStretches
 from graphcache.planning.plan_memory import lowered
 from graphcache.planning.profile_memory import Needs, Share
 from graphcache.planning.sampling import Sampler, Sampling, refuse_random, with_frozen_weights
+from graphcache.planning.subject import refuse_rounding
 from graphcache.planning.tuning_memory import cut, tuning_needs
 from graphcache.runtime.closeness import LEAST_ERROR, decibels, psnr
 from graphcache.runtime.engine import Engine
@@ -136,6 +137,9 @@ def tune(
         return decibels(results, held_targets, data_range)
 
     best_plan, best = plan, judged()
+    for engine in engines:
+        for program in engine.maker.programs.values():
+            refuse_rounding(program.captured.step)
     before, stale, curve = fmean(best), 0, list[Iteration]()
     for number in range(iterations):
         turn = number % len(samples)

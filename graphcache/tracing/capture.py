@@ -12,7 +12,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
-from graphcache.ir.graph import Input, Output, StepGraph
+from graphcache.ir.graph import Input, Output, StepGraph, fake_mode, value_of
 from graphcache.ir.opaque import Opaque
 from graphcache.libraries.exclusive import COMPILING
 from graphcache.libraries.kernels import ChosenKernels
@@ -20,16 +20,17 @@ from graphcache.libraries.quiet import quiet_tracing
 from graphcache.libraries.torch_private import (
     HigherOrderOperator,
     OpOverload,
+    forget_real,
     schema_of,
     use_lazy_graph_module,
 )
 from graphcache.tracing.answers import Answers, Diverged
 from graphcache.tracing.asking import Traced, decided, traced
+from graphcache.tracing.casts import traced_casts
 from graphcache.tracing.explanation import Stopped, because, explain
 from graphcache.tracing.functional import (
     Unknown,
     detached,
-    erase_unread,
     functional,
     inlined,
     is_functional,
@@ -38,10 +39,12 @@ from graphcache.tracing.homes import Homes
 from graphcache.tracing.hooks import is_own, uncompiled
 from graphcache.tracing.numeric_time import about_numbers, refuse_unlike_numbers, run_as_tensors
 from graphcache.tracing.opaque import is_foreign, named
+from graphcache.tracing.opened import open_operations
 from graphcache.tracing.plain_tensors import Originals
 from graphcache.tracing.rehearsal import random_states_kept, rehearse
 from graphcache.tracing.standing_in import StandIns
 from graphcache.tracing.undisturbed import undisturbed
+from graphcache.tracing.unlifted import unlifted
 from graphcache.tracing.unseen_writes import SeenWrites
 from graphcache.tracing.untraceable import CalledAsTheyAre, Untraceable
 
@@ -158,10 +161,12 @@ def _traced(
             # export writes code for modules that nobody calls, which takes a seventh of the time
             use_lazy_graph_module(True),
             SeenWrites(),
+            traced_casts(model),
         ):
             every = tuple([dict.fromkeys(range(one.dim()), torch.export.Dim.AUTO) for one in tensors])
             sizes = {"tensors": every} if symbols else None
             program = torch.export.export(wrapper, tensors, strict=False, dynamic_shapes=sizes)
+            state = program.state_dict
             program, graph = _functional(program)
     except CaptureError as error:
         raise Untraceable(str(error), stand_ins.chosen.around_error(error), f": {error}") from error
@@ -171,17 +176,21 @@ def _traced(
         cause = error.__cause__ if isinstance(error, Stopped) else error
         raise Untraceable(reason, around, because(error)) from cause
     _refuse_mutation(program.graph_signature)
-    graph, held = _unlifted(program, graph)
-    _refuse_foreign(graph, held)
-    _refuse_ops(graph)
-    results: Any = graph.output_node().args[0]
+    found = unlifted(program, graph, state)
+    if not away:  # it computes, and stand-ins have no values
+        open_operations(found.graph, found.held, tensors)
+    _refuse_foreign(found.graph, found.held)
+    _refuse_ops(found.graph)
+    results: Any = found.graph.output_node().args[0]
+    forget_real(fake_mode(value_of(next(iter(found.graph.nodes)))))
     step = StepGraph(
-        fx.GraphModule({name: originals.of(value) for name, value in held.items()}, graph),
-        graph,
+        fx.GraphModule({name: originals.of(value) for name, value in found.held.items()}, found.graph),
+        found.graph,
         tuple(Input(call.kind(index), index, name) for index, name in enumerate(call.leaf_names)),
         tuple(Output(index) for index in range(len(results))),
         opaque=stand_ins.calls,
         homes=away,
+        packed=found.packed,
     )
     if answers is None:
         return Traced(step, outputs[-1], None)
@@ -264,29 +273,6 @@ def _refuse_mutation(signature: Any) -> None:
             raise CaptureError(
                 "the model's forward has effects beyond its result (an effect token); make it pure"
             )
-
-
-def _unlifted(program: Any, exported: fx.Graph) -> tuple[fx.Graph, dict[str, Any]]:
-    """The graph with the caller's tensors as its only inputs, and what it takes from the model, by name."""
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    held: dict[str, Any] = {}
-    values = {**program.constants, **program.state_dict}
-    inputs = list(
-        zip(exported.find_nodes(op="placeholder"), program.graph_signature.input_specs, strict=True)
-    )
-    for node, spec in inputs:
-        if spec.kind == InputKind.USER_INPUT:
-            env[node] = graph.node_copy(node)
-    for node, spec in inputs:
-        if node not in env:
-            held[spec.target] = values[spec.target]
-            env[node] = graph.get_attr(spec.target)
-            env[node].meta.update(node.meta)
-    results: Any = graph.graph_copy(exported, env)
-    graph.output(tuple(results))
-    erase_unread(graph)
-    return graph, held
 
 
 def _refuse_foreign(graph: fx.Graph, held: Mapping[str, Any]) -> None:

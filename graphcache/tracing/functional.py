@@ -151,7 +151,9 @@ class _Functional:
             whole: Any = view.args[0]
             if not is_tensor(whole):
                 raise Unknown(view)
-            if _geometry(view) != _geometry(whole):
+            if _is_reshaped(view, whole):
+                part = self._made(node, aten.reshape.default, part, list(value_of(whole).shape))
+            elif _geometry(view) != _geometry(whole):
                 if view.target not in _INTO:
                     raise Unknown(view)
                 part = self._call(node, _INTO[view.target], whole, part, *view.args[1:], **view.kwargs)
@@ -185,6 +187,17 @@ class _Functional:
 def _geometry(node: fx.Node) -> tuple[Any, ...]:
     value = value_of(node)
     return value.dtype, value.shape, value.stride(), value.storage_offset()
+
+
+def _is_reshaped(view: fx.Node, whole: fx.Node) -> bool:
+    """Whether it holds the same elements in the same order, in another shape."""
+    one, other = value_of(view), value_of(whole)
+    return (
+        one.shape != other.shape
+        and (one.dtype, one.numel()) == (other.dtype, other.numel())
+        and one.is_contiguous()
+        and other.is_contiguous()
+    )
 
 
 def _out_of_place(node: fx.Node) -> OpOverload:

@@ -40,9 +40,12 @@ class Homes:
         """Find out where weights are kept from now on.
 
         Raises:
-            CaptureError: weights that are to be streamed are not in host memory, or are moved by hooks.
+            CaptureError: weights are packed, or such that are to be streamed are not in host memory, or are
+                moved by hooks.
         """
         self._now = [*self._kept()]
+        for kept in self._now:
+            _refuse_packed(kept)
         if self._streams:
             self._pin()
         for kept in self._now:
@@ -160,13 +163,16 @@ def _streamed(model: nn.Module) -> Iterator[Kept]:
                     yield Kept(table, name, device, unit, partial(table.__getitem__, name))
 
 
-def _stand_in(mode: FakeTensorMode, tensor: torch.Tensor, kept: Kept) -> torch.Tensor:
-    if type(tensor) not in _ORDINARY:
+def _refuse_packed(kept: Kept) -> None:
+    kind = type(kept.table[kept.name])
+    if kind not in _ORDINARY:
         raise CaptureError(
-            f"'{kept.name}' is offloaded and a {type(tensor).__name__}, which holds more than numbers; keep "
-            "packed weights on the device that computes, or offload the whole model "
-            "(enable_model_cpu_offload)"
+            f"'{kept.name}' is offloaded and a {kind.__name__}, which holds more than numbers; keep packed "
+            "weights on the device that computes, or offload the whole model (enable_model_cpu_offload)"
         )
+
+
+def _stand_in(mode: FakeTensorMode, tensor: torch.Tensor, kept: Kept) -> torch.Tensor:
     with torch.inference_mode(False), mode:
         made = torch.empty_strided(tensor.shape, _strides(tensor), dtype=tensor.dtype, device=kept.device)
         return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made

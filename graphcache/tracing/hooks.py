@@ -50,7 +50,7 @@ def _lost(where: str, what: str) -> CaptureError:
     return CaptureError(
         f"{where} has {what}, which would run once during the capture and never again; remove it before "
         "transforming, and leave it out within a generation (diffusers' caches: model.disable_cache(); "
-        "layerwise casting: keep the weights in one dtype; torch.compile: compile the model, not its forward)"
+        "torch.compile: compile the model, not its forward)"
     )
 
 
@@ -128,13 +128,25 @@ def _only_computes(module: nn.Module) -> bool:
     """Whether all that stands around forward are hooks that move weights, replace what it computes, or change
     its result.
 
-    Others that act before it change weights' dtype, which is no part of a graph.
+    Of those that act before it, some cast weights, which is part of a graph.
     """
     base: Any = getattr(sys.modules.get("diffusers.hooks"), "ModelHook", None)
     hooks, forward = diffusers_private.hooks_of(module), _beneath(module)
     if not hooks or not isinstance(forward, functools.partial) or forward.args[:1] != (module,):
         return False
-    return all(is_carrier(hook) or type(hook).pre_forward is base.pre_forward for hook in hooks)
+    return all(
+        is_carrier(hook) or _casts(hook) or type(hook).pre_forward is base.pre_forward for hook in hooks
+    )
+
+
+def is_cast(module: nn.Module) -> bool:
+    """Whether a hook casts the module's weights before its forward, and back afterwards."""
+    return any(map(_casts, diffusers_private.hooks_of(module)))
+
+
+def _casts(hook: Any) -> bool:
+    casting: Any = getattr(sys.modules.get("diffusers.hooks.layerwise_casting"), "LayerwiseCastingHook", None)
+    return casting is not None and type(hook) is casting
 
 
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ def observed(
             place=place,
             cause=cause,
             module=module,
-            flops=flops,
+            flops=flops or _linear_flops(module, first),
             attends=attends,
             described=describe_layouts(first),
             invocation=invocation,
@@ -108,6 +108,11 @@ def observed(
     except (Unfit, Impure) as error:
         return error, result
     return known(made), result
+
+
+def _linear_flops(module: nn.Module, results: Sequence[Tensor]) -> int:
+    """Of a linear layer whose kernels PyTorch cannot count."""
+    return 2 * module.in_features * results[0].numel() if isinstance(module, nn.Linear) else 0
 
 
 def _refuse_traces(

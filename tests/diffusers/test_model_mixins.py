@@ -500,15 +500,13 @@ def test_layerwise_casting_saves_memory() -> None:
 
 
 @pytest.mark.parametrize("run_first", [False, True])
-def test_weights_cast_layer_by_layer_are_refused(run_first: bool) -> None:
+def test_layerwise_casting_is_part_of_the_graph(run_first: bool) -> None:
     model, cached = pair("sd3")
     if run_first:
         cached(**inputs("sd3"))
     cached.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
-    with pytest.raises(CaptureError, match="has a forward of its own"):
-        cached(**inputs("sd3"))
-    with cached.disabled():
-        assert_right("sd3", cached, model)
+    assert_right("sd3", cached, model)
+    assert not captures(cached)[0].step.opaque
 
 
 def test_weights_left_on_disk_are_read_there(tmp_path: Path) -> None:

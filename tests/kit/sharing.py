@@ -22,6 +22,7 @@ from graphcache.compiler.modes import ambient
 from graphcache.ir.call import CallSpec
 from graphcache.ir.opaque import Opaque
 from graphcache.libraries.kernels import attention_kernels
+from graphcache.libraries.torch_private import is_traceable_wrapper_subclass
 from graphcache.tracing.homes import Homes
 
 _PLAIN = (
@@ -142,6 +143,8 @@ class _Likeness:
         return _Same(type(module).forward), kinds, self._items(rest)
 
     def _weight(self, tensor: Tensor) -> Hashable:
+        if is_traceable_wrapper_subclass(tensor):
+            raise _Unknown(type(tensor))  # captures name what it is made of
         self.kept.append(tensor)
         contents = b"" if id(tensor) in self.weights else _contents(tensor)
         return self.met.setdefault(id(tensor), len(self.met)), type(tensor), _laid(tensor), contents
