@@ -19,9 +19,14 @@ class Machine(msgspec.Struct, frozen=True):
     @staticmethod
     def here(device: str) -> "Machine":
         """This one, for code on this kind of device."""
-        found = torch.cpu.get_capabilities()
-        instructions = sorted(name for name, has in found.items() if has is True)
-        return Machine(platform.system(), platform.machine(), instructions, _arch(device))
+        return Machine(platform.system(), platform.machine(), _instructions(), _arch(device))
+
+
+def _instructions() -> list[str]:
+    listed = getattr(torch.cpu, "get_capabilities", None)
+    if listed is None:  # PyTorch is older than that
+        return [torch.backends.cpu.get_cpu_capability()]
+    return sorted(name for name, has in listed().items() if has is True)
 
 
 def _arch(device: str) -> str | None:

@@ -106,6 +106,12 @@ def test_other_versions_and_machines_are_refused(path: Path, monkeypatch: pytest
         graphcache.load(path, trust=True)
 
 
+def test_an_older_pytorch_names_the_processors_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(Machine.here("cpu").instructions) > 1
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert Machine.here("cpu").instructions == [torch.backends.cpu.get_cpu_capability()]
+
+
 def test_a_file_is_written_whole_or_not_at_all(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = path.read_bytes()
 
