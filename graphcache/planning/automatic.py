@@ -253,9 +253,9 @@ def auto(
         iterations: of tuning; 0 leaves the fitted coefficients.
         reference: what tuning aims at, see `tune`.
         conditional: the conditional half of a doubled batch.
-        detail: of the profile. "steps", whole steps of ranges and the output, found 14 of the best plans for
-            15 speed-ups of three trained models; "sites" and "tokens" look at branches too, and take over
-            twice as long.
+        detail: of the profile. "steps" looks at whole steps of ranges and the output, which most plans found
+            for three trained models were of; "sites" and "tokens" look at branches too, and take over twice
+            as long.
         backend: of the timed steps and of the result.
         timestep: the name of the timestep argument, if it is not found.
         latents: those of the latents, as for `transform`.
