@@ -234,7 +234,7 @@ def test_a_run_frees_its_caches(patcher: Patcher, conds: Conds) -> None:
 
 def _cached() -> list["weakref.ref[Tensor]"]:
     """The entries of every open session."""
-    sessions = [item for item in gc.get_objects() if isinstance(item, Session) and item.opened]
+    sessions = [item for item in gc.get_objects() if type(item) is Session and item.opened]
     states = [state for session in sessions for state in session.states.values()]
     held = [entries for state in states for entries in state.cache.entries.values()]
     return [weakref.ref(part) for entries in held for entry in entries for part in entry]
