@@ -27,7 +27,8 @@ from graphcache.tracing.keepers import (
 
 _HOLDING = frozenset(("collections", "functools", "types", "weakref", "_thread"))
 """Modules of Python's own library whose objects hold others."""
-_NOT_FOLLOWED = sys.stdlib_module_names | {"torch", "numpy", "graphcache", "pydantic", "pydantic_core"}
+_NOT_FOLLOWED = sys.stdlib_module_names | {"torch", "numpy", "graphcache", "_pytest"}
+"""Of pytest, which rewrites asserts, every function with one in a test module names the whole session."""
 _HOOKS = vars(nn.Module()).keys() - set(MODULE_TABLES)
 """A module's attributes that forward does not write into."""
 _MAKING = frozenset(("__init__", "__new__", "__init_subclass__", "__class_getitem__", "__repr__", "__str__"))

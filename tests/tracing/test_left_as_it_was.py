@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CaptureError, presets
+from graphcache.tracing.belongings import Belongings
 
 pytestmark = pytest.mark.usefixtures("captured_anew")
 
@@ -343,6 +344,19 @@ def test_what_forward_fills_is_right_in_model_and_graph_at_several_sizes(
         assert torch.equal(model(*call(count)), wanted[count])
         with cached.disabled():
             assert torch.equal(cached(*call(count)), wanted[count])
+
+
+class Asserting(InDictOfObject):
+    """pytest rewrites the assert, and puts names of its own into the function."""
+
+    def table(self, count: int) -> Tensor:
+        assert count > 0
+        return super().table(count)
+
+
+def test_an_assert_in_a_test_leads_nowhere() -> None:
+    with_assert, without = (Belongings(network(kind)).keepers for kind in (Asserting, InDictOfObject))
+    assert len(with_assert) < len(without) + 10
 
 
 @torch.no_grad()
