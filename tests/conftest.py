@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from graphcache.compiler.captured import Captured
 from graphcache.compiler.compilations import EVERYONES, EVERYONES_FAMILIES
+from graphcache.compiler.modes import ambient
 from seeding import Run, numbers_of
 from sharing import Sharing
 
@@ -51,6 +52,16 @@ def _own_numbers(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test has the same random numbers whatever ran before it, in whatever process."""
     with numbers_of(request.node.nodeid):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _same_modes() -> Iterator[None]:
+    """What PyTorch would do for anyone else in the process is as it was: autocast, attention's kernels and
+    their order, gradients.
+    """
+    before = ambient()
+    yield
+    assert ambient() == before
 
 
 @pytest.hookimpl(wrapper=True)

@@ -8,7 +8,12 @@ from torch.nn.attention import sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from graphcache.ir.errors import CaptureError
-from graphcache.libraries.torch_private import allowed_kernels, chosen_kernel, kernel_priority
+from graphcache.libraries.torch_private import (
+    allowed_kernels,
+    chosen_kernel,
+    kernel_priority,
+    set_kernel_priority,
+)
 
 
 def attention_kernels() -> tuple[Any, ...]:
@@ -38,9 +43,10 @@ class ChosenKernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and attention_kernels() != self._outside:
-            inside = chosen_kernel(*args, **kwargs)
+            inside, order = chosen_kernel(*args, **kwargs), kernel_priority()
             with sdpa_kernel(self._allowed, set_priority=True):
                 outside = chosen_kernel(*args, **kwargs)
+            set_kernel_priority(order)  # PyTorch puts those back in front that are allowed here
             if inside != outside:
                 raise CaptureError(
                     "the model restricts attention to some of PyTorch's kernels inside its forward, and "

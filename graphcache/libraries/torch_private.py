@@ -92,6 +92,7 @@ with names_of("torch"):
     # which kernels attention may take, in which order, and which one it does
     allowed_kernels: Any = torch.nn.attention._cur_sdpa_kernel_backends
     kernel_priority: Any = torch._C._get_sdp_priority_order
+    set_kernel_priority: Any = torch._C._set_sdp_priority_order
     chosen_kernel: Any = torch._fused_sdp_choice
 
     # within an operation of ours autograd works as outside of it
