@@ -1,5 +1,6 @@
 """A model's step for one signature, and the layout in which it takes its inputs."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from graphcache.compiler.pipeline import analysed
 from graphcache.ir.call import CallSpec, OutputSpec
+from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import StepGraph
 from graphcache.ir.opaque import Opaque
 from graphcache.passes.base import Observer
@@ -89,9 +91,12 @@ class Captured:
         are_large = sum(tensor.numel() for tensor in examples) > _LARGE
         for smaller in (are_large, not are_large):
             others = symbolic.elsewhere(examples, smaller)
-            made = Captured.at(symbolic, model, self.call, others, observers, split) if others else None
-            if made and others:
-                return made, others
+            if others:
+                # nobody asked for these sizes, and the model may have none of them
+                with contextlib.suppress(CaptureError):
+                    made = Captured.at(symbolic, model, self.call, others, observers, split)
+                    if made:
+                        return made, others
         return None
 
     def again(

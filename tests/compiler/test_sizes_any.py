@@ -109,6 +109,22 @@ def test_other_sizes_that_the_model_refuses_are_not_tried_on() -> None:
             assert_same(generation(cached, tokens=tokens), generation(plain, tokens=tokens))
 
 
+def test_a_model_that_fails_at_other_sizes_serves_its_own() -> None:
+    """It looks where tracing does not see: the trace says that every size will do."""
+
+    class Alone(TinyDiT):
+        def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+            if not torch.compiler.is_exporting() and x.shape[1] != 8:
+                raise ValueError("8 tokens and no others")
+            return super().forward(x, timestep, text)
+
+    plain = graphcache.transform(tiny(2, Alone), PLAN)
+    with compilations() as made:
+        cached = graphcache.transform(tiny(2, Alone), PLAN, backend="inductor", sizes="any")
+        assert_same(generation(cached, tokens=8), generation(plain, tokens=8))
+    assert (made.fixed, made.any) == (2, 0)
+
+
 def test_examples_elsewhere_are_told_apart() -> None:
     """No two sizes are changed by one factor, or by one number, and none becomes 1."""
     on = subject("wan")
