@@ -50,11 +50,14 @@ def test_generations_run_under_it(caplog: pytest.LogCaptureFixture) -> None:
     assert errors[0] < errors[2]
 
 
-def test_what_no_search_finds_is_resampled() -> None:
+def test_what_no_search_finds_is_resampled_and_said(caplog: pytest.LogCaptureFixture) -> None:
     plan = found()
     assert Resampler(profiled(32))(plan, 1) == plan.resample(1)
+    assert "no plan of 1 steps was found by the profile" in caplog.text
+    caplog.clear()
     short = plan.resample(12)
     assert Resampler(profiled(32))(short, 16) == short.resample(16), "it is not of the profile's length"
+    assert "the profile is of 32 steps" in caplog.text
 
 
 def test_wrong_profiles_and_wrong_answers_are_refused() -> None:
