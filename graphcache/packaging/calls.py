@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from graphcache.ir.errors import GraphCacheError
+from graphcache.runtime.recorded import calls_told
 from graphcache.runtime.transform import Transformed
-from graphcache.tracing.capture import forward_parameters
 
 
 def record_calls(
@@ -26,25 +26,17 @@ def record_calls(
     Raises:
         GraphCacheError: the pipeline fails, or does not call the model.
     """
-    names = list(forward_parameters(model))
     seen: list[Mapping[str, Any]] = []
-
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append({**dict(zip(names, args, strict=False)), **kwargs})
-
     for size in sizes:
         before = len(seen)
-        hook = model.register_forward_pre_hook(record, with_kwargs=True)
         try:
-            with torch.no_grad(), _undisturbed(held):
+            with torch.no_grad(), _undisturbed(held), calls_told([model], lambda _, call: seen.append(call)):
                 pipe(**{"num_inference_steps": 2, **size})
         except Exception as error:
             raise GraphCacheError(
                 f"the pipeline failed for {dict(size)}: {error}; sizes= of a pipeline are keyword arguments "
                 "of its own, such as dict(prompt='a fox', height=512, width=512)"
             ) from error
-        finally:
-            hook.remove()
         if len(seen) == before:
             raise GraphCacheError("the pipeline never called the model that is to be packaged")
     return seen

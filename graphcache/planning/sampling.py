@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -19,8 +19,8 @@ from graphcache.planning.pipeline_sampler import Models, PipelineSampler, togeth
 from graphcache.runtime.engine import Engine, original
 from graphcache.runtime.options import Options
 from graphcache.runtime.parts import denoisers, modules
+from graphcache.runtime.recorded import calls_told
 from graphcache.runtime.transform import transform, wrapped
-from graphcache.tracing.capture import forward_parameters
 
 Sampler = Callable[[Any, Any, int], Tensor]
 """(model, sample, steps) -> result, the batch first: a whole generation. The same sample always begins with
@@ -204,24 +204,13 @@ def first_calls(
     seen: dict[int, Mapping[str, Any]] = {}
     awaited = len(models) if most is None else most
 
-    def record(number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = list(forward_parameters(module))
-        seen.setdefault(number, {**dict(zip(names, args, strict=False)), **kwargs})
+    def note(number: int, arguments: Mapping[str, Any]) -> None:
+        seen.setdefault(number, arguments)
         if len(seen) == awaited:
             raise _Recorded
 
-    hooks = [
-        model.register_forward_pre_hook(functools.partial(record, number), with_kwargs=True)
-        for number, model in enumerate(models)
-    ]
-    try:
-        with torch.no_grad():
-            generate()
-    except _Recorded:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with suppress(_Recorded), calls_told(models, note), torch.no_grad():
+        generate()
     return seen
 
 
