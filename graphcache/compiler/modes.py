@@ -16,12 +16,17 @@ from graphcache.libraries.torch_private import FakeTensor
 
 def ambient() -> tuple[Hashable, ...]:
     """What tracing and compiled code depend on besides the arguments."""
+    return *around_code(), attention_backend(), torch.is_grad_enabled()
+
+
+def around_code() -> tuple[Hashable, ...]:
+    """Of that what has a part in native code without gradients: autocast, and attention's kernels."""
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     dtypes: tuple[torch.dtype, ...] = ()
     if any(autocast):
         devices = itertools.compress(("cpu", "cuda"), autocast)
         dtypes = tuple(map(torch.get_autocast_dtype, devices))
-    return autocast, dtypes, attention_kernels(), attention_backend(), torch.is_grad_enabled()
+    return autocast, dtypes, attention_kernels()
 
 
 def refuse_export(tensors: Sequence[torch.Tensor]) -> None:

@@ -1,24 +1,21 @@
 """The programs of a package, found as those of a model are, and never made."""
 
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from graphcache.compiler.backends import Backend
-from graphcache.compiler.modes import ambient
+from graphcache.compiler.backends import AOT, Backend
+from graphcache.compiler.modes import ambient, around_code
 from graphcache.compiler.program import Program
 from graphcache.ir.call import Binder, Key, Signature
 from graphcache.ir.errors import CaptureError, GraphCacheError
+from graphcache.packaging.manifest import TensorLine
 from graphcache.packaging.model import Weights
 from graphcache.packaging.program import PackagedProgram
 from graphcache.runtime.options import Options
 from graphcache.runtime.program_maker import ProgramMaker
 from graphcache.runtime.spoken import Spoken
-from graphcache.tracing.homes import Homes
-
-_MODES = len(ambient())
 
 
 class PackagedPrograms(ProgramMaker):
@@ -35,17 +32,11 @@ class PackagedPrograms(ProgramMaker):
     def __init__(
         self, options: Options, spoken: Spoken, binder: Binder, weights: Weights, modes: Any
     ) -> None:
-        self.model = weights.model
-        self.options = options
-        self.backend = "aot"
-        self.binder = binder
+        super().__init__(weights.model, options, spoken, binder)
+        self.backend = AOT
         self.weights = weights
-        self.homes = Homes(weights.model, False)
-        self.spoken = spoken
         self.held: dict[Signature, PackagedProgram] = {}
         self._around = modes
-        self._specs = {}
-        self._lock = threading.RLock()
 
     def key(self, signature: Signature, tensors: Sequence[torch.Tensor], begins: bool) -> Key:
         if begins:
@@ -62,19 +53,19 @@ class PackagedPrograms(ProgramMaker):
         """
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise CaptureError("a package computes no gradients; call it under torch.no_grad()")
-        if key[-_MODES : 3 - _MODES] != self._around:
+        if around_code() != self._around:
             raise CaptureError(
                 "autocast or the kernels that attention may use are other ones than when the model was "
                 "packaged, and the code is for those: call it as it was packaged, or package it like this"
             )
-        found = self.held.get(key[1:-_MODES])
+        found = self.held.get(self.binder.signature(bound)[0])
         if found is None:
             raise CaptureError(self._unknown(bound, tensors))
         return key, found
 
     def _unknown(self, bound: Mapping[str, Any], tensors: Sequence[torch.Tensor]) -> str:
         names = self.spec(self.binder.signature(bound)[0], bound).leaf_names
-        given = {name: _said(tensor) for name, tensor in zip(names, tensors, strict=True)}
+        given = {name: str(TensorLine.of(tensor)) for name, tensor in zip(names, tensors, strict=True)}
         known = []
         for program in self.held.values():
             leaves = zip(program.captured.call.leaf_names, program.line.leaves, strict=True)
@@ -97,7 +88,3 @@ class PackagedPrograms(ProgramMaker):
     ) -> Program:
         """The same: what depends on these inputs is computed anew whenever they change."""
         return program
-
-
-def _said(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}({', '.join(map(str, tensor.shape))})"

@@ -36,7 +36,7 @@ def described(value: Any, where: str) -> Any:
     if isinstance(value, float) and type(value) is float:
         return {"float": value.hex()}
     if isinstance(value, torch.dtype):
-        return {"dtype": str(value).removeprefix("torch.")}
+        return {"dtype": dtype_name(value)}
     if isinstance(value, torch.device):
         return {"device": str(value)}
     if isinstance(value, Mapping):

@@ -13,7 +13,7 @@ from graphcache.analysis.cost import graph_flops
 from graphcache.compiler.ahead import compile_ahead
 from graphcache.compiler.backends import unwrapped
 from graphcache.compiler.guidance_half import Half
-from graphcache.compiler.modes import ambient
+from graphcache.compiler.modes import around_code
 from graphcache.compiler.phase_code import Runnable
 from graphcache.compiler.program import Program
 from graphcache.ir.errors import CaptureError, GraphCacheError, PlanError
@@ -148,7 +148,7 @@ class _Packing:
             latents=[*options.names.latents],
             calls=options.branches,
             waits=options.waits,
-            modes=described(ambient()[:3], "modes"),
+            modes=described(around_code(), "modes"),
             attributes=_attributes(self.model),
             config=_config(self.model),
             weights=self.stored.lines,

@@ -44,11 +44,13 @@ class ProgramMaker:
 
     adopts = True
 
-    def __init__(self, model: nn.Module, options: Options, spoken: Spoken) -> None:
+    def __init__(
+        self, model: nn.Module, options: Options, spoken: Spoken, binder: Binder | None = None
+    ) -> None:
         self.model = model
         self.options = options
         self.backend = options.backend
-        self.binder = Binder(forward_parameters(model), options.names)
+        self.binder = binder or Binder(forward_parameters(model), options.names)
         self.homes = Homes(model, options.stream_weights)
         self.variants = Variants(model, self.homes, options.watches_all)
         self.programs = Programs(options.signatures)
