@@ -4,7 +4,7 @@ import functools
 import operator
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain, zip_longest
+from itertools import chain
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ class Watch:
             not _identical(self._kept_here(), self._entries)
             or self._homes.layouts(self._modules) != self._away
             or [*map(layout, self._tensors)] != self._layouts
-            or (bool(self._wrappers) and not _are(self._parts, _parts(self._wrappers)))
+            or not _identical(_parts(self._wrappers), self._parts)
             or any(kind.forward is not method for kind, method in self._methods.items())
         )
 
@@ -157,10 +157,6 @@ class Watch:
 def _parts(wrappers: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The tensors that others are made of; a graph holds these."""
     return (part for wrapper in wrappers for _, part in parts_of(wrapper))
-
-
-def _are(ones: Iterable[Any], others: Iterable[Any]) -> bool:
-    return all(one is other for one, other in zip_longest(ones, others))
 
 
 def _values(tables: Iterable[dict[str, Any]]) -> Iterator[Any]:

@@ -280,9 +280,9 @@ class TuningEngine(Engine):
         """What tuning takes where a step makes so many calls like one with these arguments."""
         plan = self.weights.given
         calls_under = lowered(self, inputs, plan, calls)
-        return tuning_needs(calls_under, self.in_stretches, result.nbytes, references)
+        return tuning_needs(calls_under, self.cut_once, result.nbytes, references)
 
-    def in_stretches(self, runnable: Runnable) -> InStretches | None:
+    def cut_once(self, runnable: Runnable) -> InStretches | None:
         """A phase's graph in stretches, where it can be cut."""
         if id(runnable) not in self._cut:
             self._cut[id(runnable)] = cut(runnable)
@@ -315,7 +315,7 @@ class TuningEngine(Engine):
                 with torch.no_grad():
                     return runnable.call(*fed)
             fed = with_own_inputs(runnable, fed)
-            hold, graph = self.left.takes(runnable), self.in_stretches(runnable)
+            hold, graph = self.left.takes(runnable), self.cut_once(runnable)
             results: Sequence[Tensor]
             if graph is not None:
                 results = in_stretches(graph, fed, self.share.stride, hold)

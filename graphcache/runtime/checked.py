@@ -3,14 +3,12 @@
 import functools
 import inspect
 import logging
-import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +19,7 @@ from graphcache.runtime.closeness import decibels
 from graphcache.runtime.likeness import equal_to
 from graphcache.runtime.parts import twin
 from graphcache.runtime.pipeline_call import called
+from graphcache.tracing.rehearsal import random_states_kept
 
 log = logging.getLogger("graphcache")
 
@@ -133,7 +132,8 @@ class _Check:
 
     def _generated(self, pipe: Any, arguments: Mapping[str, Any], disabled: bool) -> tuple[Tensor, set[int]]:
         """A generation's result, and of how many steps it was under the plan."""
-        with _kept_random_numbers(), torch.no_grad(), ExitStack() as stack:
+        devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        with random_states_kept(devices), torch.no_grad(), ExitStack() as stack:
             for model in self.models:
                 stack.enter_context(model.session())
                 if disabled:
@@ -167,15 +167,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return type(value)(map(_copied, value))
     return value
-
-
-@contextmanager
-def _kept_random_numbers() -> Iterator[None]:
-    """Global random numbers go on afterwards as if none had been drawn."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

@@ -89,7 +89,7 @@ def capture(
     tensors = tuple([originals.plain(tensor) for tensor in tensors])
     devices = {tensor.device for tensor in (*tensors, *model.parameters())}
 
-    homes = homes or Homes(model)
+    homes = Homes(model) if homes is None else homes
     stand_ins = StandIns(model, CalledAsTheyAre(model, before))
 
     def called(answers: Answers | None) -> None:
@@ -117,9 +117,7 @@ def capture(
             model,
             originals,
             lambda: rehearse(lambda: called(answers), devices),
-            lambda: _traced(
-                model, call, tensors, originals, stand_ins, answers, symbols, homes or Homes(model)
-            ),
+            lambda: _traced(model, call, tensors, originals, stand_ins, answers, symbols, homes),
         )
 
     with (
