@@ -38,7 +38,7 @@ SEAMS = {
 LIBRARIES = "torch|diffusers|accelerate|peft|transformers"
 ANYWHERE = {*torch_private.MODULE_TABLES, *torch_private.FORWARD_HOOKS}
 PYTHON = {"_fields", "_replace", "_getframe", "_get_running_loop", "_thread", "_pytest"}
-"""Private by name, but documented, of Python's own library, or of pytest, which has tests' functions in them."""
+"""Private by name, but documented, of Python's own library, or of pytest, which has tests' functions."""
 OWN = {"_graphcache", "_graphcache_kind"}
 """The slots in which a transformed model has its engine, and a checked pipeline its own class."""
 
