@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import FasterCacheConfig
 from torch import nn
-from torch._dynamo.utils import counters
 
 from examples.benchmark_models import Made, guided_cogvideox, guided_latte
 from examples.records import TIMES, Cell, Column, add_json_option, report, time_rows
@@ -120,12 +119,10 @@ def compare(
             fresh.load_state_dict(model.state_dict())
             others[label] = Hooked(fresh, plan, FORMATS[name], timesteps, compiled)
         others["plain, eager"] = model
-    counters.clear()
     measured = benchmark(model, inputs, {"graphcache": plan}, rounds=rounds, beside=others)
     for timing in measured:
         if timing.phases:
             print(f"{timing.name}: {'; '.join(map(str, timing.phases))}")
-    print(f"graph breaks in this process: {sum(counters['graph_break'].values())}")
     held = (
         replace(timing, peak_bytes=getattr(others.get(timing.name), "peak", timing.peak_bytes))
         for timing in measured

@@ -290,9 +290,9 @@ class Bench:
             if not name.startswith(tuple(self.arguments.methods)):
                 continue
             try:
-                model: Any = graphcache.transform(self.example.model, plan)
                 first = self.sampling.first_call(self.items(TEST, 1)[0], self.example.steps)
-                model._graphcache.prepare(first)
+                model: Any = graphcache.transform(self.example.model, plan)
+                model.warmup(first, progress=False)
                 usable[name] = plan
             except PlanError as error:
                 console.print(f"{name}: {error}")

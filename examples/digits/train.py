@@ -125,9 +125,8 @@ class TrainingState:
     def _update_average(self) -> None:
         decay = min(self.plan.ema_decay, (1 + self.step) / (10 + self.step))
         current = self.model.state_dict()
-        torch._foreach_lerp_(
-            [self.average[name] for name in current], [current[name] for name in current], 1 - decay
-        )
+        for name, value in current.items():
+            self.average[name].lerp_(value, 1 - decay)
 
 
 def train(
