@@ -178,18 +178,9 @@ def _pipeline_folder(name: str) -> Path:
     return Path(name)
 
 
-def load_model_for(
-    name: str, inputs: str | None, calls: Sequence[Mapping[str, Any]], placement: Placement
-) -> tuple[nn.Module, list[Mapping[str, Any]]]:
-    """A model, and arguments of one of its calls for each of a pipeline's, or of the one that it comes with.
-
-    Raises:
-        GraphCacheError: see `load_model` and `load_calls`.
-    """
-    if len(calls) > 1:
-        return load_calls(name, calls, placement)
-    model, only = load_model(name, inputs, calls[0] if calls else None, placement)
-    return model, [only]
+def load_pipeline(name: str | Path, placement: Placement = CPU) -> Any:
+    """The pipeline of a folder."""
+    return placement.loaded(_diffusers().DiffusionPipeline, Path(name))
 
 
 def _from_pipeline(
@@ -200,7 +191,7 @@ def _from_pipeline(
     most: int | None = None,
 ) -> list[Called]:
     """Its denoisers, at most so many, in the order in which they are called, each with a call for each."""
-    pipe = placement.loaded(_diffusers().DiffusionPipeline, folder)
+    pipe = load_pipeline(folder, placement)
     models = [part.module for part in denoisers(pipe).values()]
     seen = [_recorded(pipe, models, {"num_inference_steps": steps, **call}, most) for call in calls]
     if any(item.keys() != seen[0].keys() for item in seen):
@@ -254,7 +245,7 @@ def load_sampled(
     """
     folder = Path(name)
     if folder.is_dir():
-        pipe = placement.loaded(_diffusers().DiffusionPipeline, folder)
+        pipe = load_pipeline(folder, placement)
         return Sampled(pipe, None, [{**(call or {}), "seed": seed} for seed in range(count)])
     placement.refuse_for(name)
     made = load_object(name)()

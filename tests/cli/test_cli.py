@@ -14,6 +14,7 @@ from diffusers.utils.logging import is_progress_bar_enabled
 from typer.testing import CliRunner, Result
 
 import graphcache
+from folders import FOLDERS
 from graphcache import importers, presets
 from graphcache.cli.main import app, main
 from graphcache.cli.sources import Placement, load_model, load_sampled
@@ -286,6 +287,20 @@ def test_package_takes_a_pipelines_sizes(tmp_path: Path) -> None:
     assert "for 2 sizes of calls" in result.output
     assert abs(found - expected).max() < 1e-4
     assert len(pipe.transformer.summary().branches[0].steps) == 4
+
+
+def test_package_takes_one_of_a_pipelines_denoisers_by_its_name(tmp_path: Path) -> None:
+    two = FOLDERS["wan_2_2"]
+    call = json.dumps({"prompt": "fox", **two.arguments})
+    options = ("package", two.saved(tmp_path / "pipe"), "--plan", "fora:2", "--call", call)
+    options += ("--output", str(tmp_path / "made"))
+    result = run(*options)
+    assert "part= must name one of transformer, transformer_2" in str(result.exception)
+    assert not (tmp_path / "made").exists()
+    with unbuilt():
+        result = run(*options, "--part", "transformer_2")
+        assert result.exception is None, result.exception
+        graphcache.load(tmp_path / "made", trust=True)
 
 
 @pytest.mark.parametrize(
