@@ -45,12 +45,13 @@ def rows(example: Example, size: int, seeds: int) -> list[list[Cell]]:
                 graphcache.search(profile, steps=steps, speedup=speedup, check=check).plan
                 for profile in (own, whole)
             ]
-            quality = [mean_and_spread(_quality(sampling, plan, judges)) for plan in plans]
-            found.append([steps, speedup, *quality])
+            reached = [mean_and_spread(quality(sampling, plan, judges)) for plan in plans]
+            found.append([steps, speedup, *reached])
     return found
 
 
-def _quality(sampling: Sampling, plan: graphcache.Plan, items: list[Item]) -> list[float]:
+def quality(sampling: Sampling, plan: graphcache.Plan, items: list[Item]) -> list[float]:
+    """Of each generation, PSNR to the uncached one in dB."""
     model = sampling.planned(plan)
     found = []
     for item in items:

@@ -54,13 +54,22 @@ class Example:
     plans: Path
     judge: Callable[[Sequence[Item], Tensor], dict[str, float]] | None = None
 
-    def sampler(self, solver: str | None = None) -> Callable[[nn.Module, Item, int], Tensor]:
-        """Runs a model with one of the solvers, by default its own."""
+    @property
+    def guidance(self) -> float:
+        """The scale of classifier-free guidance."""
+        scale: float = inspect.signature(self.sample).parameters["guidance"].default
+        return scale
+
+    def sampler(
+        self, solver: str | None = None, guidance: float | None = None
+    ) -> Callable[[nn.Module, Item, int], Tensor]:
+        """Runs a model with one of the solvers, by default its own, and at a scale of guidance."""
         name = solver or next(iter(self.solvers))
         make = self.solvers[name]
 
         def run(model: nn.Module, item: Item, steps: int) -> Tensor:
-            result: Tensor = inspect.unwrap(self.sample)(model, make(), item[0], steps=steps, seed=item[1])
+            settings = {"steps": steps, "seed": item[1], "guidance": guidance or self.guidance}
+            result: Tensor = inspect.unwrap(self.sample)(model, make(), item[0], **settings)
             return result
 
         run.__qualname__ = name  # a profile's provenance is to name the solver
