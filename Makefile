@@ -23,12 +23,10 @@ demo: .venv/.with-examples
 test: .venv/.with-test
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist load
 
-# Every class and every pipeline of diffusers; `make test` takes a few of each, which SEED chooses.
+# Every class and every pipeline of diffusers, and all cases of other tests of which `make test` takes a few;
+# SEED chooses them.
 test-models: .venv/.with-test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist load --every-model \
-	  tests/diffusers/test_every_class.py tests/diffusers/test_every_pipeline.py tests/cost/test_price.py \
-	  tests/compiler/test_any_size.py tests/compiler/test_symbolic_captures.py tests/compiler/test_sizes_any.py \
-	  tests/diffusers/test_offloaded_weights.py tests/cli/test_auto.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist load --every-model -m "few and not foreign_fault"
 
 # Faults of other libraries' present versions, which docs/coming-from.md speaks of: one that fails was mended.
 test-foreign: .venv/.with-test

@@ -1,6 +1,9 @@
 import gc
+import random
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -28,7 +31,7 @@ settings.load_profile("reproducible")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden texts anew, to be read")
-    parser.addoption("--every-model", action="store_true", help="test all classes and pipelines of diffusers")
+    parser.addoption("--every-model", action="store_true", help="all cases of tests that are marked few")
     parser.addoption("--own-captures", action="store_true", help="capture alike models each for itself")
     parser.addoption(
         "--seed", type=int, default=Run.seed, help="of all random numbers; else the variable SEED, else 0"
@@ -87,15 +90,38 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
     """The longest tests begin first, so that no process is left alone with one in the end."""
+    if not config.getoption("--every-model"):
+        left_out = {*_left_out(items)}
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: item.path.parent.name != "whole")
+
+
+def _left_out(items: list[pytest.Function]) -> Iterator[pytest.Function]:
+    """Of the cases of a test marked `few(n)` all but n, which the seed chooses: the same of the same ones."""
+    tests = defaultdict[Any, list[pytest.Function]](list)
+    for item in items:
+        if item.get_closest_marker("few"):
+            tests[item.path, item.cls, item.originalname].append(item)
+    for (path, *_), cases in tests.items():
+        (most,) = cases[0].get_closest_marker("few").args  # type: ignore[union-attr]
+        cases.sort(key=lambda item: item.callspec.id)
+        chosen = random.Random(f"{Run.seed} {path.stem}").sample(cases, min(most, len(cases)))
+        yield from (item for item in cases if item not in chosen)
 
 
 def pytest_collection_finish() -> None:
     """Tracing makes garbage by the million; looking through PyTorch for it took a twentieth of the time."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.fixture
+def own_garbage() -> None:
+    """What is collected, or looked for among all objects, is the test's own and not what others left."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

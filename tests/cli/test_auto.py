@@ -47,20 +47,15 @@ def run(folder: Path, *arguments: str, rivals: str = "--no-rivals") -> Result:
     return CliRunner().invoke(app, ["auto", *options, "--threads", "1", *arguments], env={"COLUMNS": "200"})
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "name" in metafunc.fixturenames:
-        names = list(FOLDERS) if metafunc.config.getoption("--every-model") else ["pixart"]
-        metafunc.parametrize("name", names)
-
-
+@pytest.mark.few(1)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_and_prompts_give_a_plan_and_a_report(name: str, tmp_path: Path) -> None:
     prompts = ["a fox", "a red fox", "the fox"]
     (tmp_path / "prompts.txt").write_text("\n\n".join(prompts))
     given, out = FOLDERS[name], tmp_path / "out"
     place = given.saved(tmp_path / "pipe")
     options = ("--call", json.dumps(given.arguments), "--prompts", str(tmp_path / "prompts.txt"))
-    beside = "--rivals" if name == "pixart" else "--no-rivals"
-    result = run(out, place, *options, "--speedup", "1.2", "--steps", "4", *given.options, rivals=beside)
+    result = run(out, place, *options, "--speedup", "1.2", "--steps", "4", *given.options, rivals="--rivals")
     assert result.exception is None, result.exception
     assert {path.name for path in out.iterdir() if not path.name.startswith("family-")} == FILES
     profile = graphcache.load_profile(out / "profile.json")
@@ -78,8 +73,7 @@ def test_a_folder_and_prompts_give_a_plan_and_a_report(name: str, tmp_path: Path
     assert "One generation takes" in result.output
     for part in ("profile", "search", "tune", "compare"):
         assert re.search(rf"{part} +\d+ +[\d.]+ +[\d.]+ \w+ +[\d.]+ \w+", result.output), result.output
-    if name == "pixart":
-        rivals_are_told(rows, result.output)
+    rivals_are_told(rows, result.output)
     assert f'plan = graphcache.Plan.load("{out / "tuned.txt"}")' in result.output
     with quiet_loading():
         pipe = diffusers.DiffusionPipeline.from_pretrained(place, local_files_only=True)
@@ -95,7 +89,6 @@ def rivals_are_told(rows: Mapping[str, Contender], output: str) -> None:
         ran = rows[name].failure is None
         assert ran == (rows[name].psnr is not None) == (rows[name].speedup > 0)
         assert (f"{name} does not run here: " in output) != ran
-    assert "PixArtTransformer2DModel has no enable_cache" in str(rows["FirstBlockCache"].failure)
 
 
 def generated(pipe: Any, given: Folder, prompt: str) -> torch.Tensor:

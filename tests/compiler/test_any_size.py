@@ -1,6 +1,5 @@
 """One size is compiled as a fixed one; from the second on code serves all others, or is refused for one."""
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +20,6 @@ from graphcache.compiler.symbolic_captures import SymbolicCaptures
 from graphcache.ir.sizes import skeleton
 from graphcache.libraries import torch_compilers_private
 from reference import assert_same
-from seeding import Run
 from sized import Sizes, subject
 from strategies import QUICK
 from tiny import TinyDiT, arguments, tiny
@@ -212,15 +210,8 @@ EVEN = ("height", "width")
 HOW = {"pixart": "toca", "sd3": "range", "flux": "packed", "wan": "fraction", "mochi": "taylorseer"}
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One model in each run, which SEED chooses; all with --every-model."""
-    if "sized" in metafunc.fixturenames:
-        every = metafunc.config.getoption("--every-model")
-        metafunc.parametrize(
-            "sized", sorted(HOW) if every else random.Random(Run.seed).sample(sorted(HOW), 1)
-        )
-
-
+@pytest.mark.few(1)
+@pytest.mark.parametrize("sized", HOW)
 def test_every_size_is_right(sized: str) -> None:
     """Code for any size, traced and run as it is, has the bits of the plan's own graphs at each size."""
     on, plan = subject(sized), PLANS[HOW[sized]]

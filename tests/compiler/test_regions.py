@@ -63,6 +63,7 @@ PLANS = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "how"),
     [("dit", "fora"), ("flux", "toca"), ("wan", "taylorseer"), ("pixart", "a range"), ("sd3", "fora")],
@@ -80,6 +81,7 @@ def test_regions_change_no_bit(name: str, how: str) -> None:
     assert_same(*results)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_depth_compiles_nothing(backend: str) -> None:
     made, kept = list[int](), list[Any]()
@@ -137,6 +139,7 @@ def test_gradients_are_those_of_the_model(of: str) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_autocast_is_that_of_whole_phases(backend: str) -> None:
     model, results = tiny(5), []

@@ -96,6 +96,7 @@ OTHERS: dict[str, tuple[Callable[[nn.Module], nn.Module], int]] = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("change", "phases"), OTHERS.values(), ids=OTHERS)
 def test_other_kinds_of_weights_are_compiled_for(
     change: Callable[[nn.Module], nn.Module], phases: int
@@ -158,6 +159,7 @@ def test_a_copy_and_a_second_session_compile_nothing() -> None:
     assert counters["stats"]["unique_graphs"] == before
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_code_holds_no_weights(captured_anew: None) -> None:
     given = model(0)
     cached, _ = right(given, "inductor")

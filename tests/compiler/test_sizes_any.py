@@ -1,6 +1,5 @@
 """`sizes="any"`: one trace and one compilation of each phase, for the first size as for all others."""
 
-import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,6 @@ from graphcache import Plan, presets
 from graphcache.tracing.symbolic import Symbolic
 from inside import programs_of
 from reference import assert_same
-from seeding import Run
 from sized import subject
 from tiny import TinyDiT, arguments, tiny
 
@@ -33,6 +31,7 @@ def inference(captured_anew: None) -> Iterator[None]:
         yield
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("regions", [False, True])
 def test_the_first_size_is_served_as_all_others_are(regions: bool) -> None:
     model = tiny(6)
@@ -149,14 +148,8 @@ def test_examples_elsewhere_are_told_apart() -> None:
 DRAWN = {"pixart": "toca", "flux": "packed", "wan": "fraction", "sd3": "range"}
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One model in each run, which SEED chooses; all with --every-model."""
-    if "drawn" in metafunc.fixturenames:
-        every = metafunc.config.getoption("--every-model")
-        names = sorted(DRAWN)
-        metafunc.parametrize("drawn", names if every else random.Random(Run.seed).sample(names, 1))
-
-
+@pytest.mark.few(1)
+@pytest.mark.parametrize("drawn", DRAWN)
 def test_published_models_are_right_at_every_size(drawn: str) -> None:
     on, plan = subject(drawn), PLANS[DRAWN[drawn]]
     plain = graphcache.transform(on.model, plan, timestep=on.timestep)

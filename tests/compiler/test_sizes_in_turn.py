@@ -31,6 +31,7 @@ def said(caplog: pytest.LogCaptureFixture) -> int:
     return sum("return after their captures were dropped" in record.getMessage() for record in caplog.records)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("sizes", [3, 4])
 def test_what_returns_is_compiled_once_and_captured_while_there_is_room(
     sizes: int, caplog: pytest.LogCaptureFixture

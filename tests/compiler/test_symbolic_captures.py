@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import random
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,6 @@ from graphcache import presets
 from graphcache.ir.structure import structure
 from inside import programs_of
 from reference import assert_same
-from seeding import Run
 from sized import Sizes, subject
 from tiny import TinyDiT, arguments, tiny
 
@@ -57,14 +55,8 @@ UNFIT = ("mochi", "cogvideox")
 """One computes the shape of a table from values, the other makes a size of one."""
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One model in each run, which SEED chooses; all with --every-model."""
-    for names, among in (("sized", sorted(SIZES)), ("unfit", UNFIT)):
-        if names in metafunc.fixturenames:
-            every = metafunc.config.getoption("--every-model")
-            metafunc.parametrize(names, among if every else random.Random(Run.seed).sample(among, 1))
-
-
+@pytest.mark.few(1)
+@pytest.mark.parametrize("sized", SIZES)
 def test_a_trace_with_symbols_gives_what_tracing_gives(sized: str) -> None:
     on = subject(sized)
     options: Any = {"timestep": on.timestep}
@@ -83,6 +75,8 @@ def test_a_trace_with_symbols_gives_what_tracing_gives(sized: str) -> None:
     assert [branch.name for branch in ours] == [branch.name for branch in theirs]
 
 
+@pytest.mark.few(1)
+@pytest.mark.parametrize("unfit", UNFIT)
 def test_what_is_not_right_with_symbols_is_traced_at_each_size(unfit: str) -> None:
     on = subject(unfit)
     cached: Any = graphcache.transform(on.model, PLAN, timestep=on.timestep)

@@ -1,6 +1,5 @@
 """What plans cost at other sizes: against runs there, counted by PyTorch, and the tensors that those hold."""
 
-import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ import graphcache
 from graphcache import CaptureError, Plan, PlanError, presets
 from graphcache.cost.pricing import Price, cheapest
 from reference import assert_same
-from seeding import Run
 from sized import SIZES, Call, Sizes, Subject, subject
 from tiny import TinyDiT, tiny
 
@@ -86,15 +84,8 @@ def check(on: Subject, found: Price, plan: Plan, sizes: Sizes) -> None:
     assert found.peak_bytes == model.summary().branches[0].peak_bytes >= found.held_bytes
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Two models in each run, which SEED chooses; all with --every-model."""
-    if "priced" in metafunc.fixturenames:
-        names = sorted(SIZES)
-        if not metafunc.config.getoption("--every-model"):
-            names = random.Random(Run.seed).sample(names, 2)
-        metafunc.parametrize("priced", names)
-
-
+@pytest.mark.few(1)
+@pytest.mark.parametrize("priced", SIZES)
 def test_prices_are_what_runs_there_compute_and_hold(priced: str) -> None:
     plans = PLANS if priced in ("pixart", "flux") else {"taylorseer": PLANS["taylorseer"]}
     found = subject(priced).priced(plans, *SIZES[priced])
@@ -110,6 +101,7 @@ GUIDED = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("plan", "sizes"), [*zip(GUIDED, ({"height": 4, "width": 12}, {"batch": 3, "text": 5}), strict=True)]
 )
@@ -128,6 +120,7 @@ def test_two_calls_a_step_have_a_price_together(plan: str, sizes: Sizes) -> None
     assert [item.share for item in (found, both)] == [item.flops / plain.flops for item in (found, both)]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("half", "sizes"), [("first", {"batch": 4, "text": 5}), ("last", {"height": 4, "width": 12})]
 )

@@ -4,7 +4,6 @@ A run tests some of them, which the seed chooses; `make test-models` tests all.
 """
 
 import functools
-import random
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -19,23 +18,21 @@ import graphcache
 from graphcache import CaptureError, presets
 from inside import engine_of
 from reference import assert_same
-from seeding import Run
 from zoo.classes import KINDS
 from zoo.expected import EXPECTED, REFUSED
 from zoo.kind import installed
 
 STEPS, ACTIONS = 4, "#.#."
-EACH_RUN = {"known": 3, "refused": 1}
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for argument, table in (("known", EXPECTED), ("refused", REFUSED)):
-        if argument in metafunc.fixturenames:
-            names = sorted(table)
-            if not metafunc.config.getoption("--every-model"):
-                names = sorted(random.Random(Run.seed).sample(names, min(EACH_RUN[argument], len(names))))
-            # the scope puts the tests of one class next to each other, where they share a capture
-            metafunc.parametrize(argument, names, scope="module")
+def known(test: Any) -> Any:
+    """A test of three classes in each run; those of one class stand together, where they share a capture."""
+    return pytest.mark.few(3)(pytest.mark.parametrize("known", sorted(EXPECTED), scope="module")(test))
+
+
+def refused(test: Any) -> Any:
+    """A test of one refused class in each run."""
+    return pytest.mark.few(1)(pytest.mark.parametrize("refused", sorted(REFUSED), scope="module")(test))
 
 
 @pytest.fixture(autouse=True)
@@ -113,16 +110,19 @@ def test_every_class_has_a_configuration() -> None:
     assert not EXPECTED.keys() & REFUSED.keys()
 
 
+@known
 def test_a_plan_that_only_computes_changes_no_bit(known: str) -> None:
     assert_same(results(under(known, presets.compute(STEPS)), known), results(model(known), known))
 
 
+@known
 def test_branches_are_those_of_the_source(known: str) -> None:
     step = engine_of(under(known, presets.compute(1))).prepare(KINDS[known].generation(1)[0]).step
     found = Counter(branch.role + ".context" * branch.context for branch in step.branches)
     assert found == EXPECTED[known].roles
 
 
+@known
 def test_fora_holds_what_hooks_on_the_untouched_model_hold(known: str) -> None:
     result = results(under(known, presets.fora(STEPS, interval=2)), known)
     assert_same(result, results(Held(known), known))
@@ -131,6 +131,7 @@ def test_fora_holds_what_hooks_on_the_untouched_model_hold(known: str) -> None:
         assert same == (action == "#")
 
 
+@refused
 def test_what_cannot_be_captured_is_refused_with_its_reason(refused: str) -> None:
     torch._dynamo.reset()  # what attention compiled for one class can break that of the next
     results(model(refused), refused)

@@ -4,7 +4,6 @@ A run takes one, which the seed chooses, beside those of test_pipeline_zoo.py, w
 """
 
 import functools
-import random
 from typing import Any
 
 import pytest
@@ -15,27 +14,18 @@ from every_pipeline import MORE, REFUSED_PIPELINES
 from graphcache import CaptureError, presets
 from reference import assert_same
 from reference_pipeline import reference, transformed, untouched
-from seeding import Run
 from tiny_pipelines import TinyPipeline
 
 STEPS = 4
-EACH_RUN = 1
 fora = functools.partial(presets.fora, interval=2)
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    for argument, table in (("known", MORE), ("refused", REFUSED_PIPELINES)):
-        if argument in metafunc.fixturenames:
-            names = sorted(table)
-            if not metafunc.config.getoption("--every-model"):
-                names = random.Random(Run.seed).sample(names, min(EACH_RUN, len(names)))
-            metafunc.parametrize(argument, names, scope="module")
 
 
 def run(tiny: TinyPipeline, pipe: Any) -> Any:
     return tiny.generate(pipe, STEPS)
 
 
+@pytest.mark.few(1)
+@pytest.mark.parametrize("known", sorted(MORE), scope="module")
 def test_plans_give_the_bits_of_the_pipeline_and_of_the_reference(known: str) -> None:
     tiny = MORE[known]
     plain = run(tiny, untouched(tiny))
@@ -48,6 +38,8 @@ def test_plans_give_the_bits_of_the_pipeline_and_of_the_reference(known: str) ->
     assert_same(run(tiny, pipe), plain)
 
 
+@pytest.mark.few(1)
+@pytest.mark.parametrize("refused", sorted(REFUSED_PIPELINES), scope="module")
 def test_what_cannot_be_captured_is_refused_with_its_reason(refused: str) -> None:
     tiny, refusal = REFUSED_PIPELINES[refused]
     torch._dynamo.reset()  # what attention compiled for one model can break that of the next

@@ -35,7 +35,10 @@ from zoo import CASES
 MODELS = ["dit", "sd3", "flux", "wan", "qwen_image"]
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
-every_model = pytest.mark.parametrize("name", MODELS)
+
+def every_model(test: Any) -> Any:
+    """A test of two models in each run."""
+    return pytest.mark.few(2)(pytest.mark.parametrize("name", MODELS)(test))
 
 
 @pytest.fixture(autouse=True)

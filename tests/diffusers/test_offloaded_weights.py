@@ -7,7 +7,6 @@ memory. Streams are stood in for, so that their order is tested and not that the
 """
 
 import functools
-import random
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from graphcache import CaptureError, GraphCacheError, Plan, StateError, presets
 from inside import programs_of
 from pipelines import PIPELINES
 from reference import assert_same
-from seeding import Run, own_numbers
+from seeding import own_numbers
 from tiny_pipelines import variant_of
 from zoo import CASES
 
@@ -43,13 +42,6 @@ KINDS: dict[str, Callable[[Path], Callable[[nn.Module], None]]] = {
     "blocks by stream": lambda _: in_groups("block_level", stream=True),
     "leafs by stream": lambda _: in_groups("leaf_level", stream=True),
 }
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Two kinds in each run, which SEED chooses; all with --every-model."""
-    if "away" in metafunc.fixturenames:
-        every = metafunc.config.getoption("--every-model")
-        metafunc.parametrize("away", list(KINDS) if every else random.Random(Run.seed).sample(list(KINDS), 2))
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +120,8 @@ def kept_of(model: nn.Module, kind: str) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.few(2)
+@pytest.mark.parametrize("away", KINDS)
 def test_only_what_a_step_reads_is_moved(away: str, tmp_path: Path) -> None:
     """Offloading enabled before `transform`."""
     pipe = WAN.make()
@@ -157,6 +151,8 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.few(1)
+@pytest.mark.parametrize("away", KINDS)
 def test_offloading_enabled_afterwards_and_an_accident(away: str, tmp_path: Path) -> None:
     pipe = graphcache.transform(WAN.make(), FORA)
     expected, _ = cached()
@@ -182,6 +178,7 @@ def test_offloading_enabled_afterwards_and_an_accident(away: str, tmp_path: Path
         assert_same(WAN.generate(pipe, STEPS), plain())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("first", ["offloading", "plan"])
 def test_a_model_offloaded_as_a_whole_by_its_pipeline(first: str) -> None:
     pipe = WAN.make()
@@ -216,6 +213,7 @@ def test_offloading_is_undone_by_the_pipeline() -> None:
     assert not any(tensor.is_meta for tensor in graphcache.restore(pipe).transformer.parameters())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_caching_moves_two_fifths_of_the_bytes(backend: str | None) -> None:
     """In a model that consists of blocks, as large ones do."""
@@ -239,6 +237,7 @@ def test_caching_moves_two_fifths_of_the_bytes(backend: str | None) -> None:
     assert moves.bytes <= 0.4 * uncached.bytes
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_weights_come_block_by_block(backend: str | None) -> None:
     """No more of them are there at a time than those of two blocks, and what is read along the way."""
@@ -274,6 +273,7 @@ class Held(TorchDispatchMode):
         self.now -= size
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["blocks", "leafs", "blocks by stream"])
 def test_adapters_come_and_go(kind: str, tmp_path: Path) -> None:
     def adapted(model: Any, add: bool) -> None:
@@ -354,6 +354,7 @@ def test_gradients_are_refused() -> None:
         model(**call)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "backend", [{"mode": "reduce-overhead"}, {"backend": "inductor", "options": {"freezing": True}}]
 )

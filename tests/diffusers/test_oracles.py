@@ -70,6 +70,7 @@ PAB = Plan.parse("""
 """)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["pixart", "latte", "cogvideox", "mochi", "wan", "flux"])
 def test_pyramid_attention_broadcast_agrees(name: str) -> None:
     """The hook stores what an attention module returns, both streams of it: the sites of `@self`, `@cross`

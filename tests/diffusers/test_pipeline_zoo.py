@@ -16,7 +16,11 @@ compute = graphcache.presets.compute
 fora = functools.partial(graphcache.presets.fora, interval=3)
 
 # the scope puts the tests of one pipeline next to each other, where they share captures
-pipelines = pytest.mark.parametrize("name", PIPELINES, scope="module")
+
+
+def pipelines(test: Any) -> Any:
+    """A test of some pipelines in each run."""
+    return pytest.mark.few(8)(pytest.mark.parametrize("name", PIPELINES, scope="module")(test))
 
 
 @functools.cache

@@ -5,7 +5,6 @@ work it has.
 """
 
 import functools
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ from graphcache.compiler.program import Program
 from graphcache.ir.graph import value_of
 from inside import only_program
 from reference import Reference, assert_same, capture_call, runner_tensors
-from seeding import Run, own_numbers
+from seeding import own_numbers
 from zoo.case import noise, randomise
 
 FORA = presets.fora(4, interval=2)
@@ -103,20 +102,8 @@ ROUNDING = "torchao int8 with activations"
 
 
 def among(*names: str) -> Callable[[Any], Any]:
-    """A test of one way in each run, which SEED chooses; of all with --every-model."""
-
-    def marked(test: Any) -> Any:
-        test.ways = sorted(names)
-        return test
-
-    return marked
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    ways = getattr(metafunc.function, "ways", None)
-    if ways is not None:
-        every = metafunc.config.getoption("--every-model")
-        metafunc.parametrize("name", ways if every else random.Random(Run.seed).sample(ways, 1))
+    """A test of one way in each run."""
+    return lambda test: pytest.mark.few(1)(pytest.mark.parametrize("name", names)(test))
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 import torch
 
 import graphcache
+from inside import only_program
 from reference import assert_same
 from sharing import Sharing
 from tiny import TinyDiT, arguments, tiny
@@ -45,3 +46,25 @@ def test_what_tracing_would_see_is_told_apart(sharing: Sharing) -> None:
     known = len(sharing.captures)
     assert_same(*results(other))
     assert len(sharing.captures) == known + 1
+
+
+class Idle(TinyDiT):
+    """With a weight that no result needs, as last blocks of two streams have."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        self.idle = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        self.idle(text)
+        return super().forward(x, timestep, text)
+
+
+def test_unread_weights_are_shared_too(sharing: Sharing) -> None:
+    """They are part of what a plan knows a model by."""
+    fingerprints = []
+    for model in (tiny(1, Idle), tiny(1, Idle)):
+        cached = graphcache.transform(model, graphcache.presets.compute(1))
+        cached(**arguments())
+        fingerprints.append(only_program(cached).fingerprint)
+    assert fingerprints[0] == fingerprints[1]

@@ -217,6 +217,7 @@ def test_a_cancelled_run_leaves_nothing(patcher: Patcher, conds: Conds) -> None:
     assert torch.equal(sampled(cached, conds), sampled(direct(patcher), conds))
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_a_run_frees_its_caches(patcher: Patcher, conds: Conds) -> None:
     seen: list[weakref.ref[Tensor]] = []
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx.graph_module import _assign_attr
 
 from graphcache.compiler.captured import Captured
 from graphcache.compiler.modes import ambient
@@ -178,7 +179,11 @@ def _with_weights_of(model: nn.Module, known: Captured) -> Captured:
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     weights: dict[str, Any] = {f"model.{name}": tensor for name, tensor in named}
     graph, root = known.step.graph, known.step.root
-    targets = {str(node.target) for node in graph.find_nodes(op="get_attr")}
-    held = {name: weights.get(name, attrgetter(name)(root)) for name in targets}
+    unread = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
+    names = {str(node.target) for node in graph.find_nodes(op="get_attr")} | {name for name, _ in unread}
+    held = {name: weights.get(name, attrgetter(name)(root)) for name in names}
     with _use_lazy_graph_module(True):
-        return replace(known, step=replace(known.step, root=fx.GraphModule(held, graph)))
+        made = fx.GraphModule(held, graph)
+    for name, _ in unread:
+        _assign_attr(held[name], made, name)
+    return replace(known, step=replace(known.step, root=made))

@@ -300,6 +300,7 @@ COMPILED = """
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["chunked_dit", "pixart", "mochi"])
 def test_each_phase_is_one_compiled_graph_and_never_compiled_again(name: str) -> None:
     torch._dynamo.reset()

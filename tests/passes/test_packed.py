@@ -27,6 +27,7 @@ def _inference() -> Iterator[None]:
         yield
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["pixart", "latte", "cogvideox", "wan"])
 def test_the_reference_packs_alike(name: str, dtype: torch.dtype) -> None:

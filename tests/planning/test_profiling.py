@@ -356,6 +356,7 @@ def test_a_sampler_may_update_inputs_and_results_in_place(mode: str | None, leve
     assert_same_profile(within, apart)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_what_fits_into_memory_is_not_computed_again(mode: str | None) -> None:
     profiled(mode, samples=(5,))  # captures
@@ -655,6 +656,7 @@ def test_a_pipelines_sample_is_a_mapping() -> None:
         graphcache.profile(Pipeline(), ["a cat"], steps=3)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("name", "calls"), [("pixart", 1), ("flux", 2)])
 def test_a_pipeline_is_its_own_sampler(name: str, calls: int) -> None:
     case = PIPELINES[name]

@@ -22,6 +22,7 @@ def found() -> Plan:
     return replace(plan, graph=profiled(32).provenance.graph)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("steps", [16, 20])
 def test_another_length_has_a_plan_as_fast_as_the_given_one(steps: int) -> None:
     plan, profile = found(), profiled(32)

@@ -201,6 +201,7 @@ def test_plans_survive_their_text_and_name_their_conditional_half() -> None:
             assert item.plan.conditional == (None if mode == "calls" else mode)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("mode", [None, "first", "calls"])
 def test_candidates_run_as_fast_and_as_small_as_promised(mode: str | None) -> None:
     # budgets are multiples of 16 tokens

@@ -94,6 +94,7 @@ def test_the_steps_at_which_a_model_takes_over_are_those_of_a_real_generation() 
     assert handovers(Sampling.of(linear(1), lambda *_: pytest.fail("it ran")), 0, STEPS) == ()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("calls", [False, True])
 def test_effects_are_those_of_real_runs_on_both_sides(calls: bool) -> None:
     on = measured(calls)

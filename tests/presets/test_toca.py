@@ -115,6 +115,7 @@ def test_step_types_of_pixart() -> None:
 
 
 class TestSizes:
+    @pytest.mark.few(2)
     @pytest.mark.parametrize(
         ("name", "part"), [(name, part) for name, model in PUBLISHED.items() for part in model.parts]
     )
@@ -231,6 +232,7 @@ class TestPlans:
             program = Program(on.captured, None)
             assert len(program.schedule(plan).phases) <= 7
 
+    @pytest.mark.few(2)
     @pytest.mark.parametrize("name", PUBLISHED)
     def test_age_counts_in_the_published_n(self, name: str) -> None:
         """Whatever the length of a cycle, which the models vary."""
@@ -243,14 +245,17 @@ class TestPlans:
         assert evaluate(plan.preset, plan.steps) == plan  # type: ignore[arg-type]
 
     def test_bytes_of_flux_at_1024_pixels(self) -> None:
-        """Foretold from shapes alone; the reference holds 7.5 GB (arXiv 2410.05317's code)."""
-        captured = meta_flux()
+        """Foretold from shapes alone; the reference holds 7.5 GB (arXiv 2410.05317's code).
+
+        Of the model's 19 and 38 blocks two and four are enough, since all hold the same.
+        """
+        captured = meta_flux(num_layers=2, num_single_layers=4)
         for plan in (toca("flux"), toca("flux", by="random")):
             program = Program(captured, None)
             schedule = program.schedule(plan)
             assert program.prologue is not None
             once = sum(storage_bytes(value_of(node)) for node in program.prologue.step.results())
-            assert 3.2e9 < schedule.peak(program.entry_bytes(schedule)) + once < 3.3e9
+            assert 3.2e9 < 9.5 * schedule.peak(program.entry_bytes(schedule)) + once < 3.3e9
 
     def test_composed_with_forecasts_and_guidance(self) -> None:
         """MLPs on a budget, attention forecast, one branch of guidance made of the other."""
@@ -280,11 +285,11 @@ class TestPlans:
                 call()
 
 
-def meta_flux() -> Captured:
+def meta_flux(**blocks: int) -> Captured:
     """FLUX.1's step at 1024 x 1024, without weights."""
     narrow = {"dtype": torch.bfloat16}
     with torch.device("meta"):
-        model = FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16).eval()
+        model = FluxTransformer2DModel(guidance_embeds=True, **blocks).to(torch.bfloat16).eval()
         kwargs = {
             "hidden_states": torch.empty(1, 4096, 64, **narrow),
             "encoder_hidden_states": torch.empty(1, 512, 4096, **narrow),

@@ -54,6 +54,7 @@ def guidance_that_ends(name: str, model: Any, reference: Any, ends: Any) -> tupl
     return results, expected
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["pixart", "flux", "wan", "mochi"])
 @pytest.mark.parametrize("conditional", ["first", "last"])
 def test_the_half_that_the_plan_names_remains(name: str, conditional: str) -> None:
@@ -138,6 +139,7 @@ def test_a_preset_keeps_which_half_remains() -> None:
     assert (again.conditional, again.rows) == ("first", presets.fora(9).rows)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["dit", "pixart", "flux", "latte", "cogvideox"])
 def test_a_sample_does_not_know_its_neighbours(name: str) -> None:
     """The first sample alone, and beside another: the same but for the rounding of larger products."""

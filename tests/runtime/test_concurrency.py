@@ -62,6 +62,7 @@ def cached(request: pytest.FixtureRequest) -> Iterator[Any]:
     torch._dynamo.reset()
 
 
+@pytest.mark.few(1)
 def test_five_hundred_generations_in_eight_threads(cached: Any) -> None:
     seeds = [[100 * thread + i % 10 for i in range(GENERATIONS)] for thread in range(THREADS)]
     serial = {seed: generation(cached, seed) for seed in sorted({seed for row in seeds for seed in row})}

@@ -231,6 +231,7 @@ def test_a_sample_does_not_depend_on_its_neighbour() -> None:
     assert_same(first_rows(3), first_rows(4))
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_entries_that_no_later_step_reads_are_freed_at_once() -> None:
     on, stored = subject("chunked_dit"), []
     model = on.transform(Plan.parse("plan steps=5 preset=none\n@self #.###\n@mlp ###.#"))

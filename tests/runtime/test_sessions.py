@@ -315,6 +315,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_what_a_session_loses_is_said(cached: Any, caplog: pytest.LogCaptureFixture) -> None:
     with cached.session():
         Request(0).whole(cached)

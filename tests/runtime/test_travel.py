@@ -93,6 +93,7 @@ MADE: dict[str, Change] = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("prepared", PREPARED)
 def test_a_pipeline_made_from_another_runs_under_its_plan(prepared: str) -> None:
     torch._dynamo.reset()

@@ -181,6 +181,7 @@ def test_token_budgets_name_the_module() -> None:
         graphcache.transform(holding(depth=1), Plan.parse(budget), example_inputs=arguments())
 
 
+@pytest.mark.usefixtures("own_garbage")
 def test_a_graph_that_outlives_its_capture_says_so() -> None:
     step = capture_call(holding(depth=1), arguments(), "timestep").step
     graph = step.module
