@@ -82,7 +82,7 @@ def auto(
         str | None, typer.Option(help="first or last: the conditional half of a doubled batch")
     ] = None,
     detail: Annotated[str, typer.Option(help="steps, sites or tokens: what is profiled")] = "steps",
-    iterations: Annotated[int, typer.Option(help="of tuning, at most; 0 for none")] = 60,
+    iterations: Annotated[int, typer.Option(help="of tuning, at most; 0 for none")] = 30,
     solver: Annotated[
         list[str] | None, typer.Option(help="also fewer steps by this diffusers scheduler; pipelines only")
     ] = None,

@@ -214,17 +214,23 @@ class Program:
 
     def phase(self, schedule: Schedule, index: int) -> Runnable:
         """The specialised graph of a phase."""
-        phase, ranges, guided = schedule.phases[index], schedule.ranges, schedule.guided
-        moved = self.moved(schedule)
-        key = phase, ranges, guided, schedule.memories, moved
+        key = self._key(schedule, index)
         if key not in self.phases:
             with COMPILING:
                 if key not in self.phases:
-                    self.phases[key] = self._made(phase, schedule, moved)
+                    self.phases[key] = self._made(schedule.phases[index], schedule, self.moved(schedule))
                     if self.elsewhere is not None and id(schedule) in self._elsewhere:
                         other = self._elsewhere[id(schedule)][1]
                         self.elsewhere.program.phase(other, index).announce()
         return self.phases[key]
+
+    def leave_eager(self, schedule: Schedule, index: int) -> None:
+        """Take a phase that was not needed yet out of what is compiled."""
+        self.phases[self._key(schedule, index)] = self.compiled_with(None).phase(schedule, index)
+
+    def _key(self, schedule: Schedule, index: int) -> PhaseKey:
+        phase, moved = schedule.phases[index], self.moved(schedule)
+        return phase, schedule.ranges, schedule.guided, schedule.memories, moved
 
     def _made(self, phase: Phase, schedule: Schedule, moved: frozenset[History]) -> Runnable:
         step = self.half_step if phase.half else self.step

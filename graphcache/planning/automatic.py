@@ -3,8 +3,9 @@
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import fmean, stdev
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from graphcache.compiler.backends import Backend
 from graphcache.cost.pricing import without_weights
@@ -17,6 +18,7 @@ from graphcache.planning.outlook import Outlook, Part
 from graphcache.planning.pipeline_sampler import Models
 from graphcache.planning.profile import Profile
 from graphcache.planning.profiling import Detail, profile
+from graphcache.planning.references import Aim, References
 from graphcache.planning.sampling import Sampler, Sampling
 from graphcache.planning.search import Found, search
 from graphcache.planning.tuning import Tuned, tune, with_corrections
@@ -92,8 +94,8 @@ class Parts:
     steps: int
     speedup: float
     max_bytes: int | None = None
-    iterations: int = 60
-    reference: Literal["uncached", "converged"] = "uncached"
+    iterations: int = 30
+    reference: Aim = "uncached"
     data_range: float = 2.0
     detail: Detail = "steps"
     seed: int = 0
@@ -106,15 +108,27 @@ class Parts:
         if len(self.samples) < 2:
             raise GraphCacheError("auto needs two samples or more: one of them judges the plan")
 
-    @property
+    @cached_property
     def judges(self) -> Sequence[Any]:
         """The last quarter, which nothing is fitted to."""
         return self.samples[-max(1, len(self.samples) // 4) :]
 
-    @property
+    @cached_property
     def trained(self) -> Sequence[Any]:
         """The others."""
         return self.samples[: -len(self.judges)]
+
+    @cached_property
+    def uncached(self) -> References:
+        """The samples' results without a cache, which all parts compare with."""
+        return References(self.sampling, self.steps)
+
+    @cached_property
+    def aims(self) -> References:
+        """The results that tuning aims at."""
+        if self.reference == "uncached":
+            return self.uncached
+        return References(self.sampling, self.steps, self.reference)
 
     def profiled(self, path: str | os.PathLike[str] | None = None) -> Profile:
         """The profile, of at most eight samples."""
@@ -134,7 +148,7 @@ class Parts:
     def searched(self, measured: Profile) -> Found:
         """The best plans by the profile and by runs of two samples."""
         self.progress("search", 0, 0)
-        check = checker(self.sampling, self.trained[:2], self.steps)
+        check = checker(self.sampling, self.trained[:2], self.steps, self.uncached)
         found = search(measured, speedup=self.speedup, max_bytes=self.max_bytes, check=check, run=self.run)
         graph = measured.provenance.graph
         families = tuple(replace(item, plan=replace(item.plan, graph=graph)) for item in found.families)
@@ -175,7 +189,7 @@ class Parts:
             with_corrections(plan, handovers=handovers) if plan.letter("c") is None else plan,
             trained,
             judges,
-            reference=self.reference,
+            reference=self.aims,
             iterations=iterations,
             data_range=self.data_range,
             memory=self.memory,
@@ -189,11 +203,8 @@ class Parts:
 
     def _reached(self, model: Models, samples: Sequence[Any]) -> list[float]:
         """Decibels of every sample under a plan."""
-        results, references = (
-            [self.sampling.generate(each, sample, self.steps) for sample in samples]
-            for each in (model, self.sampling.model)
-        )
-        return decibels(results, references, self.data_range)
+        results = (self.sampling.generate(model, sample, self.steps) for sample in samples)
+        return decibels(results, self.uncached.of(samples), self.data_range)
 
     def outlook(self, rivals: int = 0) -> tuple[Part, ...]:
         """What the parts will take, and the comparison behind them; the model is captured for it.
@@ -224,8 +235,8 @@ def auto(
     speedup: float = 2.0,
     sampler: Sampler | None = None,
     max_bytes: int | None = None,
-    iterations: int = 60,
-    reference: Literal["uncached", "converged"] = "uncached",
+    iterations: int = 30,
+    reference: Aim = "uncached",
     conditional: str | None = None,
     detail: Detail = "steps",
     backend: Backend = "inductor",
@@ -302,14 +313,16 @@ def best(trials: Sequence[Trial]) -> Trial:
     return max(ahead, key=lambda trial: fmean(trial.decibels), default=trials[0])
 
 
-def checker(sampling: Sampling, samples: Sequence[Any], steps: int) -> Callable[[Plan], float]:
+def checker(
+    sampling: Sampling, samples: Sequence[Any], steps: int, references: References | None = None
+) -> Callable[[Plan], float]:
     """Measures a plan's root mean square error on some samples; the uncached ones are made once."""
-    references = [sampling.generate(sampling.model, sample, steps) for sample in samples]
+    targets = (references or References(sampling, steps)).of(samples)
 
     def check(plan: Plan) -> float:
         model = sampling.planned(plan)
         total, count = 0.0, 0
-        for sample, target in zip(samples, references, strict=True):
+        for sample, target in zip(samples, targets, strict=True):
             result = sampling.generate(model, sample, steps)
             total += float((result.double() - target.double()).square().sum())
             count += target.numel()

@@ -102,8 +102,8 @@ class Outlook:
         return Part("profile", runs + self.timed * timed, needs.least, _most(needs, computed))
 
     def _search(self) -> Part:
-        checked, kept = min(2, self.trained), self._kept(self.expected)
-        return Part("search", checked * (1 + 3 / self.speedup), kept, kept)
+        kept = self._kept(self.expected)
+        return Part("search", self._checked * (1 + 3 / self.speedup), kept, kept)
 
     def _tune(self) -> Part:
         calls = self._lowered(self.expected)
@@ -115,7 +115,8 @@ class Outlook:
         back = sum(self._back(phase.step) * phase.flops for phase in phases) / plain
         each = forth * (1 + self._again(needs, computed)) + back
         looks = self.judges * forth * (1 + self.iterations // _LOOKS)
-        runs = 1 + self.trained + self.judges + (self.iterations + self.trials) * each + looks
+        references = 1 + self.trained - self._checked + self.judges
+        runs = references + (self.iterations + self.trials) * each + looks
         return Part("tune", runs if self.iterations else 0.0, needs.least, _most(needs, computed))
 
     def _compare(self) -> Part:
@@ -128,6 +129,11 @@ class Outlook:
         kept = [held + self._kept(plan) for plan in plans]
         runs = 2 + (self.judges + 1) * (1 + self.rivals + (len(plans) + 1) / self.speedup)
         return Part("compare", runs, kept[0], max(kept))
+
+    @property
+    def _checked(self) -> int:
+        """Samples that candidates are run for; tuning takes up their uncached results."""
+        return min(2, self.trained)
 
     @property
     def _result(self) -> int:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,13 @@ from graphcache.ir.promise import Promise
 from graphcache.ir.resolve import resolve
 from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Phase
-from graphcache.planning.convergence import converged
 from graphcache.planning.evaluation import in_stretches
 from graphcache.planning.gradient_memory import MEMORY, GradientMemory, with_own_inputs
 from graphcache.planning.in_stretches import InStretches
 from graphcache.planning.plan_memory import lowered
 from graphcache.planning.profile_memory import Needs, Share
-from graphcache.planning.sampling import Sampler, Sampling, refuse_random, with_frozen_weights
+from graphcache.planning.references import Aim, References, made_for
+from graphcache.planning.sampling import Sampler, Sampling, with_frozen_weights
 from graphcache.planning.subject import refuse_rounding
 from graphcache.planning.tuning_memory import cut, tuning_needs
 from graphcache.runtime.closeness import LEAST_ERROR, decibels, psnr
@@ -74,7 +74,7 @@ def tune(
     held_out: Sequence[Any],
     *,
     sampler: Sampler | None = None,
-    reference: Literal["uncached", "converged"] = "uncached",
+    reference: Aim | References = "uncached",
     iterations: int = 80,
     rate: float | None = None,
     every: int = 10,
@@ -95,7 +95,8 @@ def tune(
         plan: with `fitted` or `tuned` letters; `with_corrections` lets computed steps be tuned as well.
         samples: trained on in turn.
         held_out: judge the plan; the best one for them is returned.
-        reference: "uncached", the same run computed whole; "converged", the limit of many steps.
+        reference: "uncached", the same run computed whole; "converged", the limit of many steps; or such
+            results of this model, of which some may be there.
         iterations: updates, at most.
         rate: Adam's, falling to a tenth along a cosine. By default the first update would gain one decibel
             if error were linear in the coefficients: the better a plan, the smaller its rate.
@@ -115,20 +116,17 @@ def tune(
         if not given:
             raise GraphCacheError(f"{name} is empty: tuning needs at least one sample there")
     sampling = Sampling.of(model_or_pipe, sampler, timestep, latents)
+    references = made_for(reference, sampling, plan.steps)
     weights = Weights(plan)
     engines = [TuningEngine(one, weights, sampling.names, sampling.pipe) for one in sampling.models]
     with torch.enable_grad():
         ((number, call),) = sampling.first_calls(samples[0], plan.steps, 1).items()
         inputs = engines[number].with_gradient(call)
         engines[number].prepare(inputs)
-        uncached, calls = sampling.uncached(samples[0], plan.steps)
-        references = len(samples) + len(held_out)
-        share = engines[number].needs(inputs, calls, uncached, references).share(memory)
-    refuse_random(sampling, samples[0], plan.steps, uncached)
-    chosen = {"uncached": _uncached, "converged": converged}[reference]
-    targets = [] if reference == "converged" else [uncached]
-    targets += [chosen(sampling, sample, plan.steps) for sample in samples[len(targets) :]]
-    held_targets = [chosen(sampling, sample, plan.steps) for sample in held_out]
+        uncached, calls = references.begun(samples[0])
+        count = references.held_with([*samples, *held_out])
+        share = engines[number].needs(inputs, calls, uncached, count).share(memory)
+    targets, held_targets = references.of(samples), references.of(held_out)
     model = sampling.wrapped(engines)
     trained = list(weights.parameters())
 
@@ -178,7 +176,7 @@ def tune(
         progress(curve[-1])
         if stale > patience:
             break
-    if reference == "uncached":
+    if references.aim == "uncached":
         best_plan = best_plan.promising(Promise.of(best, data_range, sampling.compared(held_out)))
     return Tuned(best_plan, tuple(curve), before, fmean(best), tuple(best))
 
@@ -211,10 +209,6 @@ def with_corrections(plan: Plan, symbol: str = "c", handovers: Sequence[int] = (
         rows.append(replace(row, actions=actions, coefficients=listed))
     letters = (*plan.letters, Letter(symbol, "tuned compute"))
     return replace(plan, letters=letters, rows=tuple(rows), preset=None)
-
-
-def _uncached(sampling: Sampling, sample: Any, steps: int) -> Tensor:
-    return sampling.generate(sampling.model, sample, steps)
 
 
 class Weights(nn.Module):

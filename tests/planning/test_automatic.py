@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -100,6 +101,40 @@ def test_the_best_trial_is_tuned_in_full(monkeypatch: pytest.MonkeyPatch) -> Non
     chosen = best(made.trials).plan
     assert [row.actions for row in made.plan.rows] == [row.actions for row in chosen.rows]
     assert made.held_out == pytest.approx(fmean(each(made.plan, 4)), abs=0.02)
+
+
+@pytest.mark.parametrize(("reference", "again"), [("uncached", 0), ("converged", 1)])
+def test_every_uncached_result_is_made_once(
+    reference: Any, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(automatic, "NEAR", math.inf)
+    runs: list[tuple[int, int]] = []
+
+    def sampler(model: Any, sample: int, steps: int) -> torch.Tensor:
+        if model is sampling.model:
+            runs.append((sample, steps))
+        return Sampler(tokens=8)(model, sample, steps)
+
+    sampling = Sampling.of(linear(2), sampler)
+    on = Parts(
+        sampling, (1, 2, 3, 4), 6, 1.5, backend=None, iterations=2, reference=reference, data_range=4.0
+    )
+    profile = on.profiled()
+    runs.clear()
+    found = on.searched(profile)
+    assert runs == [(1, 6), (2, 6)]
+    trials = [on.tried(item.family, item.plan) for item in on.near(found)]
+    assert len(trials) > 1
+    tuned = on.tuned(best(trials).plan)
+    assert tuned is not None
+    on.promised(tuned.plan)
+    whole = Counter(sample for sample, steps in runs if steps == 6)
+    # each converged one begins with a run of as many steps; tuning looks at the first call each time, and
+    # once whether a second run draws other numbers
+    assert whole == {1: 1 + (len(trials) + 1) + 1 + 2 * again, 2: 1 + again, 3: 1, 4: 1 + again}
+    converged = [run for run in runs if run[1] > 6]
+    assert len(converged) == len(set(converged))
+    assert bool(converged) is (reference == "converged")
 
 
 def test_the_command_goes_on_family_by_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

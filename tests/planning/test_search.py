@@ -13,11 +13,15 @@ import torch
 from torch import Tensor, nn
 
 import graphcache
+from counted import compilations
 from examples.digits.model import ddim_scheduler, load_model
 from examples.digits.sample import sample as sample_digits
 from graphcache import GraphCacheError, Plan, Profile, search, transform
+from graphcache.ir.roles import UNNAMED
+from graphcache.planning import calibration
 from graphcache.planning.candidates import Candidate, candidates, pareto, predicted_speedup
 from graphcache.planning.profile import Provenance, Site, families
+from graphcache.planning.sampling import Sampling
 from inside import engine_of
 from linear import Replanned, Sampler, linear
 
@@ -286,3 +290,18 @@ def test_speed_is_predicted_from_flops_or_from_measured_steps() -> None:
     assert predicted_speedup(timed, "branches", 1) == pytest.approx(3 / (1.25 + 2 * 0.5))
     assert predicted_speedup(timed, "range(0..1)", 1) == pytest.approx(3 / (1.25 + 2 * 1.2))
     assert search(timed, speedup=2.0).chosen.family == "output"
+
+
+@pytest.mark.parametrize(("replayed", "compiled"), [(False, 1 + 3), (True, 3 + 3)])
+def test_whole_steps_are_compiled_for_one_family(
+    replayed: bool, compiled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a CUDA graph takes what it reads from where other graphs left it
+    monkeypatch.setattr(calibration, "replays_cuda_graphs", lambda backend: replayed)
+    families = {name: [name] for name in ("range(0..3)", "range(0..1)", "output")}
+    call = Sampling.of(linear(4), Sampler()).first_call(1, 4)
+    with compilations() as made:
+        found = calibration.step_seconds(linear(4), call, families, backend="eager", names=UNNAMED, rounds=1)
+    assert made.fixed == compiled
+    assert found.keys() == {"plain", "compute", *families}
+    assert all(seconds > 0 for seconds in found.values())

@@ -16,6 +16,7 @@ from graphcache import GraphCacheError, Plan, PlanError, restore, tune, with_cor
 from graphcache.ir.roles import Names
 from graphcache.planning.convergence import converged
 from graphcache.planning.gradient_memory import GradientMemory
+from graphcache.planning.references import References
 from graphcache.planning.sampling import Sampling
 from graphcache.planning.tuning import MOST_RATE, TuningEngine, Weights, decibel_rate
 from graphcache.runtime.transform import wrapped
@@ -262,6 +263,13 @@ def test_the_data_range_shifts_decibels_alone() -> None:
 def test_tuning_that_diverges_says_so() -> None:
     with pytest.raises(GraphCacheError, match=r"PSNR is .*; lower rate="):
         tune(linear(), PLAN, [1], [7], sampler=Sampler(), iterations=20, rate=1e30)
+
+
+def test_references_of_another_run_are_refused() -> None:
+    sampling = Sampling.of(linear(), Sampler())
+    for other in (References(sampling, 5), References(Sampling.of(linear(), Sampler()), 6)):
+        with pytest.raises(GraphCacheError, match=r"holds results of \d steps, or of another Sampling"):
+            tune(sampling, PLAN, [1], [2], reference=other)
 
 
 @pytest.mark.parametrize("empty", ["samples", "held_out"])
