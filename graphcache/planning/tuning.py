@@ -181,7 +181,7 @@ def tune(
     return Tuned(best_plan, tuple(curve), before, fmean(best), tuple(best))
 
 
-def decibel_rate(trained: Sequence[nn.Parameter]) -> float:
+def decibel_rate(trained: Sequence[Tensor]) -> float:
     """The rate at which an update gains one decibel if error is linear, by gradients in decibels.
 
     Adam's first update moves every parameter by the rate.
