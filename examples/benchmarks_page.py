@@ -44,6 +44,7 @@ empty where none is fast enough.
 {plans-for-other-numbers-of-steps-digits}
 {few-steps-digits}
 {chosen-families-digits}
+{further-coefficients-digits}
 
 ## Published methods
 
