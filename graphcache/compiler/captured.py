@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,12 +19,18 @@ from graphcache.tracing.conditions import Conditions
 from graphcache.tracing.homes import Homes
 from graphcache.tracing.symbolic import Symbolic
 
+if TYPE_CHECKING:
+    from graphcache.compiler.kept_captures import KeptCaptures
+
 _LARGE = 1 << 16
 
 
 @dataclass(frozen=True)
 class Captured:
-    """A model's step for one signature, before any plan."""
+    """A model's step for one signature, before any plan.
+
+    `kept` is where it and others like it are kept on disk, and `from_disk` whether it was found there.
+    """
 
     step: StepGraph
     call: CallSpec
@@ -31,6 +38,8 @@ class Captured:
     strides: tuple[tuple[int, ...], ...]
     conditions: Conditions | None = None
     homes: Homes | None = None
+    kept: "KeptCaptures | None" = None
+    from_disk: bool = False
 
     @staticmethod
     def of(
@@ -58,7 +67,7 @@ class Captured:
         examples = examples_of(tensors)
         step, output, conditions = capture(model, call, tuple(examples), asks, before, homes=homes)
         step = analysed(step, split, observers)
-        return Captured(step, call, output, _strides(examples), conditions, homes)
+        return Captured(step, call, output, strides_of(examples), conditions, homes)
 
     @staticmethod
     def at(
@@ -73,7 +82,7 @@ class Captured:
         step = symbolic.at(model, call, examples)
         if step is None:
             return None
-        return Captured(analysed(step, split, observers), call, symbolic.output, _strides(examples))
+        return Captured(analysed(step, split, observers), call, symbolic.output, strides_of(examples))
 
     def elsewhere(
         self,
@@ -105,7 +114,15 @@ class Captured:
         """Capture the same call with other inputs."""
         split = any(branch.role == "parallel.mlp" for branch in self.step.branches)
         asks = self.conditions is not None
-        return Captured.of(model, self.call, tensors, observers, split, asks, self.step.opaque, self.homes)
+
+        def traced() -> Captured:
+            return Captured.of(
+                model, self.call, tensors, observers, split, asks, self.step.opaque, self.homes
+            )
+
+        if self.kept is None:
+            return traced()
+        return self.kept.captured(model, self.call, tensors, split, traced)
 
 
 def examples_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -113,7 +130,8 @@ def examples_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return distinct([_dense(tensor) for tensor in tensors])
 
 
-def _strides(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
+def strides_of(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], ...]:
+    """How a call's tensors lie."""
     return tuple(tensor.stride() for tensor in tensors)
 
 

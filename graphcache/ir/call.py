@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from graphcache.ir.errors import CaptureError
-from graphcache.ir.graph import InputKind
+from graphcache.ir.graph import Input, InputKind
 from graphcache.ir.roles import UNNAMED, Argument, Names, find_latents, find_times, may_be_time
 from graphcache.ir.tree import (
     INSTEAD_OF_A_CACHE,
@@ -260,6 +260,10 @@ class CallSpec:
         if index in self.latents:
             return "latent"
         return "timestep" if index in self.times else "constant"
+
+    def ports(self) -> tuple[Input, ...]:
+        """The inputs of a graph of this call."""
+        return tuple([Input(self.kind(index), index, name) for index, name in enumerate(self.leaf_names)])
 
     def arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         filled = {name: fill(value, tensors) for name, value in self.template.items()}

@@ -13,7 +13,12 @@ from graphcache.ir.history import History
 from graphcache.ir.home import Home
 from graphcache.ir.opaque import Opaque
 from graphcache.ir.selector import STEM
-from graphcache.libraries.torch_private import FakeTensor, FakeTensorMode
+from graphcache.libraries.torch_private import (
+    FakeTensor,
+    FakeTensorMode,
+    make_graph_module,
+    use_lazy_graph_module,
+)
 
 LINEAR = "linear"
 """The mark in `meta` of an operation of another library that is a linear layer: rows by a fixed matrix."""
@@ -224,6 +229,13 @@ class StepGraph:
             made.meta = dict(node.meta)
             env[node] = made
         return graph, env
+
+
+def weights_of(held: Mapping[str, Any], graph: fx.Graph) -> nn.Module:
+    """A module that holds what a graph names; no code is written for it."""
+    with use_lazy_graph_module(True):
+        made: nn.Module = make_graph_module(dict(held), graph)
+    return made
 
 
 def value_of(node: fx.Node) -> torch.Tensor:

@@ -101,8 +101,9 @@ with names_of("torch"):
     keys_excluded: Any = torch._C._dispatch_tls_local_exclude_set
     keys_included: Any = torch._C._dispatch_tls_local_include_set
 
-    # export writes no code for modules that nobody calls
+    # no code is written for modules that nobody calls
     use_lazy_graph_module: Any = torch.fx._lazy_graph_module._use_lazy_graph_module
+    make_graph_module: Any = torch.fx._lazy_graph_module._make_graph_module
     # what runs code that was compiled ahead of time
     AOT_RUNNERS: Any = torch._C._aoti
     # a model is called as it is, whatever watches operations around it

@@ -10,6 +10,7 @@ import torch
 from graphcache.compiler.ahead import unpacked
 from graphcache.compiler.backends import Compiled
 from graphcache.ir.call import Binder, CallSpec
+from graphcache.ir.data import dtype_named, tree
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
@@ -20,7 +21,6 @@ from graphcache.packaging.maker import PackagedPrograms
 from graphcache.packaging.manifest import GraphLine, Manifest, ParameterLine, SizeLine
 from graphcache.packaging.model import Packaged, Shell, Weights, shell
 from graphcache.packaging.program import program_of
-from graphcache.packaging.trees import dtype_named, tree
 from graphcache.runtime.engine import Engine
 from graphcache.runtime.options import Options
 from graphcache.runtime.spoken import Spoken

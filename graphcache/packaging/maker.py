@@ -9,8 +9,8 @@ from graphcache.compiler.backends import AOT, Backend
 from graphcache.compiler.modes import ambient, around_code
 from graphcache.compiler.program import Program
 from graphcache.ir.call import Binder, Key, Signature
+from graphcache.ir.data import TensorLine
 from graphcache.ir.errors import CaptureError, GraphCacheError
-from graphcache.packaging.manifest import TensorLine
 from graphcache.packaging.model import Weights
 from graphcache.packaging.program import PackagedProgram
 from graphcache.runtime.options import Options

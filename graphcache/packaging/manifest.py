@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import torch
 
+from graphcache.ir.data import TensorLine
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.graph import (
     Branch,
@@ -23,37 +24,12 @@ from graphcache.ir.graph import (
 )
 from graphcache.ir.schedule import Guided, Memory, Phase
 from graphcache.packaging.machine import Machine
-from graphcache.packaging.trees import dtype_name, dtype_named
 
 FORMAT = 1
 _PORTS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (Input, Hoisted, CacheRead, Coefficients, Table, Chosen, CacheWrite, Output)
 }
-
-
-class TensorLine(msgspec.Struct, frozen=True):
-    """A tensor without its values."""
-
-    dtype: str
-    shape: list[int]
-    stride: list[int]
-    device: str
-
-    @staticmethod
-    def of(tensor: torch.Tensor) -> "TensorLine":
-        return TensorLine(dtype_name(tensor.dtype), [*tensor.shape], [*tensor.stride()], str(tensor.device))
-
-    def empty(self) -> torch.Tensor:
-        """One such tensor, with any values."""
-        return torch.empty_strided(self.shape, self.stride, dtype=dtype_named(self.dtype), device=self.device)
-
-    def weightless(self) -> torch.Tensor:
-        """A tensor of this shape, dtype and device that takes no memory."""
-        return torch.empty((), dtype=dtype_named(self.dtype), device=self.device).expand(self.shape)
-
-    def __str__(self) -> str:
-        return f"{self.dtype}({', '.join(map(str, self.shape))})"
 
 
 class PortLine(msgspec.Struct):

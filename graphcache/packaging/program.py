@@ -13,6 +13,7 @@ from graphcache.compiler.guidance_half import Half, Rows
 from graphcache.compiler.phase_code import Runnable
 from graphcache.compiler.program import PhaseKey, Program
 from graphcache.ir.call import CallSpec, OutputSpec
+from graphcache.ir.data import tree
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.graph import Branch, StepGraph
 from graphcache.ir.history import History
@@ -20,7 +21,6 @@ from graphcache.ir.plan import Plan, Row
 from graphcache.ir.schedule import Memory, Phase, Schedule
 from graphcache.ir.tree import fill
 from graphcache.packaging.manifest import GraphLine, HalfLine, SizeLine
-from graphcache.packaging.trees import tree
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
+from graphcache.ir.data import TensorLine
 from graphcache.ir.errors import CaptureError
-from graphcache.packaging.manifest import TensorLine, WeightLine
+from graphcache.packaging.manifest import WeightLine
 
 
 class Stored:

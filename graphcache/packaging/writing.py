@@ -16,6 +16,7 @@ from graphcache.compiler.guidance_half import Half
 from graphcache.compiler.modes import around_code
 from graphcache.compiler.phase_code import Runnable
 from graphcache.compiler.program import Program
+from graphcache.ir.data import TensorLine, described, described_result
 from graphcache.ir.errors import CaptureError, GraphCacheError, PlanError
 from graphcache.ir.graph import StepGraph, has_symbolic_shapes, value_of
 from graphcache.ir.plan import Plan
@@ -33,10 +34,8 @@ from graphcache.packaging.manifest import (
     PhaseLine,
     PortLine,
     SizeLine,
-    TensorLine,
     own_version,
 )
-from graphcache.packaging.trees import described, described_result
 from graphcache.packaging.weights import Stored
 from graphcache.runtime.engine import Engine, original
 from graphcache.runtime.options import Options

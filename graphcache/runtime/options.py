@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from graphcache.compiler.backends import Backend
@@ -33,6 +34,7 @@ class Options:
     resample: Resample | None = None
     stream_weights: bool = False
     names: Names = UNNAMED
+    captures: Path | None = None
 
 
 def check_options(

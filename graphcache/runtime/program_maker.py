@@ -11,6 +11,7 @@ from graphcache.compiler.backends import Backend, compiled_by_blocks, prior_comp
 from graphcache.compiler.captured import Captured
 from graphcache.compiler.code import Ways
 from graphcache.compiler.decisions import Decisions
+from graphcache.compiler.kept_captures import KeptCaptures
 from graphcache.compiler.modes import ambient
 from graphcache.compiler.program import Elsewhere, Program
 from graphcache.compiler.programs import Programs
@@ -19,6 +20,7 @@ from graphcache.compiler.variants import Variants
 from graphcache.ir.call import Binder, CallSpec, Key, Signature
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.opaque import Opaque
+from graphcache.libraries.exclusive import COMPILING
 from graphcache.runtime.options import Options
 from graphcache.runtime.spoken import Spoken
 from graphcache.tracing.capture import forward_parameters
@@ -57,6 +59,7 @@ class ProgramMaker:
         self.decisions = Decisions()
         self.spoken = spoken
         self._symbolic = SymbolicCaptures(0 if options.sizes == "any" else FIXED)
+        self._kept = KeptCaptures(options.captures)
         self._number = 0
         self._opaque: Sequence[Opaque] = ()
         self._specs: dict[Key, CallSpec] = {}
@@ -110,7 +113,8 @@ class ProgramMaker:
         signature = self.binder.signature(bound)[0]
         asks = self.decisions.knows(key)
         spec = self.spec(signature, bound)
-        captured, trace = (twin.captured, None) if twin else self._captured(key, spec, tensors, asks)
+        with COMPILING:
+            captured, trace = (twin.captured, None) if twin else self._captured(key, spec, tensors, asks)
         modes = *ambient(), tuple([tensor.requires_grad for tensor in tensors])
 
         def program(captured: Captured, signature: Hashable, elsewhere: Elsewhere | None = None) -> Program:
@@ -154,13 +158,24 @@ class ProgramMaker:
         """A call's capture, and a trace with symbols that was made for it."""
         split, observers = self.options.plan.splits_parallel, self.options.observers
         self.homes.look()
-        found, is_away = None, self.homes.device is not None
-        if self.options.sizes != "fixed" and not asks and not self._opaque and not is_away:
-            found = self._symbolic.find(key, self.model, spec, tensors, observers, split)
-        if found is None:
+        is_away, trace = self.homes.device is not None, None
+        is_plain = not asks and not self._opaque and not is_away
+
+        def traced() -> Captured:
+            nonlocal trace
+            if self.options.sizes != "fixed" and is_plain:
+                found = self._symbolic.find(key, self.model, spec, tensors, observers, split)
+                if found is not None:
+                    trace = found[1]
+                    return found[0]
             known = asks, self._opaque, self.homes
-            found = Captured.of(self.model, spec, tensors, observers, split, *known), None
-        captured = found[0]
+            return Captured.of(self.model, spec, tensors, observers, split, *known)
+
+        # observers are told of passes, and a trace with symbols serves other sizes too
+        if is_plain and not observers and self.options.sizes != "any":
+            captured = self._kept.captured(self.model, spec, tensors, split, traced)
+        else:
+            captured = traced()
         if captured.step.opaque and is_away:
             called = captured.step.opaque[0]
             raise CaptureError(
@@ -171,7 +186,7 @@ class ProgramMaker:
         for text in told(captured.step.opaque):
             self.spoken.once(text)
         self.variants.captured()
-        return found
+        return captured, trace
 
     def halve(self, program: Program, tensors: Sequence[torch.Tensor], conditional: str, key: Key) -> None:
         """Capture the step for the conditional half of these inputs too, unless it was."""

@@ -37,7 +37,8 @@ class BranchSummary:
 
     `held_bytes` is measured, now. `peak_bytes` is the most that a whole generation holds, hoisted values
     included; `host_bytes` of it are in host memory by `offload`. `flops` are those of the steps that were
-    run, `plain_flops` what the plain model takes for as many.
+    run, `plain_flops` what the plain model takes for as many. `from_disk`: the model was not traced for it, but
+    its capture found in the folder `captures`.
     """
 
     branch: str
@@ -51,6 +52,7 @@ class BranchSummary:
     host_bytes: int
     flops: int
     plain_flops: int
+    from_disk: bool = False
 
     @property
     def ideal_speedup(self) -> float:
@@ -61,7 +63,7 @@ class BranchSummary:
         name = f"branch {self.branch}: " if self.branch else ""
         lines = [
             f"{name}{len(self.steps)} of {self.plan_steps} steps, {self.phases} phases, "
-            f"{self.graphs} graphs built, {self.ideal_speedup:.2f} times fewer FLOPs",
+            f"{self.graphs} graphs built{' of a capture from disk' * self.from_disk}, {self.ideal_speedup:.2f} times fewer FLOPs",
             f"cache: {size(self.held_bytes)} held now, {size(self.peak_bytes)} at most, of which "
             f"{size(self.hoisted_bytes)} are values hoisted out of the steps"
             + (f" and {size(self.host_bytes)} in host memory" if self.host_bytes else ""),
@@ -117,6 +119,7 @@ def summarise(session: Session) -> Summary:
                 host_bytes=schedule.peak({name: size[name] * (name in moved) for name in size}),
                 flops=sum(ran.program.flops(ran.schedule, ran.index, ran.hoisted) for ran in state.ran),
                 plain_flops=sum(ran.program.plain_flops for ran in state.ran),
+                from_disk=program.captured.from_disk,
             )
         )
     return Summary(tuple(branches))

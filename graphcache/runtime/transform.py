@@ -1,8 +1,10 @@
 """`transform`: a model that looks and behaves like the original and runs under a plan."""
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from torch import nn
@@ -141,6 +143,7 @@ def transform(
     resample: Resample | None = None,
     stream_weights: bool = False,
     check: int = 0,
+    captures: str | os.PathLike[str] | None = None,
 ) -> Target:
     """Make a model, or the denoisers of a diffusers pipeline, run under a plan.
 
@@ -204,6 +207,8 @@ def transform(
         check: of so many first calls of the pipeline the generation is also run both ways, under the plan
             and without it, and a `PromiseWarning` says which of them comes to fewer decibels than the plan
             promises. What the calls return, draw and call back is as without.
+        captures: a folder in which captures are kept, so that another process has no need to trace the same
+            model for the same call: see docs/reliability.md.
 
     Returns:
         An instance of the model's class, or the pipeline.
@@ -233,6 +238,7 @@ def transform(
         resample=resample,
         stream_weights=stream_weights,
         names=Names.of(timestep, latents),
+        captures=None if captures is None else Path(captures),
     )
     named = (parts,) if isinstance(parts, str) else tuple(parts)
     if isinstance(model_or_pipe, nn.Module):

@@ -13,6 +13,7 @@ from torch import nn
 
 from graphcache.ir.attributes import attributes_of
 from graphcache.libraries.torch_private import MODULE_TABLES, FakeTensor
+from graphcache.tracing.code_digest import names_in
 from graphcache.tracing.keepers import (
     MEMO,
     ClassAttributes,
@@ -27,14 +28,14 @@ from graphcache.tracing.keepers import (
 
 _HOLDING = frozenset(("collections", "functools", "types", "weakref", "_thread"))
 """Modules of Python's own library whose objects hold others."""
-_NOT_FOLLOWED = sys.stdlib_module_names | {"torch", "numpy", "graphcache", "_pytest"}
+NOT_FOLLOWED = sys.stdlib_module_names | {"torch", "numpy", "graphcache", "_pytest"}
 """Of pytest, which rewrites asserts, every function with one in a test module names the whole session."""
 _HOOKS = vars(nn.Module()).keys() - set(MODULE_TABLES)
 """A module's attributes that forward does not write into."""
-_MAKING = frozenset(("__init__", "__new__", "__init_subclass__", "__class_getitem__", "__repr__", "__str__"))
+MAKING = frozenset(("__init__", "__new__", "__init_subclass__", "__class_getitem__", "__repr__", "__str__"))
 
 
-_WRAPPERS = (property, staticmethod, classmethod, functools.cached_property)
+WRAPPERS = (property, staticmethod, classmethod, functools.cached_property)
 
 
 class Path(NamedTuple):
@@ -94,11 +95,11 @@ class Belongings:
             (types.FunctionType, self._function),
             (MEMO, self._memo),
             (type, self._class),
-            ((*_WRAPPERS, types.MethodType, functools.partial), self._wrapper),
+            ((*WRAPPERS, types.MethodType, functools.partial), self._wrapper),
         ):
             if issubclass(kind, known):
                 return handler
-        holds = issubclass(kind, nn.Module) or _is_followed(kind) or _root(kind.__module__) in _HOLDING
+        holds = issubclass(kind, nn.Module) or is_followed(kind) or root_of(kind.__module__) in _HOLDING
         return self._object if holds else None
 
     def _push(self, named: Iterable[tuple[Any, Any]], path: Path) -> None:
@@ -134,13 +135,13 @@ class Belongings:
         self._push([("class", kind)], path)
 
     def _class(self, kind: type, path: Path) -> None:
-        if not _is_followed(kind):
+        if not is_followed(kind):
             return
         self.keepers.append(ClassAttributes.of(kind))
         self._push(((base.__name__, base) for base in kind.__bases__), path)
         for name, item in list(vars(kind).items()):
-            called = name in self._named or (name[:2] == "__" and name not in _MAKING)
-            if called or not isinstance(item, (types.FunctionType, *_WRAPPERS)):
+            called = name in self._named or (name[:2] == "__" and name not in MAKING)
+            if called or not isinstance(item, (types.FunctionType, *WRAPPERS)):
                 self._push([(name, item)], path)
             else:
                 self._methods.setdefault(name, []).append((item, Path(path, name)))
@@ -155,7 +156,7 @@ class Belongings:
         self._push([(part, getattr(thing, part)) for part in parts if hasattr(thing, part)], path)
 
     def _function(self, function: types.FunctionType, path: Path) -> None:
-        if not _is_followed(function):
+        if not is_followed(function):
             return
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             kept = EnclosedVariable.of(cell)
@@ -163,7 +164,7 @@ class Belongings:
             self._push([(name, kept.before)], path)
         defaults = (function.__defaults__, function.__kwdefaults__, vars(function))
         self._push((("default", part) for part in defaults if part), path)
-        names = {*_names(function.__code__)}
+        names = names_in(function.__code__)
         self._globals(function.__globals__, names, path)
         for name in names - self._named:
             self._named.add(name)
@@ -176,28 +177,22 @@ class Belongings:
         for name, item in kept.before.items():
             if not isinstance(item, types.ModuleType):
                 self._push([(name, item)], path)
-            elif depth < 2 and _root(item.__name__) not in _NOT_FOLLOWED:
+            elif depth < 2 and root_of(item.__name__) not in NOT_FOLLOWED:
                 self._globals(vars(item), names, Path(path, name), depth + 1)
 
 
-def _is_followed(thing: type | types.FunctionType) -> bool:
-    return _root(thing.__module__) not in _NOT_FOLLOWED
+def is_followed(thing: type | types.FunctionType) -> bool:
+    """Whether a class or function is of none of Python's, PyTorch's, NumPy's or graphcache's modules."""
+    return root_of(thing.__module__) not in NOT_FOLLOWED
 
 
-def _root(module: Any) -> str:
+def root_of(module: Any) -> str:
+    """The package at the top of a module's name."""
     return str(module).partition(".")[0]
 
 
 def _members(kind: type) -> Iterator[Any]:
     """The slots of the classes of a kind; what code in C lays out may be readable alone."""
-    tables = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base) and _is_followed(base)]
+    tables = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base) and is_followed(base)]
     items = chain.from_iterable(table.values() for table in tables)
     return (item for item in items if isinstance(item, types.MemberDescriptorType))
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """The names that code and the functions within it mention."""
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)

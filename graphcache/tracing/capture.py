@@ -12,7 +12,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
-from graphcache.ir.graph import Input, Output, StepGraph, fake_mode, value_of
+from graphcache.ir.graph import Output, StepGraph, fake_mode, value_of, weights_of
 from graphcache.ir.opaque import Opaque
 from graphcache.libraries.exclusive import COMPILING
 from graphcache.libraries.kernels import ChosenKernels
@@ -182,9 +182,9 @@ def _traced(
     results: Any = found.graph.output_node().args[0]
     forget_real(fake_mode(value_of(next(iter(found.graph.nodes)))))
     step = StepGraph(
-        fx.GraphModule({name: originals.of(value) for name, value in found.held.items()}, found.graph),
+        weights_of({name: originals.of(value) for name, value in found.held.items()}, found.graph),
         found.graph,
-        tuple(Input(call.kind(index), index, name) for index, name in enumerate(call.leaf_names)),
+        call.ports(),
         tuple(Output(index) for index in range(len(results))),
         opaque=stand_ins.calls,
         homes=away,

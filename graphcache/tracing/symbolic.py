@@ -19,10 +19,7 @@ from graphcache.libraries.quiet import quiet_shapes
 from graphcache.libraries.torch_private import FakeTensorMode
 from graphcache.tracing.capture import capture
 from graphcache.tracing.functional import erase_unread
-from graphcache.tracing.numeric_time import run_as_tensors
-from graphcache.tracing.plain_tensors import Originals
-from graphcache.tracing.rehearsal import rehearse
-from graphcache.tracing.undisturbed import undisturbed
+from graphcache.tracing.real_call import really_called
 
 if TYPE_CHECKING:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -77,7 +74,7 @@ class Symbolic:
                 found = step.module(*tensors)
             except Exception:  # whatever an operation says of sizes that do not fit
                 return None
-            expected = _called(model, call, tensors)
+            expected = really_called(model, call, tensors)[1]
         fits = len(found) == len(expected) and all(map(same_bits, found, expected))
         return step if fits else None
 
@@ -172,16 +169,3 @@ def _resized(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
             rows = torch.arange(after, device=tensor.device) * before // after
             tensor = tensor.index_select(dim, rows)
     return tensor
-
-
-def _called(model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """What the model computes; it is left as it was."""
-    originals, found = Originals(), list[torch.Tensor]()
-    plain = [originals.plain(tensor) for tensor in tensors]
-    devices = {tensor.device for tensor in (*tensors, *model.parameters())}
-
-    def real() -> None:
-        found[:] = OutputSpec.of(*run_as_tensors(call, model, plain))[1]
-
-    undisturbed(model, originals, lambda: rehearse(real, devices), lambda: None)
-    return found

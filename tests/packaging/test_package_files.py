@@ -13,9 +13,9 @@ from torch import Tensor
 
 import graphcache
 from graphcache import CaptureError, GraphCacheError, PlanError, presets
+from graphcache.ir.data import described, tree
 from graphcache.packaging import archive, machine
 from graphcache.packaging.machine import Machine
-from graphcache.packaging.trees import described, tree
 from tiny import TinyDiT, arguments, tiny
 from unbuilt import unbuilt
 

@@ -1,13 +1,43 @@
-"""Arguments and results as data: leaves and plain values in lists, tuples and dicts, of nobody's classes."""
+"""What files hold of arguments, results and graphs: leaves and plain values in lists, tuples and dicts, of
+nobody's classes, and tensors without their values.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 import torch
 
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.tree import Leaf, Record, fields_of, is_record
+
+_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
+"""What PyTorch has a name for."""
+
+
+class TensorLine(msgspec.Struct, frozen=True):
+    """A tensor without its values."""
+
+    dtype: str
+    shape: list[int]
+    stride: list[int]
+    device: str
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> "TensorLine":
+        return TensorLine(dtype_name(tensor.dtype), [*tensor.shape], [*tensor.stride()], str(tensor.device))
+
+    def empty(self) -> torch.Tensor:
+        """One such tensor, with any values."""
+        return torch.empty_strided(self.shape, self.stride, dtype=dtype_named(self.dtype), device=self.device)
+
+    def weightless(self) -> torch.Tensor:
+        """A tensor of this shape, dtype and device that takes no memory."""
+        return torch.empty((), dtype=dtype_named(self.dtype), device=self.device).expand(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}({', '.join(map(str, self.shape))})"
 
 
 class Result:
@@ -35,8 +65,8 @@ def described(value: Any, where: str) -> Any:
         return {"int": str(value)}
     if isinstance(value, float) and type(value) is float:
         return {"float": value.hex()}
-    if isinstance(value, torch.dtype):
-        return {"dtype": dtype_name(value)}
+    if isinstance(value, _CONSTANTS):
+        return {type(value).__name__: str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
         return {"device": str(value)}
     if isinstance(value, Mapping):
@@ -95,13 +125,25 @@ def tree(data: Any) -> Any:
         return Record(Result, {name: tree(item) for name, item in value})
     if kind == "device":
         return torch.device(value)
-    plain: dict[str, Callable[[str], Any]] = {"int": int, "float": float.fromhex, "dtype": dtype_named}
-    return plain[kind](value)
+    plain: dict[str, Callable[[str], Any]] = {"int": int, "float": float.fromhex}
+    return plain[kind](value) if kind in plain else _constant(kind, value)
+
+
+def _constant(kind: str, name: str) -> Any:
+    """`float32` as PyTorch has it.
+
+    Raises:
+        ValueError: it has no such.
+    """
+    found = getattr(torch, name, None)
+    if not isinstance(found, _CONSTANTS) or type(found).__name__ != kind:
+        raise ValueError(f"PyTorch has no {kind} {name!r}")
+    return found
 
 
 def dtype_named(name: str) -> torch.dtype:
     """`float32` as PyTorch has it."""
-    found: torch.dtype = getattr(torch, name)
+    found: torch.dtype = _constant("dtype", name)
     return found
 
 

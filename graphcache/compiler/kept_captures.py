@@ -1,0 +1,140 @@
+"""Captures kept on disk: found by a digest of all that tracing looks at, and used once they have computed the
+model's own bits.
+"""
+
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from graphcache.compiler.capture_file import decoded, encoded
+from graphcache.compiler.captured import Captured, examples_of, strides_of
+from graphcache.compiler.modes import ambient
+from graphcache.ir.call import CallSpec
+from graphcache.ir.errors import CaptureError, GraphCacheError
+from graphcache.ir.graph import layout, same_bits
+from graphcache.ir.graph_data import graph_data, step_of
+from graphcache.ir.plantext import write_bytes
+from graphcache.libraries.exclusive import COMPILING
+from graphcache.tracing.model_digest import ModelDigest
+from graphcache.tracing.real_call import really_called
+
+log = logging.getLogger("graphcache")
+
+_ROOMS = ("libraries", "ir", "analysis", "passes", "tracing", "compiler")
+"""Whose code has a part in what is kept."""
+_MOST = 256
+"""Files in a folder; those that were used least recently go when another is written."""
+
+
+class KeptCaptures:
+    """The captures in a folder; without one nothing is kept."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def captured(
+        self,
+        model: nn.Module,
+        call: CallSpec,
+        tensors: Sequence[Tensor],
+        split: bool,
+        trace: Callable[[], Captured],
+    ) -> Captured:
+        """The capture of a call from the folder, or else traced, and kept if it can be.
+
+        Args:
+            model: the original.
+            call: how the tensors make up the call.
+            tensors: its leaves.
+            split: fused branches as two sites.
+            trace: captures the call.
+        """
+        if self._folder is None:
+            return trace()
+        with COMPILING:  # tracing changes a model for a while
+            examples = examples_of(tensors)
+            try:
+                digest = ModelDigest(model, _around(call, examples, split))
+            except CaptureError as error:
+                log.info("%s is captured anew in each process: %s", type(model).__name__, error)
+                return trace()
+            path = self._folder / f"{digest}.capture"
+            found = self._read(path, digest, model, call, examples)
+            if found is None:
+                found = trace()
+                self._write(path, digest, found)
+        return replace(found, kept=self)
+
+    def _read(
+        self, path: Path, digest: ModelDigest, model: nn.Module, call: CallSpec, examples: list[Tensor]
+    ) -> Captured | None:
+        if not os.path.exists(path):  # pathlib raises where it may not look
+            return None
+        output, expected = really_called(model, call, examples)
+        try:
+            data, stored = decoded(path.read_bytes())
+            step, found = step_of(data, call, examples, digest.tensors, stored)
+        except Exception as error:  # whatever a file makes of reading it, and operations of what is in it
+            log.warning("%s is made anew: %s: %s", path, type(error).__name__, error)
+            return None
+        if len(found) != len(expected) or not all(map(same_bits, found, expected)):
+            log.warning("%s is made anew, because it does not compute what the model does", path)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return Captured(step, call, output, strides_of(examples), from_disk=True)
+
+    def _write(self, path: Path, digest: ModelDigest, captured: Captured) -> None:
+        try:
+            if captured.conditions is not None:
+                raise CaptureError("forward asks for values")
+            places = {id(tensor): place for place, tensor in enumerate(digest.tensors)}
+            blob = encoded(*graph_data(captured.step, places))
+        except CaptureError as error:
+            log.info("the capture is not kept: %s", error)
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(blob, path)
+        except (OSError, GraphCacheError) as error:
+            log.warning("the capture is not kept: %s", error)
+            return
+        with contextlib.suppress(OSError):  # another process may drop the same ones
+            _drop_old(path.parent)
+
+
+def _around(call: CallSpec, examples: Sequence[Tensor], split: bool) -> Any:
+    """What a capture depends on beside the model."""
+    roles = call.leaf_names, call.latents, call.times, call.numbers, sorted(call.positional_only)
+    inputs = [(*layout(tensor), tensor.requires_grad) for tensor in examples]
+    modes = ambient(), torch.get_default_dtype(), torch.get_default_device()
+    return _versions(), modes, split, call.template, roles, inputs
+
+
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    """Of graphcache that is its source."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for room in _ROOMS:
+        for file in sorted((package / room).glob("*.py")):
+            digest.update(file.read_bytes())
+    torch_version = f"{torch.__version__} {torch.version.git_version}"
+    return digest.hexdigest(), torch_version, sys.version, np.__version__, msgspec.__version__
+
+
+def _drop_old(folder: Path) -> None:
+    files = sorted(folder.glob("*.capture"), key=lambda file: file.stat().st_mtime)
+    for file in files[:-_MOST]:
+        file.unlink(missing_ok=True)
