@@ -37,8 +37,8 @@ class BranchSummary:
 
     `held_bytes` is measured, now. `peak_bytes` is the most that a whole generation holds, hoisted values
     included; `host_bytes` of it are in host memory by `offload`. `flops` are those of the steps that were
-    run, `plain_flops` what the plain model takes for as many. `from_disk`: the model was not traced for it, but
-    its capture found in the folder `captures`.
+    run, `plain_flops` what the plain model takes for as many. `from_disk`: its
+    capture was found in the folder `captures`, and the model not traced.
     """
 
     branch: str
@@ -61,9 +61,10 @@ class BranchSummary:
 
     def __str__(self) -> str:
         name = f"branch {self.branch}: " if self.branch else ""
+        source = " of a capture from disk" * self.from_disk
         lines = [
             f"{name}{len(self.steps)} of {self.plan_steps} steps, {self.phases} phases, "
-            f"{self.graphs} graphs built{' of a capture from disk' * self.from_disk}, {self.ideal_speedup:.2f} times fewer FLOPs",
+            f"{self.graphs} graphs built{source}, {self.ideal_speedup:.2f} times fewer FLOPs",
             f"cache: {size(self.held_bytes)} held now, {size(self.peak_bytes)} at most, of which "
             f"{size(self.hoisted_bytes)} are values hoisted out of the steps"
             + (f" and {size(self.host_bytes)} in host memory" if self.host_bytes else ""),

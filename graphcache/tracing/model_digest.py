@@ -6,6 +6,7 @@ import hashlib
 import logging
 import pathlib
 import re
+import struct
 import sys
 import threading
 import types
@@ -47,7 +48,13 @@ _DESCRIPTORS = (
     types.MethodDescriptorType,
     types.ClassMethodDescriptorType,
 )
-_WITHOUT_NUMBERS = (logging.Logger, logging.LoggerAdapter, type(threading.Lock()), type(threading.RLock()))
+_WITHOUT_NUMBERS = (
+    logging.Logger,
+    logging.LoggerAdapter,
+    torch.library.Library,
+    type(threading.Lock()),
+    type(threading.RLock()),
+)
 """Objects that hold nothing which is computed with."""
 _WRAPPED = ("fget", "fset", "func", "__func__", "__self__", "args", "keywords", "__wrapped__")
 _FOR_READERS = frozenset(
@@ -60,6 +67,7 @@ _FOR_READERS = frozenset(
 """What Python keeps in classes and functions beside what their author wrote, or what tells readers alone."""
 _SKIPPED = vars(nn.Module()).keys() - {"training", *MODULE_TABLES[2:3]}
 """Attributes of modules: hooks, and tables that are looked at apart."""
+_POINTER = struct.calcsize("P")
 _DEPTH = 2
 """How far modules named by modules are followed."""
 
@@ -237,7 +245,7 @@ class ModelDigest:
 
     def _object(self, thing: Any) -> None:
         kind = type(thing)
-        if not all(map(_is_of_attributes, kind.__mro__[:-1])):
+        if not _is_of_attributes(kind):
             raise _unknown(thing)
         self._put(kind)
         self._items(attributes_of(thing) or {})
@@ -264,10 +272,11 @@ class ModelDigest:
 
 
 def _is_of_attributes(kind: type) -> bool:
-    """Whether what its objects hold are attributes: written in Python, and not by Python's own library."""
-    return is_followed(kind) or (
-        root_of(kind.__module__) in ("torch", "graphcache") and hasattr(kind, "__dict__")
-    )
+    """Whether all that its objects hold are attributes: what has parts in C is larger."""
+    members = [item for base in kind.__mro__ for item in vars(base).values()]
+    slots = sum(isinstance(item, types.MemberDescriptorType) for item in members)
+    tables = (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
+    return kind.__basicsize__ == object.__basicsize__ + (slots + tables) * _POINTER
 
 
 def _code(method: Any) -> str:
