@@ -249,10 +249,8 @@ class ModelDigest:
             raise _unknown(thing)
         self._put(kind)
         self._items(attributes_of(thing) or {})
-        for base in kind.__mro__:
-            for name, item in vars(base).items():
-                if isinstance(item, types.MemberDescriptorType):
-                    self._put(name, getattr(thing, name, None))
+        for name in _slots(kind):
+            self._put(name, getattr(thing, name, None))
 
     _handlers: tuple[tuple[Any, Callable[["ModelDigest", Any], None]], ...] = (
         (torch.Tensor, _tensor),
@@ -271,12 +269,17 @@ class ModelDigest:
     )
 
 
+def _slots(kind: type) -> list[str]:
+    """The attributes of a class's objects that are kept in slots; what code in C lays out are none."""
+    tables = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base)]
+    items = [(name, item) for table in tables for name, item in table.items()]
+    return [name for name, item in items if isinstance(item, types.MemberDescriptorType)]
+
+
 def _is_of_attributes(kind: type) -> bool:
     """Whether all that its objects hold are attributes: what has parts in C is larger."""
-    members = [item for base in kind.__mro__ for item in vars(base).values()]
-    slots = sum(isinstance(item, types.MemberDescriptorType) for item in members)
     tables = (kind.__dictoffset__ > 0) + (kind.__weakrefoffset__ > 0)
-    return kind.__basicsize__ == object.__basicsize__ + (slots + tables) * _POINTER
+    return kind.__basicsize__ == object.__basicsize__ + (len(_slots(kind)) + tables) * _POINTER
 
 
 def _code(method: Any) -> str:
