@@ -55,6 +55,7 @@ def warmup(
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
+    captures: Annotated[Path | None, typer.Option(help="a folder to keep captures in, too")] = None,
     output: Json = None,
 ) -> None:
     """Capture and compile what a plan needs: later processes find the code in PyTorch's cache on disk."""
@@ -76,6 +77,7 @@ def warmup(
             timestep=timestep,
             latents=latents or (),
             regions=regions_argument(regions),
+            captures=captures,
         )
         made.warmup(*calls, steps=steps)
     figures = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}

@@ -262,9 +262,19 @@ def test_warmup_takes_a_pipelines_sizes(tmp_path: Path) -> None:
     PIPELINES["dit"].make().save_pretrained(tmp_path / "pipe")
     calls = [json.dumps({"class_labels": labels, "guidance_scale": 1.0}) for labels in ([1], [1, 2])]
     target = tmp_path / "ready.json"
-    options = ("--plan", "fora:4", "--backend", "none", "--json", str(target))
+    options = (
+        "--plan",
+        "fora:4",
+        "--backend",
+        "none",
+        "--json",
+        str(target),
+        "--captures",
+        str(tmp_path / "kept"),
+    )
     result = run("warmup", str(tmp_path / "pipe"), *options, "--call", calls[0], "--call", calls[1])
     assert result.exception is None, result.exception
+    assert len([*(tmp_path / "kept").iterdir()]) == 2
     assert "2 sizes of calls" in result.output
     assert json.loads(target.read_text())["seconds"] > 0
 
