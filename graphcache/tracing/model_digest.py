@@ -3,6 +3,7 @@
 import enum
 import functools
 import hashlib
+import itertools
 import logging
 import pathlib
 import re
@@ -188,8 +189,10 @@ class ModelDigest:
         self._items({name: item for name, item in vars(function).items() if name not in _FOR_READERS})
         names = sorted(names_in(function.__code__))
         self._globals(function.__globals__, names, 0)
+        parents = ["", *itertools.accumulate(str(function.__module__).split("."), "{}.{}".format)]
         for name in names:
-            for module in (name, f"{function.__globals__.get('__package__')}.{name}"):
+            # what code imports when it runs
+            for module in [f"{parent}.{name}".lstrip(".") for parent in parents]:
                 if module in sys.modules and root_of(module) not in NOT_FOLLOWED:
                     self._globals(vars(sys.modules[module]), names, 1)
             if name not in self._named:

@@ -90,6 +90,14 @@ def test_generations_are_those_of_a_traced_model(plan: Plan, tmp_path: Path) -> 
     assert found.summary().branches[0].from_disk
 
 
+def test_half_a_batch_is_found_too(tmp_path: Path) -> None:
+    plan = Plan.parse("plan steps=4 conditional=last\nguidance #.#.")
+    call = arguments()
+    call["x"] = call["x"][:1].repeat(2, 1, 1)
+    assert run(tiny(), tmp_path, call, plan)[0] == len(files(tmp_path)) == 2
+    assert run(tiny(), tmp_path, call, plan)[0] == 0
+
+
 def test_another_process_traces_nothing(tmp_path: Path) -> None:
     run(tiny(), tmp_path)
     text = """
@@ -124,7 +132,9 @@ class Helped(TinyDiT):
         return super().forward(self.shift(self.scaled(x)), timestep, text) + torch.tensor(Helped.table)
 
     def scaled(self, x: Tensor) -> Tensor:
-        return x * LIMIT
+        from zoo.case import unit
+
+        return x * LIMIT + unit(0.5, 1)
 
 
 LIMIT = 3.0
@@ -163,6 +173,7 @@ CHANGES: dict[str, Callable[[pytest.MonkeyPatch, Any], Any]] = {
     "need of gradients": lambda _, model: model.text.weight.requires_grad_(False),
     "a further part": lambda _, model: model.blocks.append(tiny(1).blocks[0]),
     "global": lambda patch, _: patch.setitem(globals(), "LIMIT", 4.0),
+    "imported within": lambda patch, _: patch.setattr("zoo.case.unit", lambda t, _: torch.tensor(t * 3)),
     "class attribute": lambda patch, _: patch.setattr(Helped, "table", [2.0]),
     "function": other_helper,
     "method": other_method,
