@@ -37,8 +37,8 @@ class BranchSummary:
 
     `held_bytes` is measured, now. `peak_bytes` is the most that a whole generation holds, hoisted values
     included; `host_bytes` of it are in host memory by `offload`. `flops` are those of the steps that were
-    run, `plain_flops` what the plain model takes for as many. `from_disk`: its
-    capture was found in the folder `captures`, and the model not traced.
+    run, `plain_flops` what the plain model takes for as many. `from_disk`: its capture
+    was found in the folder `captures`, and the model not traced.
     """
 
     branch: str
