@@ -178,6 +178,8 @@ class _Describing(fx.Interpreter):
         result = super().run_node(n)
         if n.op != "output":
             n.meta["val"] = self._described(result)
+        if n.op in ("placeholder", "get_attr"):
+            n.meta["val"].requires_grad_(result.requires_grad)  # on which code that is cached depends
         return result
 
     def _described(self, value: Any) -> Any:

@@ -21,13 +21,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import graphcache
 from counted import traces
 from graphcache import CaptureError, Plan, presets
 from graphcache.compiler import kept_captures
 from graphcache.compiler.capture_file import decoded, encoded
+from graphcache.ir.graph import layout
 from graphcache.ir.graph_data import GraphData
 from graphcache.ir.operations import operation
 from graphcache.ir.text import render
@@ -88,6 +89,17 @@ def test_generations_are_those_of_a_traced_model(plan: Plan, tmp_path: Path) -> 
             assert_same(found(**call), expected(**call))
     assert count.fixed == 1  # the expected one
     assert found.summary().branches[0].from_disk
+    ours, theirs = (only_program(made).captured.step for made in (found, expected))
+    assert [*map(told, ours.graph.nodes)] == [*map(told, theirs.graph.nodes)]
+
+
+def told(node: fx.Node) -> Any:
+    """On which code that is found in PyTorch's cache depends."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return node.name, str(node.target), str(node.args), str(node.kwargs)
+    more = value.requires_grad, value.storage_offset(), isinstance(value, nn.Parameter)
+    return node.name, str(node.target), str(node.args), str(node.kwargs), layout(value), more
 
 
 def test_half_a_batch_is_found_too(tmp_path: Path) -> None:
