@@ -431,7 +431,7 @@ class TestGraphs:
         blocks = sum(branch.role in site for branch in subject(name).captured.step.branches)
         assert (counts[0] - counts[1]) / blocks <= 26
 
-    @pytest.mark.few(2)
+    @pytest.mark.few(1)
     @pytest.mark.parametrize("by", ["random", "stratified", "norm", "cluster", "influence"])
     def test_compiled_once_without_a_break(self, by: str) -> None:
         on = subject("dit")
