@@ -69,6 +69,10 @@ class Rewriter:
         node.meta["val"] = _fake(target, args, kwargs, after)
         return node
 
+    def renew(self, node: fx.Node) -> None:
+        """Describe a node's result anew, whose operands or arguments are others."""
+        node.meta["val"] = _fake(node.target, node.args, node.kwargs, node)
+
     def input(
         self,
         port: InPort,

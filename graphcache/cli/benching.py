@@ -5,7 +5,9 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -35,10 +37,12 @@ from graphcache.cli.arguments import (
 from graphcache.cli.console import console
 from graphcache.cli.sources import Placement, load_model, load_object
 from graphcache.cli.warming import starts
+from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plantext import write_bytes
 from graphcache.ir.units import size
 from graphcache.planning.bench import BY_BLOCKS, EAGER, Timing, benchmark
 from graphcache.planning.floors import Rates
+from graphcache.planning.ranks import SharedBench
 from graphcache.presets.written import plan_argument
 
 _VERSIONS = ("graphcache-dit", "torch", "diffusers", "triton")
@@ -64,6 +68,10 @@ def bench(
     start: Annotated[
         bool, typer.Option("--start", help="also how long new processes take to be ready")
     ] = False,
+    ranks: Annotated[
+        int,
+        typer.Option(help="time plans on so many processes beside one: those of torchrun, or its own"),
+    ] = 1,
     inputs: Inputs = None,
     call: Call = None,
     timestep: Timestep = None,
@@ -77,8 +85,15 @@ def bench(
     if threads:
         torch.set_num_threads(threads)
     placement = Placement(device, dtype)
-    module, kwargs = load_model(model, inputs, json_argument(call), placement)
     plans = {text: plan_argument(text, steps) for text in plan or ["compute", "fora", "taylorseer"]}
+    load = partial(load_model, model, inputs, json_argument(call), placement)
+    if ranks != 1:
+        if floors or others or start or beside or regions is not None:
+            raise GraphCacheError("--ranks compares plans on one rank and on several: leave out others")
+        made = backend_argument(backend, option)
+        _bench_ranks(SharedBench(load, plans, ranks, made, timestep, latents or (), rounds, threads), output)
+        return
+    module, kwargs = load()
     rates = Rates.of(*_place(module)) if floors else None
     with console.status("starting") as status:
         timings = benchmark(
@@ -92,12 +107,7 @@ def bench(
             regions=regions_argument(regions),
             plain=(EAGER, BY_BLOCKS) if others else (),
             rates=rates,
-            beside={
-                name.rpartition(":")[2]: load_object(name)(
-                    load_model(model, inputs, json_argument(call), placement)[0]
-                )
-                for name in beside or []
-            },
+            beside={name.rpartition(":")[2]: load_object(name)(load()[0]) for name in beside or []},
             progress=status.update,
         )
         status.update("starting new processes")
@@ -111,6 +121,24 @@ def bench(
         contenders = [{**asdict(timing), "realised": timing.realised} for timing in timings]
         figures = {**_circumstances(module), "rates": rates and asdict(rates), "contenders": contenders}
         write_bytes(json.dumps({**figures, "starts": begun}, indent=1).encode(), output)
+
+
+def _bench_ranks(shared: SharedBench, output: Path | None) -> None:
+    found = shared.run()
+    if found is None:
+        return
+    names = ["", "ms/step on 1", f"ms/step on {shared.ranks}", "speed-up", "caches on 1", "caches a rank"]
+    table = Table(*names, box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for t in found:
+        figures = f"{t.alone_ms:.3f}", f"{t.ms:.3f}", f"{t.speedup:.2f}"
+        table.add_row(t.name, *figures, size(t.alone_bytes), size(t.rank_bytes))
+    console.print(table)
+    if output is not None:
+        contenders = [{**asdict(timing), "speedup": timing.speedup} for timing in found]
+        circumstances = {**_circumstances(shared.load()[0]), "threads": shared.threads}
+        write_bytes(json.dumps({**circumstances, "contenders": contenders}, indent=1).encode(), output)
 
 
 def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:

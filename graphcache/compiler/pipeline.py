@@ -46,13 +46,17 @@ def specialised(
     moved: Set[History],
     compiles: bool,
     observers: Sequence[Observer] = (),
+    shards: Sequence[Pass] = (),
 ) -> StepGraph:
-    """One phase of a schedule; `moved` histories are kept in host memory, and a backend `compiles` it."""
+    """One phase of a schedule; `moved` histories are kept in host memory, a backend `compiles` it, and
+    `shards` make it one rank's part.
+    """
     guided = schedule.guided
     conditional = guided.conditional if guided else None
     passes: list[Pass] = [Specialize(phase, schedule.ranges, conditional, schedule.memories)]
     if guided is not None:
         passes.append(Guide(phase, guided))
+    passes += shards
     if compiles:
         # what is not compiled keeps the bits of the untouched model
         passes.append(Narrow())

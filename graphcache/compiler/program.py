@@ -22,10 +22,12 @@ from graphcache.compiler.code import FIXED, Kept, Ways, build
 from graphcache.compiler.guidance_half import Half, capture_half
 from graphcache.compiler.histories import entries
 from graphcache.compiler.phase_code import Runnable
+from graphcache.compiler.sharding import Sharding
 from graphcache.ir.errors import CaptureError, PlanError
 from graphcache.ir.graph import Input, StepGraph, storage_bytes, value_of
 from graphcache.ir.history import History
 from graphcache.ir.plan import Plan, Row
+from graphcache.ir.ranks import Ranks
 from graphcache.ir.resolve import resolve
 from graphcache.ir.schedule import Guided, Memory, Phase, Role, Schedule
 from graphcache.libraries.exclusive import COMPILING
@@ -56,6 +58,7 @@ class Program:
         observers: told of every pass.
         kept: compiled code of graphs that were captured before.
         ways: how phases are compiled.
+        mesh: the ranks that share the step, one for each dimension of the mesh.
         elsewhere: tells what differs at another size, where code is for any size from the first on.
         half: the step for the conditional half of a doubled batch, once a plan needs it.
         tokens: rows and tokens of the sites that have had budgets.
@@ -69,6 +72,7 @@ class Program:
     observers: Sequence[Observer] = ()
     kept: Kept | None = None
     ways: Ways = FIXED
+    mesh: tuple[Ranks, ...] = ()
     elsewhere: Elsewhere | None = None
     half: Half | None = None
     tokens: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -76,6 +80,7 @@ class Program:
     _schedules: dict[tuple[Plan, int, Role, bool], Schedule] = field(default_factory=dict)
     _sizes: dict[int, tuple[Schedule, dict[History, int]]] = field(default_factory=dict)
     _elsewhere: dict[int, tuple[Schedule, Schedule]] = field(default_factory=dict)
+    _shardings: dict[bool, Sharding] = field(default_factory=dict)
 
     def without(self, changed: set[int]) -> "Program":
         """The same, with these inputs taken to change at every step."""
@@ -87,7 +92,7 @@ class Program:
         return self._alone(backend=backend)
 
     def _alone(self, **changes: Any) -> "Program":
-        return replace(self, phases={}, elsewhere=None, _elsewhere={}, **changes)
+        return replace(self, phases={}, elsewhere=None, _elsewhere={}, _shardings={}, **changes)
 
     @cached_property
     def offloaded(self) -> "Program":
@@ -234,9 +239,18 @@ class Program:
 
     def _made(self, phase: Phase, schedule: Schedule, moved: frozenset[History]) -> Runnable:
         step = self.half_step if phase.half else self.step
-        step = pipeline.specialised(step, phase, schedule, moved, self.backend is not None, self.observers)
+        shards = self._sharding(phase.half).passes(phase, schedule) if self.mesh else []
+        compiles = self.backend is not None
+        step = pipeline.specialised(step, phase, schedule, moved, compiles, self.observers, shards)
         code = build(step, self.backend, self.kept, self.ways)
         return Runnable(step, code, self.half if phase.half else None)
+
+    def _sharding(self, half: bool) -> Sharding:
+        """How ranks share the step, or the one of half the batch."""
+        if half not in self._shardings:
+            captured = self.half.step if half and self.half else self.captured.step
+            self._shardings[half] = Sharding(captured, self.half_step if half else self.step, self.mesh)
+        return self._shardings[half]
 
     def moved(self, schedule: Schedule) -> frozenset[History]:
         """Histories that are kept in host memory."""

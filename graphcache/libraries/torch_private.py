@@ -89,6 +89,10 @@ with names_of("torch"):
     EFFICIENT_ATTENTION: Any = torch.ops.aten._scaled_dot_product_efficient_attention.default
     FLASH_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention.default
 
+    # exchanges between processes as operations of a graph, which compilers see
+    ALL_GATHER: Any = torch.ops._c10d_functional.all_gather_into_tensor.default
+    WAIT: Any = torch.ops._c10d_functional.wait_tensor.default
+
     # which kernels attention may take, in which order, and which one it does
     allowed_kernels: Any = torch.nn.attention._cur_sdpa_kernel_backends
     kernel_priority: Any = torch._C._get_sdp_priority_order

@@ -96,6 +96,8 @@ def package(
             "a package keeps caches and weights on the device: transform the model without offload=, "
             "stream_weights= and max_cache_bytes=, or package the untransformed one"
         )
+    if options.mesh:
+        raise GraphCacheError("a package is for one process: package the model without mesh=")
     # a backend that is never called: phases are made as for being compiled
     options = dataclasses.replace(options, backend="inductor", sizes="fixed", signatures=_MANY)
     is_pipe = not isinstance(model_or_pipe, nn.Module)

@@ -23,6 +23,7 @@ from graphcache.runtime.cache_limit import keep_within
 from graphcache.runtime.caller import Caller
 from graphcache.runtime.guidance_role import role_of
 from graphcache.runtime.matching import Call
+from graphcache.runtime.mesh import agree, answered
 from graphcache.runtime.options import Options
 from graphcache.runtime.plans import Plans
 from graphcache.runtime.program_maker import ProgramMaker
@@ -129,7 +130,11 @@ class Engine:
 
     def evaluate(self, branch: CallSlot, state: BranchState, tensors: Sequence[torch.Tensor]) -> Any:
         """Run the step that a branch's state is at."""
-        return run_step(state, tensors)
+        if not self.options.mesh:
+            return run_step(state, tensors)
+        with answered(state):
+            agree(self.options.mesh, self.model, state, branch, tensors)
+            return run_step(state, tensors)
 
     @property
     def as_given(self) -> Options:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from graphcache.compiler.backends import Backend
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
+from graphcache.ir.ranks import Ranks
 from graphcache.ir.roles import UNNAMED, Names
 from graphcache.passes.base import Observer
 from graphcache.runtime.plans import Resample
@@ -35,6 +36,7 @@ class Options:
     stream_weights: bool = False
     names: Names = UNNAMED
     captures: Path | None = None
+    mesh: tuple[Ranks, ...] = ()
 
 
 def check_options(

@@ -21,6 +21,7 @@ from graphcache.ir.call import Binder, CallSpec, Key, Signature
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.opaque import Opaque
 from graphcache.libraries.exclusive import COMPILING
+from graphcache.runtime.mesh import refuse_for_ranks
 from graphcache.runtime.options import Options
 from graphcache.runtime.spoken import Spoken
 from graphcache.tracing.capture import forward_parameters
@@ -125,6 +126,7 @@ class ProgramMaker:
                 observers=self.options.observers,
                 kept=self.programs.compilations.under(signature, modes),
                 ways=self._ways(),
+                mesh=self.options.mesh,
                 elsewhere=elsewhere,
             )
 
@@ -144,13 +146,15 @@ class ProgramMaker:
         asked = self.options.regions
         # of weights that are kept elsewhere only those of two regions are on the device at a time
         auto = self.homes.device is not None or compiled_by_blocks(self.model)
-        return Ways(auto if asked == "auto" else asked, self.options.sizes != "fixed")
+        fixed = self.options.sizes == "fixed" or bool(self.options.mesh)
+        return Ways(auto if asked == "auto" else asked, not fixed)
 
     def compilation(self) -> Backend:
         """What phases are compiled with: what was asked for, or what the model was compiled with."""
-        if self.backend is not None or not self.adopts:
-            return self.backend
-        return prior_compilation(self.model)
+        found = self.backend if self.backend is not None or not self.adopts else prior_compilation(self.model)
+        if self.options.mesh:
+            refuse_for_ranks(found)
+        return found
 
     def _captured(
         self, key: Key, spec: CallSpec, tensors: Sequence[torch.Tensor], asks: bool
@@ -163,7 +167,7 @@ class ProgramMaker:
 
         def traced() -> Captured:
             nonlocal trace
-            if self.options.sizes != "fixed" and is_plain:
+            if self._ways().any_size and is_plain:
                 found = self._symbolic.find(key, self.model, spec, tensors, observers, split)
                 if found is not None:
                     trace = found[1]
@@ -199,6 +203,8 @@ class ProgramMaker:
 
     def compile(self, backend: Backend) -> None:
         """Compile the phases from now on; what was captured stays."""
+        if self.options.mesh:
+            refuse_for_ranks(backend)
         with self._lock:
             self.backend = backend
             self.programs.compilations.clear()

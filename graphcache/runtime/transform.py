@@ -17,6 +17,7 @@ from graphcache.libraries.diffusers_private import REGISTRY
 from graphcache.runtime.checked import check_calls, end_checks, refuse_unchecked
 from graphcache.runtime.engine import Engine, original
 from graphcache.runtime.likeness import alike
+from graphcache.runtime.mesh import ranks_of
 from graphcache.runtime.offloading import settle
 from graphcache.runtime.options import SIGNATURES, Options, check_options
 from graphcache.runtime.parts import denoisers, modules
@@ -144,6 +145,7 @@ def transform(
     stream_weights: bool = False,
     check: int = 0,
     captures: str | os.PathLike[str] | None = None,
+    mesh: Any = None,
 ) -> Target:
     """Make a model, or the denoisers of a diffusers pipeline, run under a plan.
 
@@ -209,6 +211,9 @@ def transform(
             promises. What the calls return, draw and call back is as without.
         captures: a folder in which captures are kept, so that another process has no need to trace the same
             model for the same call: see docs/reliability.md.
+        mesh: a torch DeviceMesh whose processes share each evaluation: its dimensions are named "tokens",
+            "guidance" (the rows of the batch) or both, and every process makes the same calls with the same
+            inputs and gets the whole result (docs/devices.md).
 
     Returns:
         An instance of the model's class, or the pipeline.
@@ -239,6 +244,7 @@ def transform(
         stream_weights=stream_weights,
         names=Names.of(timestep, latents),
         captures=None if captures is None else Path(captures),
+        mesh=() if mesh is None else ranks_of(mesh, backend, sizes, stream_weights),
     )
     named = (parts,) if isinstance(parts, str) else tuple(parts)
     if isinstance(model_or_pipe, nn.Module):

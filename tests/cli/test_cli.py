@@ -227,6 +227,19 @@ def test_bench_writes_every_contender_beside_the_plain_model(tmp_path: Path) -> 
     assert rows["torch.compile"]["ideal"] is None
 
 
+def test_bench_times_plans_on_several_ranks_beside_one(tmp_path: Path) -> None:
+    target = tmp_path / "figures.json"
+    asked = ("bench", "cli_factory:made", "--plan", "fora:4:interval=2", "--backend", "none")
+    result = run(*asked, "--ranks", "2", "--rounds", "1", "--threads", "1", "--json", str(target))
+    assert result.exception is None, result.exception
+    assert "ms/step on 2" in result.output
+    (row,) = json.loads(target.read_text())["contenders"]
+    assert row["speedup"] == row["alone_ms"] / row["ms"]
+    assert row["rank_bytes"] < 0.7 * row["alone_bytes"]  # with what is computed once, which ranks have whole
+    assert "leave out others" in refusal(*asked, "--ranks", "2", "--plain")
+    assert "give at least 2" in refusal(*asked, "--ranks", "0")
+
+
 def test_starts_are_those_of_two_processes_with_one_empty_cache_for_each_plan() -> None:
     caches = list[str]()
 

@@ -1,0 +1,202 @@
+"""One rank's part of a graph: parts of the streams, and exchanges where attention needs what others hold."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+
+import torch
+from torch import fx
+
+from graphcache.analysis.shard_layout import Axis
+from graphcache.analysis.shards import Entry, Given, Shards, shards
+from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.graph import CacheRead, CacheWrite, StepGraph, fake_mode, value_of
+from graphcache.ir.ranks import Ranks
+from graphcache.libraries.torch_private import ALL_GATHER, WAIT
+from graphcache.passes.prune import pruned
+from graphcache.passes.rewrite import Chain, Rewriter
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Let a rank compute its part of the streams, and keep its part of cache entries.
+
+    Every operation stays where it is and runs on the rank's part of its operands. Keys and values are
+    gathered from all ranks where attention reads them, and the model's results once, at the end.
+
+    Attributes:
+        ranks: who shares.
+        starts: where streams begin, by name, and along which dimension they are split.
+        entries: of sites' values that are split, the same.
+        ends: values that every rank gets whole at once, because of what is made of them.
+    """
+
+    ranks: Ranks
+    starts: Mapping[str, Axis]
+    entries: Mapping[Entry, Axis]
+    ends: frozenset[str]
+
+    def __call__(self, step: StepGraph) -> StepGraph:
+        reads = {
+            node.name: axis
+            for port, node in step.ports()
+            if isinstance(port, CacheRead) and (axis := self._entry(port, value_of(node).shape)) is not None
+        }
+        rewriter = _Parts(step, ranks=self.ranks)
+        rewriter.found = shards(step.rebuilt(rewriter.graph), Given(self.starts, reads, self.ends))
+        shapes = [value_of(result).shape for result in step.results()]
+        for node in list(rewriter.graph.nodes):
+            rewriter.rewrite(node)
+        for index, (port, shape) in enumerate(zip(rewriter.outputs, shapes, strict=True)):
+            axis = self._entry(port, shape) if isinstance(port, CacheWrite) else None
+            result = rewriter.results[index]
+            rewriter.results[index] = rewriter.kept(result, axis) if axis else rewriter.whole(result)
+        return pruned(rewriter.finished())
+
+    def _entry(self, port: CacheRead | CacheWrite, shape: torch.Size) -> Axis | None:
+        """How a cache entry is split; of the halves of a batch each has entries of its own."""
+        axis = self.entries.get((port.history.site, port.part))
+        if axis is None or axis.outer * axis.length == shape[axis.dim]:
+            return axis
+        outer, odd = divmod(int(shape[axis.dim]), axis.length)
+        if odd or axis.dim:
+            raise GraphCacheError(
+                f"mesh=: {port.history} is {tuple(shape)}, which the ranks' parts do not fit; report this as "
+                "a fault of graphcache"
+            )
+        return Axis(axis.dim, outer, axis.segments, axis.ranks)
+
+
+@dataclass
+class _Parts(Rewriter):
+    """A copy of the graph whose nodes become a rank's parts of them, one after the other.
+
+    `split` are those that became parts; `gathered` and `taken` what was made of one by the other.
+    """
+
+    ranks: Ranks = field(default_factory=lambda: Ranks(1, 0, ""))
+    found: Shards = field(default_factory=Shards)
+    split: dict[fx.Node, Axis] = field(default_factory=dict)
+    gathered: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    taken: dict[tuple[fx.Node, Axis], fx.Node] = field(default_factory=dict)
+
+    def rewrite(self, node: fx.Node) -> None:
+        """Let a node compute the rank's part of its result."""
+        made, axis = self.found.shares.get(node), self.found.axis(node)
+        if node.op == "placeholder" and axis is not None and node not in self.found.narrowed:
+            node.meta["val"], self.split[node] = _part(value_of(node), axis), axis
+        if made is None:
+            return
+        needs = {item: None for item in node.all_input_nodes if item in self.split} | dict(made.needs)
+        if not needs and made.axis is None:
+            return
+        target, args, kwargs = made.call or (node.target, node.args, dict(node.kwargs))
+        there = {item: self.part(item, need) if need else self.whole(item) for item, need in needs.items()}
+        shape = None if isinstance(made.axis, tuple) else made.axis and made.axis.shape(value_of(node).shape)
+        node.target = target
+        node.args, node.kwargs = fx.map_arg((args, kwargs), lambda item: there.get(item, item))
+        self.renew(node)
+        if isinstance(made.axis, Axis):
+            self.split[node] = made.axis
+            if list(value_of(node).shape) != shape:
+                raise GraphCacheError(
+                    f"mesh=: a rank's part of node {node.name} ({node.target}) came out as "
+                    f"{tuple(value_of(node).shape)}; report this as a fault of graphcache"
+                )
+
+    def whole(self, node: fx.Node) -> fx.Node:
+        """All parts of a value, from all ranks."""
+        if node not in self.split:
+            return node
+        if node not in self.gathered:
+            self.gathered[node] = self._gathered(node, self.split[node])
+        return self.gathered[node]
+
+    def part(self, node: fx.Node, axis: Axis) -> fx.Node:
+        """The rank's part of a value."""
+        if node in self.split:
+            return node
+        if (node, axis) not in self.taken:
+            self.taken[node, axis] = self._taken(node, axis)
+        return self.taken[node, axis]
+
+    def kept(self, node: fx.Node, axis: Axis) -> fx.Node:
+        """The rank's part of a value, to be cached: it keeps no more alive than itself."""
+        if node in self.split:
+            return node
+        part = self.part(node, axis)
+        return self.after(part).copied(part)
+
+    def _behind(self, node: fx.Node) -> Chain:
+        return self.after(self.first.prev if node.op == "placeholder" else node)
+
+    def _gathered(self, node: fx.Node, axis: Axis) -> fx.Node:
+        """Exchanged are the split segments alone; each then goes where all values have it."""
+        chain, at = self._behind(node), axis.dim + (axis.outer > 1)
+        before, after = _around(value_of(node).shape, axis)
+        grouped = _shaped(chain, node, [*before, axis.held, *after])
+        own = _cut(chain, grouped, at, [axis.local(segment) for segment in axis.segments])
+        parts = [part for part, segment in zip(own, axis.segments, strict=True) if segment.split]
+        sent = _joined(chain, parts, at)
+        if not value_of(sent).is_contiguous():
+            sent = chain.emit(aten.contiguous.default, sent)
+        size = list(value_of(sent).shape)
+        received = chain.emit(ALL_GATHER, sent, self.ranks.count, self.ranks.group)
+        received = chain.emit(WAIT, received)
+        received = chain.emit(aten.reshape.default, received, [self.ranks.count, *size])
+        if at:
+            received = chain.emit(aten.movedim.int, received, 0, at)
+        split = [segment for segment in axis.segments if segment.split]
+        pieces = iter(_cut(chain, received, at + 1, map(axis.local, split)))
+        whole = [
+            _shaped(chain, next(pieces), [*before, segment.size, *after]) if segment.split else part
+            for part, segment in zip(own, axis.segments, strict=True)
+        ]
+        shape = list(value_of(node).shape)
+        shape[axis.dim] = axis.outer * axis.length
+        return _shaped(chain, _joined(chain, whole, at), shape)
+
+    def _taken(self, node: fx.Node, axis: Axis) -> fx.Node:
+        chain, at = self._behind(node), axis.dim + (axis.outer > 1)
+        before, after = _around(value_of(node).shape, axis)
+        grouped = _shaped(chain, node, [*before, axis.length, *after])
+        parts, offset = list[fx.Node](), 0
+        for segment in axis.segments:
+            count = axis.local(segment)
+            first = offset + self.ranks.rank * count if segment.split else offset
+            parts.append(chain.emit(aten.slice.Tensor, grouped, at, first, first + count))
+            offset += segment.size
+        return _shaped(chain, _joined(chain, parts, at), axis.shape(value_of(node).shape))
+
+
+def _around(shape: Sequence[int], axis: Axis) -> tuple[list[int], list[int]]:
+    """The sizes before and after the segments, where they have a dimension of their own."""
+    outer = [axis.outer] if axis.outer > 1 else []
+    return [*shape[: axis.dim], *outer], list(shape[axis.dim + 1 :])
+
+
+def _shaped(chain: Chain, node: fx.Node, shape: Sequence[int]) -> fx.Node:
+    if list(value_of(node).shape) == list(shape):
+        return node
+    return chain.emit(aten.reshape.default, node, list(shape))
+
+
+def _cut(chain: Chain, node: fx.Node, dim: int, sizes: Iterable[int]) -> list[fx.Node]:
+    """The pieces of a value along a dimension."""
+    ends = list(accumulate(sizes))
+    if len(ends) == 1:
+        return [node]
+    return [chain.emit(aten.slice.Tensor, node, dim, first, last) for first, last in pairwise((0, *ends))]
+
+
+def _joined(chain: Chain, pieces: Sequence[fx.Node], dim: int) -> fx.Node:
+    return pieces[0] if len(pieces) == 1 else chain.emit(aten.cat.default, list(pieces), dim)
+
+
+def _part(value: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """A tensor like a rank's part of another, its dimensions in the same order in memory."""
+    with fake_mode(value):
+        part = value.narrow(axis.dim, 0, axis.outer * axis.held)
+        return torch.empty_like(part, memory_format=torch.preserve_format)

@@ -1,0 +1,118 @@
+"""What ranks do in tests of meshes: each function runs in every process of a group."""
+
+import os
+import signal
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils._pytree import tree_leaves
+
+import graphcache
+from graphcache import Plan
+from graphcache.compiler.captured import Captured
+from graphcache.runtime import engine
+from sharing import Sharing
+from tiny import arguments, tiny
+from zoo import CASES
+
+TOKENS = 8
+
+
+def mesh_of(**sizes: int) -> DeviceMesh:
+    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def generations(
+    sizes: Mapping[str, int], plans: Mapping[str, list[tuple[str, Plan]]]
+) -> dict[str, tuple[float, float]]:
+    """Of each model under each of its plans the largest difference to one process, and the share of bytes."""
+    mesh, found = mesh_of(**sizes), {}
+    Captured.of = Sharing(Captured.of)  # type: ignore[method-assign]
+    for name, named in plans.items():
+        case = CASES[name]
+        for text, plan in named:
+            static = case.static(2)
+            latents = torch.cat([case.latents(1)] * 2) if plan.is_guided else case.latents(2)
+            steps = plan.steps
+            calls = [case.call(static, latents + 0.1 * i, 1 - i / steps) for i in range(steps)]
+            alone = graphcache.transform(case.make(), plan)
+            ranks = graphcache.transform(case.make(), plan, mesh=mesh)
+            error = 0.0
+            for call in calls:
+                with torch.no_grad():
+                    pairs = zip(tree_leaves(ranks(**call)), tree_leaves(alone(**call)), strict=True)
+                    error = max(error, *(float((ours - theirs).abs().max()) for ours, theirs in pairs))
+            held = [max(step.held_bytes for step in m.summary().branches[0].steps) for m in (ranks, alone)]
+            found[f"{name} {text}"] = error, held[0] / held[1]
+    return found
+
+
+def step(model: Any, t: float, **changes: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(**{**arguments(t, tokens=TOKENS), **changes})
+    return result
+
+
+CASES_OF_TWO = ("noise", "later latents", "weights", "plan", "step", "gradients")
+
+
+def disagreeing() -> dict[str, str]:
+    """What is said where the second rank has something else in one of two steps."""
+    mesh = mesh_of(tokens=2)
+    return {what: _said(what, mesh, dist.get_rank() == 1) for what in CASES_OF_TWO}
+
+
+def _said(what: str, mesh: DeviceMesh, other: bool) -> str:
+    model, plan = tiny(2), graphcache.presets.fora(3, 2)
+    if other and what == "weights":
+        with torch.no_grad():
+            model.blocks[0].qkv.weight[0, 0] += 1
+    if other and what == "plan":
+        plan = graphcache.presets.compute(3)
+    made = graphcache.transform(model, plan, mesh=mesh)
+    noise = torch.randn(2, TOKENS, 4, generator=torch.Generator().manual_seed(int(other and what == "noise")))
+    try:
+        if what == "gradients":
+            made(**arguments(tokens=TOKENS))
+        step(made, 1.0, x=noise)
+        if other and what == "step":
+            made.reset()
+        step(made, 0.7, x=noise + 1e-6 if other and what == "later latents" else noise)
+    except graphcache.StateError as error:
+        return str(error)
+    return "nothing"
+
+
+def dying(within: bool) -> Tensor:
+    """Two steps; the last rank is killed before the second one, or after all have agreed on it."""
+    count = dist.get_world_size()
+    model = graphcache.transform(tiny(2), graphcache.presets.compute(3), mesh=mesh_of(tokens=count))
+    step(model, 1.0)
+    if dist.get_rank() == count - 1:
+        if not within:
+            _kill()
+        engine.run_step = _kill
+    return step(model, 0.7)
+
+
+def _kill(*_: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def compiled() -> tuple[float, list[int]]:
+    """The largest difference to one process, and the graphs that each of them compiled."""
+    plan = graphcache.presets.taylorseer(5, 2, 1)
+    meshes = None, mesh_of(tokens=2)
+    counters = [CompileCounterWithBackend("aot_eager") for _ in meshes]
+    alone, made = (
+        graphcache.transform(tiny(2), plan, mesh=mesh, backend=counter)
+        for mesh, counter in zip(meshes, counters, strict=True)
+    )
+    pairs = [(step(made, 1 - i / 5), step(alone, 1 - i / 5)) for i in range(5)]
+    largest = max(float((one - two).abs().max()) for one, two in pairs)
+    return largest, [counter.frame_count for counter in counters]
