@@ -116,3 +116,15 @@ def compiled() -> tuple[float, list[int]]:
     pairs = [(step(made, 1 - i / 5), step(alone, 1 - i / 5)) for i in range(5)]
     largest = max(float((one - two).abs().max()) for one, two in pairs)
     return largest, [counter.frame_count for counter in counters]
+
+
+def with_other_options() -> dict[str, tuple[float, int]]:
+    """The largest difference to one process, and the bytes that a rank keeps in host memory."""
+    plan, found = graphcache.presets.taylorseer(4, 2, 1), dict[str, tuple[float, int]]()
+    for options in ({"backend": "aot_eager", "regions": True}, {"offload": True}, {"max_cache_bytes": 10**6}):
+        alone = graphcache.transform(tiny(3), plan)
+        made: Any = graphcache.transform(tiny(3), plan, mesh=mesh_of(tokens=2), **options)
+        pairs = [(step(made, 1 - i / 4), step(alone, 1 - i / 4)) for i in range(4)]
+        largest = max(float((one - two).abs().max()) for one, two in pairs)
+        found[next(reversed(options))] = largest, made.summary().branches[0].host_bytes
+    return found

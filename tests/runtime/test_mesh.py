@@ -85,6 +85,16 @@ def test_compiled_without_a_break() -> None:
         assert graphs == alone
 
 
+def test_regions_and_caches_in_host_memory() -> None:
+    for found in together(2, mesh_work.with_other_options):
+        assert all(error <= 1e-5 for error, _ in found.values())
+        assert {name: away > 0 for name, (_, away) in found.items()} == {
+            "regions": False,
+            "offload": True,
+            "max_cache_bytes": False,
+        }
+
+
 @pytest.fixture
 def alone() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
