@@ -104,6 +104,7 @@ CHECKED = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("name", "plan", "meshes", "share"), CHECKED)
 def test_as_one_process(name: str, plan: str, meshes: Sequence[Mesh], share: float) -> None:
     alone, rank = check(program(name), meshes, PLANS[plan], generation(name))
@@ -162,6 +163,7 @@ ATTENTIONS = {"pixart": 2, "flux": 4, "latte": 2, "functional_mmdit": 4}
 """Over tokens of several ranks: not over text, and not over the frames of a place."""
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "attentions"), ATTENTIONS.items())
 def test_two_exchanges_for_each_attention_and_one_at_the_end(name: str, attentions: int) -> None:
     made = program(name)
