@@ -3,14 +3,10 @@
 python -m examples.benchmark_other_guidance digits [--json FILE]
 """
 
-import argparse
-
-import torch
-
 import graphcache
-from examples.benchmark_other_steps import JUDGED, PROFILED, quality
-from examples.records import Cell, Column, add_json_option, report
-from examples.samplers import EXAMPLES, Example
+from examples.benchmark_other_steps import JUDGED, PROFILED, quality, run
+from examples.records import Cell, Column
+from examples.samplers import Example
 from examples.sweep import mean_and_spread
 from graphcache import Profile
 from graphcache.planning.automatic import checker
@@ -55,21 +51,5 @@ def rows(example: Example, size: int, seeds: int) -> list[list[Cell]]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("example", choices=list(EXAMPLES))
-    parser.add_argument("--size", type=int, default=8, help="samples of one generation")
-    parser.add_argument("--seeds", type=int, default=3, help="generations that judge")
-    add_json_option(parser)
-    arguments = parser.parse_args()
-    torch.set_num_threads(2)
-    report(
-        f"Plans for other scales of guidance, {arguments.example}",
-        COLUMNS,
-        rows(EXAMPLES[arguments.example](), arguments.size, arguments.seeds),
-        arguments.json,
-    )
-
-
 if __name__ == "__main__":
-    main()
+    run(str(__doc__), "Plans for other scales of guidance", COLUMNS, rows)

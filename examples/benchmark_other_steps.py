@@ -4,6 +4,7 @@ python -m examples.benchmark_other_steps digits [--json FILE]
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -60,8 +61,11 @@ def quality(sampling: Sampling, plan: graphcache.Plan, items: list[Item]) -> lis
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+def run(
+    doc: str, title: str, columns: Sequence[Column], rows: Callable[[Example, int, int], list[list[Cell]]]
+) -> None:
+    """A command that makes a table for one of the examples."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("example", choices=list(EXAMPLES))
     parser.add_argument("--size", type=int, default=8, help="samples of one generation")
     parser.add_argument("--seeds", type=int, default=3, help="generations that judge")
@@ -69,12 +73,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     report(
-        f"Plans for other numbers of steps, {arguments.example}",
-        COLUMNS,
+        f"{title}, {arguments.example}",
+        columns,
         rows(EXAMPLES[arguments.example](), arguments.size, arguments.seeds),
         arguments.json,
     )
 
 
 if __name__ == "__main__":
-    main()
+    run(str(__doc__), "Plans for other numbers of steps", COLUMNS, rows)

@@ -14,7 +14,6 @@ from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import Output, StepGraph, fake_mode, value_of, weights_of
 from graphcache.ir.opaque import Opaque
-from graphcache.libraries.exclusive import COMPILING
 from graphcache.libraries.kernels import ChosenKernels
 from graphcache.libraries.quiet import quiet_tracing
 from graphcache.libraries.torch_private import (
@@ -36,12 +35,12 @@ from graphcache.tracing.functional import (
     is_functional,
 )
 from graphcache.tracing.homes import Homes
-from graphcache.tracing.hooks import is_own, uncompiled
+from graphcache.tracing.hooks import is_own
 from graphcache.tracing.numeric_time import about_numbers, refuse_unlike_numbers, run_as_tensors
 from graphcache.tracing.opaque import is_foreign, named
 from graphcache.tracing.opened import open_operations
 from graphcache.tracing.plain_tensors import Originals
-from graphcache.tracing.rehearsal import random_states_kept, rehearse
+from graphcache.tracing.rehearsal import alone, rehearse
 from graphcache.tracing.standing_in import StandIns
 from graphcache.tracing.undisturbed import undisturbed
 from graphcache.tracing.unlifted import unlifted
@@ -120,13 +119,7 @@ def capture(
             lambda: _traced(model, call, tensors, originals, stand_ins, answers, symbols, homes),
         )
 
-    with (
-        COMPILING,
-        uncompiled(model),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        random_states_kept(devices),
-    ):
+    with alone(model, devices):
         while True:
             if symbols:
                 return attempt(None)

@@ -6,12 +6,10 @@ import torch
 from torch import nn
 
 from graphcache.ir.call import CallSpec, OutputSpec
-from graphcache.libraries.exclusive import COMPILING
 from graphcache.libraries.kernels import ChosenKernels
-from graphcache.tracing.hooks import uncompiled
 from graphcache.tracing.numeric_time import refuse_unlike_numbers, run_as_tensors
 from graphcache.tracing.plain_tensors import Originals
-from graphcache.tracing.rehearsal import random_states_kept, rehearse
+from graphcache.tracing.rehearsal import alone, rehearse
 from graphcache.tracing.undisturbed import undisturbed
 
 
@@ -34,12 +32,6 @@ def really_called(
                 refuse_unlike_numbers(call, model, plain)
             found.append(OutputSpec.of(*run_as_tensors(call, model, plain)))
 
-    with (
-        COMPILING,
-        uncompiled(model),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        random_states_kept(devices),
-    ):
+    with alone(model, devices):
         undisturbed(model, originals, lambda: rehearse(real, devices), lambda: None)
     return found[-1]

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.versions import memory
+from graphcache.libraries.exclusive import COMPILING
 from graphcache.libraries.torch_private import OpOverload, TorchDispatchMode, disable_current_modes, schema_of
 from graphcache.tracing.explanation import user_line
+from graphcache.tracing.hooks import uncompiled
 
 _AS_THEY_ARE = (CaptureError, MemoryError, torch.OutOfMemoryError)
 _UNCOMPILED = "found no compiled frames"
@@ -52,6 +55,21 @@ def rehearse(call: Callable[[], Any], devices: Iterable[torch.device]) -> Undo:
     finally:
         torch.clear_autocast_cache()
     return writes.undo
+
+
+@contextlib.contextmanager
+def alone(model: nn.Module, devices: Iterable[torch.device]) -> Iterator[None]:
+    """Calls of a model within are its own forward's, without gradients, one thread's at a time, and draw no
+    random numbers that others would have drawn.
+    """
+    with (
+        COMPILING,
+        uncompiled(model),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        random_states_kept(devices),
+    ):
+        yield
 
 
 @contextlib.contextmanager
