@@ -14,7 +14,7 @@ from torch import nn
 from graphcache.ir.errors import GraphCacheError
 from graphcache.libraries.diffusers_private import CLASS_NAME
 from graphcache.libraries.extras import require
-from graphcache.libraries.quiet import quiet_loading
+from graphcache.libraries.quiet import quiet_imports, quiet_loading
 from graphcache.planning.sampling import Sampler, first_calls
 from graphcache.runtime.parts import denoisers
 
@@ -125,7 +125,10 @@ def load_model(
 
 
 def _diffusers() -> Any:
-    return require("diffusers", "diffusers", "a diffusers folder")
+    with quiet_imports():
+        found = require("diffusers", "diffusers", "a diffusers folder")
+        importlib.import_module("diffusers.quantizers")  # takes others up when it is first asked for
+    return found
 
 
 def _from_folder(folder: Path, placement: Placement) -> nn.Module:

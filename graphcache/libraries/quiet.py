@@ -45,6 +45,17 @@ def quiet_loading() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Nothing of what libraries miss when they are first imported; what they need and miss is raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
 def _disabled(*names: str) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.disabled for logger in loggers]

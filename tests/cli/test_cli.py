@@ -292,6 +292,13 @@ def test_warmup_takes_a_pipelines_sizes(tmp_path: Path) -> None:
     assert json.loads(target.read_text())["seconds"] > 0
 
 
+def test_what_other_libraries_miss_when_they_are_imported_is_not_said() -> None:
+    code = "from graphcache.cli.sources import load_pipeline; load_pipeline('nowhere')"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stderr.startswith("Traceback"), done.stderr
+    assert not done.stdout
+
+
 def test_package_takes_a_pipelines_sizes(tmp_path: Path) -> None:
     PIPELINES["dit"].make().save_pretrained(tmp_path / "pipe")
     calls = [json.dumps({"class_labels": labels, "guidance_scale": 1.0}) for labels in ([1], [1, 2])]
