@@ -41,15 +41,20 @@ def test_one_fixed_size_and_one_code_for_the_others() -> None:
             ours: list[Tensor] = []
             assert made.since(lambda at=tokens: ours.extend(generation(cached, tokens=at))) == expected  # noqa: B023
             torch.testing.assert_close(ours, generation(plain, tokens=tokens), rtol=1e-4, atol=1e-5)
-        # a batch of one, and one of several, are classes of their own
+
+
+def test_a_batch_of_one_and_one_of_several_are_classes_of_their_own() -> None:
+    plain = graphcache.transform(tiny(2), PLAN)
+    with compilations() as made:
+        cached = graphcache.transform(tiny(2), PLAN, backend="inductor")
+        assert made.since(lambda: [generation(cached, tokens=at) for at in (3, 5)]) == (2, 2)
         assert made.since(lambda: generation(cached, tokens=4, batch=1)) == (2, 0)
         assert made.since(lambda: generation(cached, tokens=6, batch=1)) == (0, 2)
         assert made.since(lambda: generation(cached, tokens=6, batch=3)) == (0, 2)
         for batch, tokens in ((1, 9), (4, 3), (5, 8)):
             assert made.since(lambda b=batch, t=tokens: generation(cached, batch=b, tokens=t)) == (0, 0)
             theirs = generation(plain, batch=batch, tokens=tokens)
-            ours = generation(cached, batch=batch, tokens=tokens)
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            assert_same(generation(cached, batch=batch, tokens=tokens), theirs)
 
 
 def test_sizes_that_are_announced_share_code_from_the_first_on() -> None:

@@ -41,7 +41,7 @@ def gradients(model: Any, of: str, first: int) -> list[Tensor]:
     return [results[-1], *torch.autograd.grad(latents.square().sum(), asked)]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("plan", "backend", "regions"),
     [
