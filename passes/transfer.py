@@ -89,7 +89,8 @@ def fetched(home: Home, stand_in: Tensor) -> Tensor:
     if (made.shape, made.stride(), made.dtype) != (stand_in.shape, stand_in.stride(), stand_in.dtype):
         raise StateError(
             f"a weight of shape {tuple(made.shape)} and {made.dtype} was put where one of shape "
-            f"{tuple(stand_in.shape)} and {stand_in.dtype} was captured; call model.reset()"
+            f"{tuple(stand_in.shape)} and {stand_in.dtype} was captured; call model.reset(), and where "
+            "weights are cast, cast them before they are offloaded"
         )
     return made
 

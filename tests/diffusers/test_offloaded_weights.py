@@ -392,6 +392,14 @@ def test_another_weight_in_a_file_is_told(tmp_path: Path) -> None:
         made(**call)
 
 
+def test_weights_that_are_cast_once_they_are_offloaded_are_told() -> None:
+    model = CASES["wan"].make()
+    in_groups("leaf_level", stream=True)(model)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(StateError, match=r"float8.* was captured; .*cast them before they are offloaded"):
+        graphcache.transform(model, presets.compute(1))(**CASES["wan"].kwargs(1))
+
+
 def test_inputs_come_to_where_weights_are_computed_with() -> None:
     """Hooks inside of a model move its inputs, and the one around it its result."""
     model = CASES["wan"].make()
