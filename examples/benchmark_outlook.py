@@ -13,7 +13,7 @@ from graphcache.ir.roles import UNNAMED
 from graphcache.ir.units import size, work
 from graphcache.planning.outlook import Outlook
 
-TRAINED, JUDGES, PROFILED, ITERATIONS, RIVALS = 12, 4, 8, 60, 4
+TRAINED, JUDGES, PROFILED, ITERATIONS, RIVALS = 12, 4, 8, 30, 4
 """Of 16 prompts, as `auto` shares them out."""
 TWO_CALLS = ("Qwen-Image", "Wan 2.1 1.3B", "Wan 2.1 14B")
 """Models whose pipelines call once for each branch of guidance."""
