@@ -13,6 +13,7 @@ from graphcache.libraries.torch_private import (
     EFFICIENT_ATTENTION,
     FLASH_ATTENTION,
     INTEGER_MM,
+    SOFTMAX,
     TO_COPY,
     UNSAFE_VIEW,
 )
@@ -108,6 +109,24 @@ CONTRACTIONS = frozenset(
 )
 """Products that are attention when they multiply two activations."""
 
+REDUCTIONS = frozenset(
+    {
+        aten.mean.dim,
+        aten.sum.dim_IntList,
+        aten.amax.default,
+        aten.amin.default,
+        aten.var.correction,
+        aten.std.correction,
+        aten.logsumexp.default,
+        aten.linalg_vector_norm.default,
+        aten.softmax.int,
+        SOFTMAX,
+        aten.log_softmax.int,
+        aten.glu.default,
+    }
+)
+"""What goes over given dimensions, all of them where none is given."""
+
 HEAVY = (
     ATTENTION
     | CONTRACTIONS
@@ -144,6 +163,21 @@ def integer(node: fx.Node, place: int, default: int | None = None) -> int:
     left_out = default is not None and len(node.args) <= place
     value: Any = default if left_out else node.args[place]
     return int(value)
+
+
+def dimension(node: fx.Node, place: int, rank: int) -> int:
+    """The dimension that an operation takes apart or joins along, as a number of at least 0."""
+    given: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
+    return int(given) % rank
+
+
+def reduced_dimensions(node: fx.Node, rank: int) -> set[int]:
+    """The dimensions over which one of `REDUCTIONS` goes."""
+    place = 2 if node.target is aten.linalg_vector_norm.default else 1
+    default = -1 if node.target is aten.glu.default else None
+    given: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", default)
+    given = list(range(rank)) if given is None or given == [] else given
+    return {dim % rank for dim in ([given] if isinstance(given, int) else given)}
 
 
 def behind(node: fx.Node, targets: frozenset[object]) -> fx.Node:

@@ -72,8 +72,7 @@ def taken_rows(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
         size = value_of(source).shape[dim]
         if not all(isinstance(number, int) for number in (start or 0, stop, size)) or step != 1:
             return None  # which rows these are depends on data, or some are left out
-        first, last = (min(b + size if b < 0 else b, size) for b in (start or 0, stop))
-        return source, dim % dims, first, last
+        return source, dim % dims, *_bounds(start, stop, size)
     split = arguments[0] if arguments else None
     if isinstance(split, fx.Node) and split.target in SPLITS:
         pieces: list[Any] = list(split.args)
@@ -82,3 +81,16 @@ def taken_rows(node: fx.Node) -> tuple[fx.Node, int, int, int] | None:
         first = sum(sizes[: arguments[1]])
         return pieces[0], dim % dims, first, first + sizes[arguments[1]]
     return None
+
+
+def written_rows(node: fx.Node) -> tuple[int, int, int]:
+    """(start, stop, step) of what a `slice_scatter` writes over."""
+    arguments: list[Any] = [*node.args, *(0, None, None, 1)[len(node.args) - 2 :]]
+    dim, start, stop, step = arguments[2:]
+    size = int(value_of(node).shape[dim])
+    return *_bounds(start, size if stop is None else stop, size), step
+
+
+def _bounds(start: int | None, stop: int, size: int) -> tuple[int, int]:
+    first, last = (min(bound + size if bound < 0 else bound, size) for bound in (start or 0, stop))
+    return first, last

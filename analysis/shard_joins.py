@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from graphcache.analysis import ops
-from graphcache.analysis.rows import taken_rows
+from graphcache.analysis.rows import taken_rows, written_rows
 from graphcache.analysis.shard_layout import Axis, Segment, concatenated, joined
 from graphcache.analysis.shard_operands import (
     Call,
@@ -25,17 +25,11 @@ from graphcache.ir.graph import value_of
 aten = ops.aten
 
 
-def dimension(node: fx.Node, place: int) -> int:
-    """The dimension that an operation takes apart or joins along."""
-    given: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
-    return int(given)
-
-
 def joins(node: fx.Node, held: Held) -> Share:
     """A concatenation: along the parts, or of values split alike."""
     pieces: Any = node.args[0]
     shape = shape_of(node)
-    dim = dimension(node, 1) % len(shape)
+    dim = ops.dimension(node, 1, len(shape))
     axes = {piece: axis for piece in pieces if (axis := axis_of(piece, held)) is not None}
     if all(axis.dim != dim for axis in axes.values()):
         return aligned(node, pieces, held, free=dim)
@@ -48,7 +42,7 @@ def sliced(node: fx.Node, held: Held) -> Share:
     """A slice, or one place of a dimension."""
     source: Any = node.args[0]
     axis: Axis = needed(source, held)
-    dim = dimension(node, 1) % value_of(source).dim()
+    dim = ops.dimension(node, 1, value_of(source).dim())
     if node.target is aten.select.int:
         refuse(dim == axis.dim)
         return Share(axis.at(axis.dim - (dim < axis.dim)), {source: axis})
@@ -73,11 +67,11 @@ def pieces(node: fx.Node, held: Held) -> Share:
     source: Any = node.args[0]
     axis: Axis = needed(source, held)
     if node.target is aten.unbind.int:
-        dim = dimension(node, 1) % value_of(source).dim()
+        dim = ops.dimension(node, 1, value_of(source).dim())
         refuse(dim == axis.dim)
         count = len(node.meta["val"])
         return Share((axis.at(axis.dim - (dim < axis.dim)),) * count, {source: axis})
-    dim = dimension(node, 2) % value_of(source).dim()
+    dim = ops.dimension(node, 2, value_of(source).dim())
     sizes = [int(piece.shape[dim]) for piece in node.meta["val"]]
     if dim != axis.dim:
         return Share((axis,) * len(sizes), {source: axis})
@@ -95,7 +89,7 @@ def pieces(node: fx.Node, held: Held) -> Share:
 def written_over(node: fx.Node, held: Held) -> Share:
     """A piece written over a value's slice, or over one place of a dimension."""
     base, piece = (item for item in node.args[:2] if isinstance(item, fx.Node))
-    dim = dimension(node, 2) % value_of(base).dim()
+    dim = ops.dimension(node, 2, value_of(base).dim())
     selects = node.target is aten.select_scatter.default
     axis = axis_of(base, held)
     if axis is None:
@@ -113,11 +107,7 @@ def written_over(node: fx.Node, held: Held) -> Share:
 def _run_over(node: fx.Node, base: fx.Node, piece: fx.Node, axis: Axis, held: Held) -> Share:
     """A piece written over a run of the entries along the parts."""
     refuse(node.target is not aten.slice_scatter.default or axis_of(base, held) is None)
-    size = int(value_of(base).shape[axis.dim])
-    given: list[Any] = [*node.args[3:], *(None, None, 1)[len(node.args) - 3 :]]
-    start, stop, step = given
-    bounds = [0 if start is None else int(start), size if stop is None else int(stop)]
-    first, last = (min(bound + size if bound < 0 else bound, size) for bound in bounds)
+    first, last, step = written_rows(node)
     found, own = axis.taken(first, last), axis_of(piece, held)
     begin, end = axis.place(first), axis.place(last)
     refuse(step != 1 or found is None or begin is None or end is None)

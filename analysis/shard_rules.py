@@ -14,7 +14,7 @@ from torch import fx
 
 from graphcache.analysis import ops
 from graphcache.analysis.rows import SPLITS
-from graphcache.analysis.shard_joins import dimension, joins, padded, pieces, sliced, written_over
+from graphcache.analysis.shard_joins import joins, padded, pieces, sliced, written_over
 from graphcache.analysis.shard_layout import Axis, Segment
 from graphcache.analysis.shard_operands import (
     Held,
@@ -27,7 +27,7 @@ from graphcache.analysis.shard_operands import (
     shape_of,
 )
 from graphcache.ir.graph import value_of
-from graphcache.libraries.torch_private import SOFTMAX, UNSAFE_VIEW, OpOverload
+from graphcache.libraries.torch_private import UNSAFE_VIEW, OpOverload
 
 aten = ops.aten
 
@@ -50,11 +50,8 @@ def reduced(node: fx.Node, held: Held) -> Share:
     """A mean, sum, softmax or the like over given dimensions."""
     source: Any = node.args[0]
     axis = needed(source, held)
-    rank, place = value_of(source).dim(), 2 if node.target is aten.linalg_vector_norm.default else 1
-    default = -1 if node.target is aten.glu.default else None
-    given: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", default)
-    given = list(range(rank)) if given is None or given == [] else given
-    dims = {dim % rank for dim in ([given] if isinstance(given, int) else given)}
+    rank = value_of(source).dim()
+    dims = ops.reduced_dimensions(node, rank)
     refuse(axis.dim in dims)
     gone = 0 if value_of(node).dim() == rank else sum(dim < axis.dim for dim in dims)
     return Share(axis.at(axis.dim - gone), {source: axis})
@@ -117,7 +114,7 @@ def stacked(node: fx.Node, held: Held) -> Share:
     """Pieces side by side along a dimension of their own."""
     pieces: Any = node.args[0]
     shape = shape_of(node)
-    dim = dimension(node, 1) % len(shape)
+    dim = ops.dimension(node, 1, len(shape))
     share = aligned(node, pieces, held, [*shape[:dim], *shape[dim + 1 :]])
     assert isinstance(share.axis, Axis)
     return replace(share, axis=share.axis.at(share.axis.dim + (share.axis.dim >= dim)))
@@ -173,10 +170,7 @@ RULES = table(
         (elementwise, [aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default]),
         (elementwise, [aten.full_like.default]),
         (normed, [aten.layer_norm.default, aten.rms_norm.default]),
-        (reduced, [aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default]),
-        (reduced, [aten.var.correction, aten.std.correction, aten.logsumexp.default, SOFTMAX]),
-        (reduced, [aten.linalg_vector_norm.default, aten.softmax.int, aten.log_softmax.int]),
-        (reduced, [aten.glu.default]),
+        (reduced, ops.REDUCTIONS),
         (regrouped, [aten.view.default, aten.reshape.default, UNSAFE_VIEW, aten.flatten.using_ints]),
         (regrouped, [aten.unflatten.int, aten.ravel.default, aten.squeeze.default, aten.squeeze.dim]),
         (regrouped, [aten.squeeze.dims, aten.unsqueeze.default, aten.view_as.default]),

@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from graphcache.analysis import ops
-from graphcache.analysis.rows import SPLITS, taken_rows
+from graphcache.analysis.rows import SPLITS, taken_rows, written_rows
 from graphcache.analysis.token_layout import (
     Layout,
     TokenFactor,
@@ -35,7 +35,7 @@ def sliced(node: fx.Node, known: Known) -> Followed:
         raise Untokenised(node, f"is a result of {call.target}, which has no rule")
     source = call.args[0]
     layout = known.needed(node, source)
-    dim = _dimension(call, len(layout), 2 if call.target in SPLITS else 1)
+    dim = ops.dimension(call, 2 if call.target in SPLITS else 1, len(layout))
     if call.target in (aten.select.int, aten.unbind.int):
         refuse(node, is_marked(layout[dim]))
         return Followed((*layout[:dim], *layout[dim + 1 :]), {source: layout})
@@ -58,12 +58,6 @@ def sliced(node: fx.Node, known: Known) -> Followed:
     return Followed((*layout[:dim], (part,), *layout[dim + 1 :]), {source: layout}, how="passed")
 
 
-def _dimension(call: fx.Node, rank: int, place: int) -> int:
-    """The dimension that an operation takes apart or joins along."""
-    given: Any = call.args[place] if len(call.args) > place else call.kwargs.get("dim", 0)
-    return int(given) % rank
-
-
 def _only_token(node: fx.Node, layout: Layout, dim: int, known: Known) -> TokenFactor:
     """The factor of single tokens that is all of a dimension."""
     factors = layout[dim]
@@ -84,7 +78,7 @@ def concatenated(node: fx.Node, known: Known) -> Followed:
     """A concatenation: of streams along the tokens, of a stream's pieces, or of channels."""
     pieces: Any = node.args[0]
     shape = value_of(node).shape
-    dim = _dimension(node, len(shape), 1)
+    dim = ops.dimension(node, 1, len(shape))
     own = [piece for piece in pieces if piece in known.layouts]
     if not own:
         known.needed(node, next(piece for piece in pieces if known.is_own(piece)))
@@ -102,19 +96,15 @@ def concatenated(node: fx.Node, known: Known) -> Followed:
 
 def written_over(node: fx.Node, known: Known) -> Followed:
     """A piece written over a value's slice, or over one place of a dimension."""
-    arguments: list[Any] = list(node.args)
-    base, piece = arguments[:2]
+    base, piece = (item for item in node.args[:2] if isinstance(item, fx.Node))
     rank = value_of(node).dim()
-    dim = _dimension(node, rank, 2)
+    dim = ops.dimension(node, 2, rank)
     if node.target is aten.select_scatter.default:
         return _selected_over(node, dim, known)
-    arguments += (0, None, None, 1)[len(arguments) - 2 :]
-    begin, end, step = arguments[3:]
     owner = base if base in known.layouts else piece
     if not is_marked(known.needed(node, owner)[dim]):
         return aligned(node, [base, piece], known, free=(dim - rank,))
-    size = int(value_of(node).shape[dim])
-    first, last = (min(b + size if b < 0 else b, size) for b in (begin or 0, size if end is None else end))
+    first, last, step = written_rows(node)
     refuse(node, step != 1)
     parts = list[_Part]()
     if base in known.layouts:

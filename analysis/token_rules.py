@@ -4,7 +4,7 @@ An operation without a rule, or one that mixes tokens, is refused.
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from graphcache.analysis.token_operands import Followed, Known, Untokenised, ali
 from graphcache.analysis.token_products import attention, einsum, linear, matmul, pointwise_convolution
 from graphcache.ir.graph import LINEAR, has_static_shape, value_of
 from graphcache.ir.opaque import called
-from graphcache.libraries.torch_private import CONJUGATE, INTEGER_MM, SOFTMAX, UNSAFE_VIEW, OpOverload
+from graphcache.libraries.torch_private import CONJUGATE, INTEGER_MM, UNSAFE_VIEW, OpOverload
 
 aten = ops.aten
 Rule = Callable[[fx.Node, Known], Followed]
@@ -77,13 +77,9 @@ def _reduced(node: fx.Node, known: Known) -> Followed:
     """A mean, sum, softmax or the like over given dimensions."""
     source: Any = node.args[0]
     layout = known.needed(node, source)
-    rank, place = len(layout), 2 if node.target is aten.linalg_vector_norm.default else 1
-    default = -1 if node.target is aten.glu.default else None
-    given: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", default)
-    given = list(range(rank)) if given is None or given == [] else given
-    dims = {dim % rank for dim in ([given] if isinstance(given, int) else given)}
+    dims = ops.reduced_dimensions(node, len(layout))
     refuse(node, any(is_marked(layout[dim]) for dim in dims))
-    if value_of(node).dim() == rank:
+    if value_of(node).dim() == len(layout):
         return Followed(laid([int(n) for n in value_of(node).shape], marks(layout)), {source: layout})
     return Followed(tuple(found for dim, found in enumerate(layout) if dim not in dims), {source: layout})
 
@@ -185,7 +181,7 @@ def _displaced(node: fx.Node, known: Known) -> Followed:
     return Followed(layout, {source: layout})
 
 
-def _table(rules: Sequence[tuple[Rule, Sequence[object]]]) -> dict[object, Rule]:
+def _table(rules: Sequence[tuple[Rule, Iterable[object]]]) -> dict[object, Rule]:
     return {target: rule for rule, targets in rules for target in targets}
 
 
@@ -217,23 +213,7 @@ _RULES = _table(
         ),
         (linear, [aten.linear.default]),
         (_normed, [aten.layer_norm.default, aten.rms_norm.default]),
-        (
-            _reduced,
-            [
-                aten.mean.dim,
-                aten.sum.dim_IntList,
-                aten.amax.default,
-                aten.amin.default,
-                aten.var.correction,
-                aten.std.correction,
-                aten.logsumexp.default,
-                aten.linalg_vector_norm.default,
-                aten.softmax.int,
-                SOFTMAX,
-                aten.log_softmax.int,
-                aten.glu.default,
-            ],
-        ),
+        (_reduced, ops.REDUCTIONS),
         (_expanded, [aten.expand.default, aten.broadcast_to.default]),
         (_repeated, [aten.repeat.default, aten.tile.default, aten.repeat_interleave.self_int]),
         (_stacked, [aten.stack.default]),

@@ -109,14 +109,14 @@ class Parts:
             raise GraphCacheError("auto needs two samples or more: one of them judges the plan")
 
     @cached_property
-    def judges(self) -> Sequence[Any]:
-        """The last quarter, which nothing is fitted to."""
-        return self.samples[-max(1, len(self.samples) // 4) :]
+    def judges(self) -> list[Any]:
+        """The last quarter, which nothing is fitted to; always the same objects."""
+        return list(self.samples[-max(1, len(self.samples) // 4) :])
 
     @cached_property
-    def trained(self) -> Sequence[Any]:
+    def trained(self) -> list[Any]:
         """The others."""
-        return self.samples[: -len(self.judges)]
+        return list(self.samples[: -len(self.judges)])
 
     @cached_property
     def uncached(self) -> References:

@@ -115,6 +115,8 @@ def tune(
     for name, given in (("samples", samples), ("held_out", held_out)):
         if not given:
             raise GraphCacheError(f"{name} is empty: tuning needs at least one sample there")
+    # references are told apart as objects, and a range makes new ones at every look
+    samples, held_out = list(samples), list(held_out)
     sampling = Sampling.of(model_or_pipe, sampler, timestep, latents)
     references = made_for(reference, sampling, plan.steps)
     weights = Weights(plan)

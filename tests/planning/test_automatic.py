@@ -107,6 +107,7 @@ def test_the_best_trial_is_tuned_in_full(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_every_uncached_result_is_made_once(
     reference: Any, again: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of samples too that are other objects at every look."""
     monkeypatch.setattr(automatic, "NEAR", math.inf)
     runs: list[tuple[int, int]] = []
 
@@ -117,12 +118,12 @@ def test_every_uncached_result_is_made_once(
 
     sampling = Sampling.of(linear(2), sampler)
     on = Parts(
-        sampling, (1, 2, 3, 4), 6, 1.5, backend=None, iterations=2, reference=reference, data_range=4.0
+        sampling, range(1001, 1005), 6, 1.5, backend=None, iterations=2, reference=reference, data_range=4.0
     )
     profile = on.profiled()
     runs.clear()
     found = on.searched(profile)
-    assert runs == [(1, 6), (2, 6)]
+    assert runs == [(1001, 6), (1002, 6)]
     trials = [on.tried(item.family, item.plan) for item in on.near(found)]
     assert len(trials) > 1
     tuned = on.tuned(best(trials).plan)
@@ -131,7 +132,8 @@ def test_every_uncached_result_is_made_once(
     whole = Counter(sample for sample, steps in runs if steps == 6)
     # each converged one begins with a run of as many steps; tuning looks at the first call each time, and
     # once whether a second run draws other numbers
-    assert whole == {1: 1 + (len(trials) + 1) + 1 + 2 * again, 2: 1 + again, 3: 1, 4: 1 + again}
+    first = 1 + (len(trials) + 1) + 1 + 2 * again
+    assert whole == {1001: first, 1002: 1 + again, 1003: 1, 1004: 1 + again}
     converged = [run for run in runs if run[1] > 6]
     assert len(converged) == len(set(converged))
     assert bool(converged) is (reference == "converged")
