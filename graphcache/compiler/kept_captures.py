@@ -68,14 +68,19 @@ class KeptCaptures:
             try:
                 digest = ModelDigest(model, _around(call, examples, split))
             except CaptureError as error:
-                log.info("%s is captured anew in each process: %s", type(model).__name__, error)
-                return trace()
+                return self.left_out(model, error, trace)
             path = self._folder / f"{digest}.capture"
             found = self._read(path, digest, model, call, examples)
             if found is None:
                 found = trace()
                 self._write(path, digest, found)
         return replace(found, kept=self)
+
+    def left_out(self, model: nn.Module, why: object, trace: Callable[[], Captured]) -> Captured:
+        """A traced capture that is not kept, which the log tells where others are."""
+        if self._folder is not None:
+            log.info("%s is captured anew in each process: %s", type(model).__name__, why)
+        return trace()
 
     def _read(
         self, path: Path, digest: ModelDigest, model: nn.Module, call: CallSpec, examples: list[Tensor]

@@ -175,11 +175,11 @@ class ProgramMaker:
             known = asks, self._opaque, self.homes
             return Captured.of(self.model, spec, tensors, observers, split, *known)
 
-        # observers are told of passes, and a trace with symbols serves other sizes too
-        if is_plain and not observers and self.options.sizes != "any":
+        if is_plain and not observers:
             captured = self._kept.captured(self.model, spec, tensors, split, traced)
         else:
-            captured = traced()
+            why = "it is observed, asks for values, calls modules or moves weights"
+            captured = self._kept.left_out(self.model, why, traced)
         if captured.step.opaque and is_away:
             called = captured.step.opaque[0]
             raise CaptureError(

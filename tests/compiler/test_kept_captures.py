@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 
 import graphcache
 from counted import traces
-from graphcache import CaptureError, Plan, presets
+from graphcache import CaptureError, GraphCacheError, Plan, presets
 from graphcache.compiler import kept_captures
 from graphcache.compiler.capture_file import decoded, encoded
 from graphcache.ir.graph import layout
@@ -403,6 +403,11 @@ def test_what_cannot_be_kept_is_traced_in_each_process(
                 assert not made.summary().branches[0].from_disk
             assert said in caplog.text
     assert not files(tmp_path)
+
+
+def test_symbols_beside_it_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(GraphCacheError, match='captures= keeps graphs of one size, and sizes="any"'):
+        graphcache.transform(tiny(), presets.compute(1), captures=tmp_path, sizes="any")
 
 
 def test_a_folder_that_cannot_be_written_costs_no_more_than_the_time(
