@@ -87,6 +87,16 @@ def wide_pixart() -> Made:
     return _pixart(heads=12, blocks=4, side=64, batch=1)
 
 
+def many_tokens_pixart() -> Made:
+    """PixArt of 2 blocks of hidden width 768 on 2304 tokens, for several devices."""
+    return _pixart(heads=12, blocks=2, side=96, batch=1)
+
+
+def many_tokens_dit() -> Made:
+    """DiT of 4 blocks of hidden width 384 on 2304 tokens, batch 2, for several devices."""
+    return compute_bound_dit(blocks=4, side=96)
+
+
 def _pixart(heads: int, blocks: int, side: int, batch: int) -> Made:
     torch.manual_seed(0)
     width = 64 * heads
