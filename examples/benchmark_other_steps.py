@@ -69,9 +69,10 @@ def run(
     parser.add_argument("example", choices=list(EXAMPLES))
     parser.add_argument("--size", type=int, default=8, help="samples of one generation")
     parser.add_argument("--seeds", type=int, default=3, help="generations that judge")
+    parser.add_argument("--threads", type=int, default=2)
     add_json_option(parser)
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     report(
         f"{title}, {arguments.example}",
         columns,

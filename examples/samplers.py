@@ -60,16 +60,23 @@ class Example:
         scale: float = inspect.signature(self.sample).parameters["guidance"].default
         return scale
 
+    @property
+    def side(self) -> int:
+        """Height and width of what the model was trained for."""
+        side: int = inspect.signature(self.sample).parameters["side"].default
+        return side
+
     def sampler(
-        self, solver: str | None = None, guidance: float | None = None
+        self, solver: str | None = None, guidance: float | None = None, side: int | None = None
     ) -> Callable[[nn.Module, Item, int], Tensor]:
-        """Runs a model with one of the solvers, by default its own, and at a scale of guidance."""
+        """Runs a model with one of the solvers, by default its own, at a scale of guidance and a size."""
         name = solver or next(iter(self.solvers))
         make = self.solvers[name]
 
         def run(model: nn.Module, item: Item, steps: int) -> Tensor:
-            settings = {"steps": steps, "seed": item[1], "guidance": guidance or self.guidance}
-            result: Tensor = inspect.unwrap(self.sample)(model, make(), item[0], **settings)
+            options = {"guidance": guidance or self.guidance, "side": side or self.side}
+            generate = inspect.unwrap(self.sample)
+            result: Tensor = generate(model, make(), item[0], steps=steps, seed=item[1], **options)
             return result
 
         run.__qualname__ = name  # a profile's provenance is to name the solver

@@ -28,6 +28,7 @@ def sample(
     steps: int,
     guidance: float = 1.5,
     seed: int = 0,
+    side: int = IMAGE_SIZE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Generate one image per label.
@@ -39,13 +40,14 @@ def sample(
         steps: number of scheduler steps, which is the number of model calls.
         guidance: classifier-free guidance scale; 1 is the conditional model alone.
         seed: of the initial noise.
+        side: height and width; the model was trained for the default alone.
         progress: called after each step with (steps done, steps in all).
 
     Returns:
-        images (N, 1, IMAGE_SIZE, IMAGE_SIZE) in [-1, 1].
+        images (N, 1, side, side) in [-1, 1].
     """
     count = labels.shape[0]
-    latents: Tensor = initial_noise(count, (1, IMAGE_SIZE, IMAGE_SIZE), seed).to(labels.device)
+    latents: Tensor = initial_noise(count, (1, side, side), seed).to(labels.device)
     class_labels = torch.cat([labels, torch.full_like(labels, NULL_LABEL)])
     scheduler.set_timesteps(steps)
     latents = latents * scheduler.init_noise_sigma

@@ -22,6 +22,7 @@ def sample(
     steps: int,
     guidance: float = 3.0,
     seed: int = 0,
+    side: int = IMAGE_SIZE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Generate a picture per caption; the batch is [unconditional; conditional], as in diffusers' pipelines.
@@ -33,12 +34,13 @@ def sample(
         steps: number of model calls.
         guidance: classifier-free guidance scale; 1 is the conditional model alone.
         seed: of the initial noise.
+        side: height and width; the model was trained for the default alone.
         progress: called after each step with (steps done, steps in all).
 
     Returns:
-        pictures (N, 3, IMAGE_SIZE, IMAGE_SIZE) in [-1, 1].
+        pictures (N, 3, side, side) in [-1, 1].
     """
-    latents = initial_noise(len(captions), (CHANNELS, IMAGE_SIZE, IMAGE_SIZE), seed)
+    latents = initial_noise(len(captions), (CHANNELS, side, side), seed)
     text = torch.cat([torch.zeros_like(captions), captions])
     scheduler.set_timesteps(steps)
     for done, timestep in enumerate(scheduler.timesteps, start=1):

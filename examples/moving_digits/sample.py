@@ -22,6 +22,7 @@ def sample(
     steps: int,
     guidance: float = 3.0,
     seed: int = 0,
+    side: int = FRAME_SIZE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Generate one clip per label; the batch is [unconditional; conditional], as in diffusers' pipelines.
@@ -33,12 +34,13 @@ def sample(
         steps: number of model calls.
         guidance: classifier-free guidance scale; 1 is the conditional model alone.
         seed: of the initial noise.
+        side: height and width; the model was trained for the default alone.
         progress: called after each step with (steps done, steps in all).
 
     Returns:
-        clips (N, 1, FRAMES, FRAME_SIZE, FRAME_SIZE) in [-1, 1].
+        clips (N, 1, FRAMES, side, side) in [-1, 1].
     """
-    latents = initial_noise(len(labels), (1, FRAMES, FRAME_SIZE, FRAME_SIZE), seed)
+    latents = initial_noise(len(labels), (1, FRAMES, side, side), seed)
     text = captions(torch.cat([torch.full_like(labels, -1), labels]))
     scheduler.set_timesteps(steps)
     for done, timestep in enumerate(scheduler.timesteps, start=1):
