@@ -58,6 +58,7 @@ empty where none is fast enough.
 
 {where-time-is-flops}
 {where-time-is-launches}
+{shared-by-two-processes}
 {any-size}
 
 On a CPU under glibc, freed cache entries go back to the system and are faulted in again at the next full
