@@ -99,11 +99,12 @@ class Captured:
         examples = examples_of(tensors)
         are_large = sum(tensor.numel() for tensor in examples) > _LARGE
         for smaller in (are_large, not are_large):
-            others = symbolic.elsewhere(examples, smaller)
-            if others:
+            found = symbolic.elsewhere(examples, smaller)
+            if found:
+                call, others = found
                 # nobody asked for these sizes, and the model may have none of them
                 with contextlib.suppress(CaptureError):
-                    made = Captured.at(symbolic, model, self.call, others, observers, split)
+                    made = Captured.at(symbolic, model, call, others, observers, split)
                     if made:
                         return made, others
         return None

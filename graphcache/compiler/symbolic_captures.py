@@ -13,6 +13,7 @@ from graphcache.compiler.captured import Captured, examples_of
 from graphcache.ir.call import CallSpec, Key
 from graphcache.ir.errors import CaptureError
 from graphcache.passes.base import Observer
+from graphcache.tracing.sized_call import is_size
 from graphcache.tracing.symbolic import Symbolic
 
 FIXED = 2
@@ -122,5 +123,8 @@ def without_sizes(key: Key) -> Key:
 
 
 def _without_size(item: Any) -> Hashable:
-    is_tensor = isinstance(item, tuple) and item and isinstance(item[0], torch.Size)
-    return (len(item[0]), *item[1:]) if is_tensor else item
+    if not isinstance(item, tuple) or not item:
+        return item
+    if isinstance(item[0], torch.Size):
+        return (len(item[0]), *item[1:])
+    return "number" if item[0] is int and is_size(item[1]) else item

@@ -4,7 +4,7 @@ import dataclasses
 import enum
 import functools
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,15 +117,33 @@ def _stripped(
 
 def fill(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
     """An argument made anew, with tensors in the place of its leaves."""
-    if isinstance(value, Leaf):
-        return tensors[value.index]
+    return changed(value, lambda item, _: tensors[item.index] if isinstance(item, Leaf) else item, made_anew)
+
+
+def changed(
+    value: Any,
+    change: Callable[[Any, str], Any],
+    record: Callable[[Any, dict[str, Any]], Any] = Record,
+    where: str = "",
+) -> Any:
+    """An argument's template with other leaves: what `change` makes of each, and of its path.
+
+    Args:
+        value: the template, or a part of it.
+        change: given leaves, and what else is no container.
+        record: puts an object together of its class and its fields.
+        where: the part's own path.
+    """
+
+    def entries(found: dict[str, Any]) -> dict[str, Any]:
+        return {key: changed(item, change, record, f"{where}.{key}") for key, item in found.items()}
+
     if isinstance(value, dict):
-        return {key: fill(item, tensors) for key, item in value.items()}
+        return entries(value)
     if isinstance(value, (list, tuple)):
-        return sequence_of(type(value), [fill(item, tensors) for item in value])
-    if isinstance(value, Record):
-        return made_anew(value.kind, fill(value.fields, tensors))
-    return value
+        items = [changed(item, change, record, f"{where}[{i}]") for i, item in enumerate(value)]
+        return sequence_of(type(value), items)
+    return record(value.kind, entries(value.fields)) if isinstance(value, Record) else change(value, where)
 
 
 Taken = tuple[tuple[tuple[Any, ...], tuple[int, ...]], ...]

@@ -12,6 +12,7 @@ from graphcache.ir.call import CallSpec
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import value_of
 from graphcache.tracing.explanation import is_user_code
+from graphcache.tracing.sized_call import SizedCall
 from graphcache.tracing.symbolic import Symbolic
 
 _SOURCE = re.compile(r"\]\[(\d+)\]\.size\(\)\[(\d+)\]$")
@@ -24,14 +25,14 @@ class Dimension:
 
     Attributes:
         argument: whose, by path.
-        place: which of its dimensions.
+        place: which of its dimensions; None where the argument is a number.
         size: in this call.
         symbol: dimensions that have the same one always agree; empty where the size is fixed.
         reason: what fixes it, with the line where that is known; empty where it is free.
     """
 
     argument: str
-    place: int
+    place: int | None
     size: int
     symbol: str
     reason: str
@@ -42,9 +43,8 @@ class Dimension:
         return not self.reason
 
     def __str__(self) -> str:
-        if self.is_free:
-            return f"{self.argument}[{self.place}]: {self.size}, any ({self.symbol})"
-        return f"{self.argument}[{self.place}]: {self.size}, fixed: {self.reason}"
+        what = self.argument if self.place is None else f"{self.argument}[{self.place}]"
+        return f"{what}: {self.size}, {f'any ({self.symbol})' if self.is_free else f'fixed: {self.reason}'}"
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,15 @@ class FreeSizes:
             found = _Found(Symbolic.of(model, call, tensors))
         except CaptureError as error:
             return FreeSizes(refusal=f"with symbols for sizes {error}")
-        return FreeSizes(
-            tuple(
-                Dimension(call.leaf_names[leaf], place, int(size), *found.of(leaf, place, int(size)))
-                for leaf, tensor in enumerate(tensors)
-                for place, size in enumerate(tensor.shape)
-            )
-        )
+        dimensions = [
+            Dimension(call.leaf_names[leaf], place, int(size), *found.of(leaf, place, int(size)))
+            for leaf, tensor in enumerate(tensors)
+            for place, size in enumerate(tensor.shape)
+        ]
+        sized = SizedCall.made_of(call, as_sizes=found.has_numbers)
+        for leaf, number in enumerate(sized.sizes, sized.tensors):
+            dimensions.append(Dimension(sized.leaf_names[leaf], None, number, *found.of(leaf, 0, number)))
+        return FreeSizes(tuple(dimensions))
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -84,11 +86,14 @@ class FreeSizes:
 
 
 class _Found:
-    """What a trace says of sizes: `places` are the symbols that they were at first."""
+    """What a trace says of sizes: `places` are the symbols that they were at first, and `has_numbers` whether
+    it took whole numbers for sizes.
+    """
 
     def __init__(self, trace: Symbolic) -> None:
         environment: Any = trace.environment
         self._environment = environment
+        self.has_numbers = bool(trace.call.sizes)
         self._shapes = [value_of(node).shape for node in trace.step.placeholders()]
         self._places: dict[tuple[int, int], Any] = {}
         for symbol, sources in environment.var_to_sources.items():

@@ -19,7 +19,9 @@ from graphcache.libraries.quiet import quiet_shapes
 from graphcache.libraries.torch_private import FakeTensorMode
 from graphcache.tracing.capture import capture
 from graphcache.tracing.functional import erase_unread
+from graphcache.tracing.kept_symbols import kept_symbols
 from graphcache.tracing.real_call import really_called
+from graphcache.tracing.sized_call import SizedCall
 
 if TYPE_CHECKING:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -30,12 +32,14 @@ class Symbolic:
     """A model's step with symbols for sizes.
 
     Attributes:
+        call: the traced one.
         step: the graph; some of its nodes compute sizes.
         output: the structure of the model's result.
         guards: what tracing asked of the sizes, as Python.
         environment: evaluates it.
     """
 
+    call: SizedCall
     step: StepGraph
     output: OutputSpec
     guards: str
@@ -43,21 +47,32 @@ class Symbolic:
 
     @staticmethod
     def of(model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor]) -> "Symbolic":
-        """Trace a call.
+        """Trace a call, with symbols for its whole numbers too unless forward takes none there.
 
         Raises:
             CaptureError: it cannot be traced with symbols.
         """
+        sized = SizedCall.made_of(call)
+        try:
+            return Symbolic._traced(model, sized, tensors)
+        except CaptureError:
+            if not sized.sizes:
+                raise
+            return Symbolic._traced(model, SizedCall.made_of(call, as_sizes=False), tensors)
+
+    @staticmethod
+    def _traced(model: nn.Module, call: SizedCall, tensors: Sequence[torch.Tensor]) -> "Symbolic":
         # PyTorch leaves marks on the tensors
-        unmarked = tuple([tensor.view_as(tensor) for tensor in tensors])
-        step, output, _ = capture(model, call, unmarked, symbols=True)
+        unmarked = [tensor.view_as(tensor) for tensor in tensors]
+        with kept_symbols(model):
+            step, output, _ = capture(model, call, (*unmarked, *call.stand_ins()), symbols=True)
         values: list[Any] = [value_of(node) for node in step.placeholders()]
         environment = fake_mode(values[0]).shape_env
         if step.opaque or environment is None:
             raise CaptureError("calls that were not traced stand in the graph")
         guards = environment.produce_guards_expression(values, ignore_static=False)
         environment.fake_tensor_cache.clear()  # PyTorch keeps environments for good
-        return Symbolic(step, output, guards or "True", environment)
+        return Symbolic(call, step, output, guards or "True", environment)
 
     def at(self, model: nn.Module, call: CallSpec, tensors: Sequence[torch.Tensor]) -> StepGraph | None:
         """The graph at the sizes of a call; None where it would not be right.
@@ -65,12 +80,14 @@ class Symbolic:
         The model is called once, and so is the graph: a symbol that became a constant, and of which tracing
         says nothing, shows in the bits.
         """
-        if not self.environment.evaluate_guards_expression(self.guards, list(tensors)):
+        sized = SizedCall.made_of(call, as_sizes=bool(self.call.sizes))
+        given = [*tensors, *sized.stand_ins()]
+        if sized.template != self.call.template or not self._allows(given):
             return None
         with torch.inference_mode(False), torch.no_grad():
             try:
                 with quiet_shapes():
-                    step = self._filled(tensors)
+                    step = self._filled(given, call)
                 found = step.module(*tensors)
             except Exception:  # whatever an operation says of sizes that do not fit
                 return None
@@ -78,8 +95,14 @@ class Symbolic:
         fits = len(found) == len(expected) and all(map(same_bits, found, expected))
         return step if fits else None
 
-    def elsewhere(self, tensors: Sequence[torch.Tensor], smaller: bool) -> list[torch.Tensor] | None:
-        """The tensors of a call at other sizes, each changed in its own way, where tracing allows any.
+    def _allows(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether it is right at these sizes, as far as tracing says."""
+        return bool(self.environment.evaluate_guards_expression(self.guards, list(tensors)))
+
+    def elsewhere(
+        self, tensors: Sequence[torch.Tensor], smaller: bool
+    ) -> tuple[CallSpec, list[torch.Tensor]] | None:
+        """A call at other sizes and its tensors, each changed in its own way, where tracing allows any.
 
         What stands together in a dimension stays together, such as the real words before the padding.
         `smaller`: rather lowered than raised.
@@ -101,12 +124,15 @@ class Symbolic:
             for changed in ([symbol], alike):
                 trial = {**found, **dict.fromkeys(changed, size)}
                 shaped = [torch.empty(shape, device="meta") for shape in _at(shapes, trial)]
-                if symbol in alike and self.environment.evaluate_guards_expression(self.guards, shaped):
+                if symbol in alike and self._allows(shaped):
                     found = trial
                     break
-        return None if found == now else list(map(_resized, tensors, _at(shapes, found)))
+        if found == now:
+            return None
+        resized = list(map(_resized, (*tensors, *self.call.stand_ins()), _at(shapes, found)))
+        return self.call.at(resized), resized[: self.call.tensors]
 
-    def _filled(self, tensors: Sequence[torch.Tensor]) -> StepGraph:
+    def _filled(self, tensors: Sequence[torch.Tensor], call: CallSpec) -> StepGraph:
         """The graph with numbers for symbols, every value described anew."""
         graph, env, values = fx.Graph(), dict[fx.Node, Any](), dict[fx.Node, Any]()
         given = iter(tensors)
@@ -123,7 +149,10 @@ class Symbolic:
                 made.args, made.kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
                 made.meta = {**node.meta, "val": value}
         erase_unread(graph)
-        return replace(self.step, graph=graph)
+        ports = call.ports()
+        for size in graph.find_nodes(op="placeholder")[len(ports) :]:
+            graph.erase_node(size)
+        return replace(self.step, graph=graph, inputs=ports)
 
     def _value(self, node: fx.Node, values: dict[fx.Node, Any], given: Any, mode: FakeTensorMode) -> Any:
         if node.op == "placeholder":

@@ -47,6 +47,12 @@ SIZES: Mapping[str, Sequence[tuple[Sizes, str]]] = {
     ],
     "sd3": [({}, "1+0"), ({"height": 6}, "2+0"), ({"text": 9}, "2+1"), ({"width": 4, "batch": 5}, "2+1")],
     "flux": [({}, "1+0"), ({"tokens": 36}, "2+0"), ({"batch": 3, "text": 7}, "2+1"), ({"text": 40}, "2+1")],
+    "qwen_image": [
+        ({}, "1+0"),
+        ({"text": 9}, "2+0"),
+        ({"text": 4, "height": 12, "width": 6}, "2+1"),
+        ({"text": 7, "height": 10, "width": 4}, "2+1"),
+    ],
     "wan": [({}, "1+0"), ({"frames": 5, "height": 12}, "2+0"), ({"text": 4, "width": 4}, "2+1")],
 }
 
@@ -93,7 +99,7 @@ class Weighted(TinyDiT):
     """Takes a size for a plain number."""
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        return super().forward(x * (1 + int(x.shape[1])), timestep, text)
+        return super().forward(x * (1 + len(range(x.shape[1]))), timestep, text)
 
 
 def test_a_constant_that_was_a_size_serves_that_size_alone() -> None:

@@ -90,6 +90,14 @@ MAKERS: dict[str, Callable[[], Subject]] = {
         img_ids=lambda at: torch.zeros(at["tokens"], 3),
     ),
     "wan": lambda: of_zoo("wan", CLIP, clip, encoder_hidden_states=text(24)),
+    "qwen_image": lambda: of_zoo(
+        "qwen_image",
+        IMAGE,
+        lambda at: (at["height"] * at["width"], 8),
+        encoder_hidden_states=text(24),
+        encoder_hidden_states_mask=lambda at: padded(at["batch"], at["text"]),
+        img_shapes=lambda at: [[(1, at["height"], at["width"])]] * at["batch"],
+    ),
     "mochi": lambda: of_zoo("mochi", {"batch": 2, "height": 8, "width": 8, "frames": 3}, clip),
     "cogvideox": lambda: of_zoo(
         "cogvideox",
