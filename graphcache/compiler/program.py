@@ -16,7 +16,7 @@ from graphcache.analysis.liveness import lower
 from graphcache.analysis.ranges import cut_range
 from graphcache.analysis.tokens import memories, token_cuts
 from graphcache.compiler import pipeline
-from graphcache.compiler.backends import Backend
+from graphcache.compiler.backends import Backend, replays_cuda_graphs
 from graphcache.compiler.captured import Captured, laid
 from graphcache.compiler.code import FIXED, Kept, Ways, build
 from graphcache.compiler.guidance_half import Half, capture_half
@@ -114,6 +114,11 @@ class Program:
                 other.halve(model, others, conditional)
             except CaptureError:  # without an example of another size, code is for this one
                 self.elsewhere = None
+
+    @cached_property
+    def replays_cuda_graphs(self) -> bool:
+        """Whether phases run as CUDA graphs where there are some."""
+        return replays_cuda_graphs(self.backend)
 
     @cached_property
     def _held(self) -> tuple[str, ...]:

@@ -20,6 +20,9 @@ with names_of("torch"):
     # where PyTorch logs which sizes it takes for constants
     from torch._export import non_strict_utils as _non_strict
 
+    # the number of iterations under CUDA graphs that PyTorch was told of
+    from torch._inductor.cudagraph_trees import MarkStepBox as MarkStepBox
+
     # a phase is compiled as one graph
     dynamo_options: Any = torch._dynamo.config.patch
     error_on_graph_break: Any = torch._dynamo.error_on_graph_break

@@ -22,6 +22,7 @@ from graphcache.ir.versions import version
 from graphcache.runtime.cache_limit import keep_within
 from graphcache.runtime.caller import Caller
 from graphcache.runtime.guidance_role import role_of
+from graphcache.runtime.marks import refuse_overwritten
 from graphcache.runtime.matching import Call
 from graphcache.runtime.mesh import agree, answered
 from graphcache.runtime.options import Options
@@ -110,6 +111,7 @@ class Engine:
                 begin_generation(state.program.backend)
             session.enter(generation, branch, state)
             try:
+                refuse_overwritten(state, tensors)
                 result = self.evaluate(branch, state, tensors)
                 take(state.program.captured.output.taken, bound)
                 return result

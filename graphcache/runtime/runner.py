@@ -32,7 +32,7 @@ class BranchState:
     inputs with their versions: the hoisted values are right for these. `role` says which calls of guidance
     these are. `constants` are the latest call's other inputs, by which branches are told apart, with their
     `versions`; `steady` are those that were the same in all calls. `ran` is what the branch has done since
-    its generation began, `kept` what its caches were trimmed to.
+    its generation began, `kept` what its caches were trimmed to, `mark` PyTorch's count at its latest call.
     """
 
     key: Key
@@ -51,6 +51,7 @@ class BranchState:
     steady: frozenset[int] | None = None
     ran: list["Ran"] = field(default_factory=list)
     kept: Mapping[History, int] | None = None
+    mark: int | None = None
 
     def note(self, constants: tuple[torch.Tensor, ...], versions: tuple[int, ...]) -> None:
         """Take up the inputs of a call."""
@@ -158,7 +159,7 @@ def halved(state: BranchState, key: Key, program: Program, plan: Plan, step: int
     entries = _own_rows(state) if state.role == "doubled" else _conditional_rows(state, program, plan)
     if entries is None:
         return None
-    kept = BranchState(key, program, program.schedule(plan, state.start), state.start, step)
+    kept = BranchState(key, program, program.schedule(plan, state.start), state.start, step, mark=state.mark)
     kept.cache.entries = entries
     half = None if state.role == "doubled" else _half(program, plan)
     kept.chosen = {later: _half_choices(choices, half) for later, choices in state.chosen.items()}
@@ -173,7 +174,7 @@ def carried(state: BranchState, key: Key, program: Program, schedule: Schedule) 
     """
     if schedule != state.schedule or _kinds(program, schedule) != _kinds(state.program, schedule):
         return None
-    kept = BranchState(key, program, schedule, state.start, state.step, state.role)
+    kept = BranchState(key, program, schedule, state.start, state.step, state.role, mark=state.mark)
     kept.cache.entries, kept.chosen = state.cache.entries, state.chosen
     return kept
 
