@@ -1,7 +1,7 @@
 """The conditional half of a doubled batch: the inputs that carry the batch, and a capture for half of it."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -57,6 +57,9 @@ class Rows:
         return result
 
 
+Filled = Callable[[Sequence[torch.Tensor], Rows], Captured | None]
+
+
 @dataclass(frozen=True)
 class Half:
     """A step captured for half a batch, beside the one of the whole batch.
@@ -106,6 +109,8 @@ def capture_half(
     tensors: Sequence[torch.Tensor],
     conditional: str,
     observers: Sequence[Observer] = (),
+    filled: Filled | None = None,
+    before: Rows | None = None,
 ) -> Half:
     """The step for the conditional half of a batch.
 
@@ -120,18 +125,22 @@ def capture_half(
         tensors: the whole batch's inputs.
         conditional: which half, "first" or "last".
         observers: told of every pass.
+        filled: finds a capture without tracing at this size, where it can.
+        before: what was right for another size, which is tried first.
 
     Raises:
         CaptureError: the half cannot run alone.
     """
     batch = tensors[whole.call.latents[0]].shape[0]
     reason = None
-    for carriers in _hypotheses(whole.call, tensors):
-        rows = Rows(frozenset(carriers), conditional == "first")
+    guesses = [
+        Rows(frozenset(carriers), conditional == "first") for carriers in _hypotheses(whole.call, tensors)
+    ]
+    for rows in sorted(guesses, key=lambda rows: rows != before):
         try:
             with quiet_shapes():
                 inputs = [tensor.contiguous() for tensor in rows.inputs(tensors)]
-                captured = whole.again(model, inputs, observers)
+                captured = (filled and filled(inputs, rows)) or whole.again(model, inputs, observers)
             return _compared(whole.step, held, captured, rows, tensors)
         except CaptureError as error:
             reason = reason or error

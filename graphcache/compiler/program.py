@@ -19,7 +19,7 @@ from graphcache.compiler import pipeline
 from graphcache.compiler.backends import Backend, replays_cuda_graphs
 from graphcache.compiler.captured import Captured, laid
 from graphcache.compiler.code import FIXED, Kept, Ways, build
-from graphcache.compiler.guidance_half import Half, capture_half
+from graphcache.compiler.guidance_half import Filled, Half, Rows, capture_half
 from graphcache.compiler.histories import entries
 from graphcache.compiler.phase_code import Runnable
 from graphcache.compiler.sharding import Sharding
@@ -99,14 +99,22 @@ class Program:
         """The same, with its caches in host memory."""
         return self if self.offload else replace(self, offload=True, elsewhere=None).prepared()
 
-    def halve(self, model: nn.Module, tensors: Sequence[torch.Tensor], conditional: str) -> None:
-        """Capture the step for the conditional half of these inputs as well.
+    def halve(
+        self,
+        model: nn.Module,
+        tensors: Sequence[torch.Tensor],
+        conditional: str,
+        filled: Filled | None = None,
+        before: Rows | None = None,
+    ) -> None:
+        """Capture the step for the conditional half of these inputs as well, if need be by tracing it.
 
         Raises:
             CaptureError: one half of the batch cannot run alone.
         """
         inputs = laid(self.captured.strides, tensors)
-        self.half = capture_half(model, self.captured, self._held, inputs, conditional, self.observers)
+        told = conditional, self.observers, filled, before
+        self.half = capture_half(model, self.captured, self._held, inputs, *told)
         self.__dict__.pop("offloaded", None)  # it has no half
         if self.elsewhere is not None:
             other, others = self.elsewhere

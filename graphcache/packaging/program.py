@@ -66,7 +66,9 @@ class PackagedProgram(Program):
     def offloaded(self) -> "Program":
         raise GraphCacheError("a package keeps its caches on the device that it was compiled for")
 
-    def halve(self, model: nn.Module, tensors: Sequence[torch.Tensor], conditional: str) -> None:
+    def halve(
+        self, model: nn.Module, tensors: Sequence[torch.Tensor], conditional: str, *_: object, **__: object
+    ) -> None:
         raise PlanError(
             "the package was made for a call in which guidance's branches are not one doubled batch; package "
             "the model with such a call among sizes="

@@ -11,6 +11,7 @@ from graphcache.compiler.backends import Backend, compiled_by_blocks, prior_comp
 from graphcache.compiler.captured import Captured
 from graphcache.compiler.code import Ways
 from graphcache.compiler.decisions import Decisions
+from graphcache.compiler.guidance_half import Rows
 from graphcache.compiler.kept_captures import KeptCaptures
 from graphcache.compiler.modes import ambient
 from graphcache.compiler.program import Elsewhere, Program
@@ -62,6 +63,7 @@ class ProgramMaker:
         self._symbolic = SymbolicCaptures(0 if options.sizes == "any" else FIXED)
         self._kept = KeptCaptures(options.captures)
         self._number = 0
+        self._rows: Rows | None = None
         self._opaque: Sequence[Opaque] = ()
         self._specs: dict[Key, CallSpec] = {}
         self._lock = threading.RLock()
@@ -163,15 +165,14 @@ class ProgramMaker:
         split, observers = self.options.plan.splits_parallel, self.options.observers
         self.homes.look()
         is_away, trace = self.homes.device is not None, None
-        is_plain = not asks and not self._opaque and not is_away
+        is_plain = not asks and self._is_plain
 
         def traced() -> Captured:
             nonlocal trace
-            if self._ways().any_size and is_plain:
-                found = self._symbolic.find(key, self.model, spec, tensors, observers, split)
-                if found is not None:
-                    trace = found[1]
-                    return found[0]
+            found = self._filled(key, spec, tensors) if is_plain else None
+            if found is not None:
+                trace = found[1]
+                return found[0]
             known = asks, self._opaque, self.homes
             return Captured.of(self.model, spec, tensors, observers, split, *known)
 
@@ -192,11 +193,32 @@ class ProgramMaker:
         self.variants.captured()
         return captured, trace
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether nothing is known of the model that a trace with symbols does not hold."""
+        return not self._opaque and self.homes.device is None
+
+    def _filled(
+        self, key: Key, spec: CallSpec, tensors: Sequence[torch.Tensor]
+    ) -> tuple[Captured, Symbolic | None] | None:
+        """A call's capture by a trace with symbols, and that trace if it is new; None where there is none."""
+        if not self._ways().any_size:
+            return None
+        observers, split = self.options.observers, self.options.plan.splits_parallel
+        return self._symbolic.find(key, self.model, spec, tensors, observers, split)
+
     def halve(self, program: Program, tensors: Sequence[torch.Tensor], conditional: str, key: Key) -> None:
         """Capture the step for the conditional half of these inputs too, unless it was."""
         with self._lock:
             if program.half is None:
-                program.halve(self.model, tensors, conditional)
+
+                def filled(inputs: Sequence[torch.Tensor], rows: Rows) -> Captured | None:
+                    found = self._filled((*key, rows), program.captured.call, inputs)
+                    return found and found[0]
+
+                is_plain = program.captured.conditions is None and self._is_plain
+                program.halve(self.model, tensors, conditional, filled if is_plain else None, self._rows)
+                self._rows = program.half and program.half.rows
                 half = program.half
                 if half is not None and half.conditions is not None:
                     self.decisions.note(key, half.conditions, tensors, half.rows)

@@ -3,7 +3,7 @@
 import gc
 import logging
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import graphcache
 from counted import traces
-from graphcache import presets
+from graphcache import Plan, presets
 from graphcache.ir.structure import structure
 from inside import programs_of
 from reference import assert_same
@@ -203,3 +203,60 @@ def test_layouts_that_no_symbols_describe_are_traced_as_they_are() -> None:
             cached.reset()
             assert_same(cached(**call), model(**call))
     assert str(found) == "4+0"
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_halves_of_a_doubled_batch_are_filled_in_too(batch: int) -> None:
+    """Of one sample, whose number has no symbol, and of more."""
+    on = subject("pixart")
+    plan = Plan.parse("plan steps=2 conditional=last\nguidance #.\n@mlp #.")
+    cached: Any = graphcache.transform(on.model, plan, timestep=on.timestep)
+    fixed: Any = graphcache.transform(on.model, plan, timestep=on.timestep, sizes="fixed")
+    with traces() as found:
+        for number, expected in zip((6, 9, 4, 11, 5), ("2+0", "4+0", "4+2", "4+2", "4+2"), strict=True):
+            calls = doubled(on.calls({"batch": batch, "text": number}, 2))
+            results = [cached(**call)[0] for call in calls]
+            assert (number, str(found)) == (number, expected)
+            assert_same(results, [fixed(**call)[0] for call in calls])
+            found.fixed = int(expected[0])
+    half, other = (programs_of(made)[-1].half for made in (cached, fixed))
+    assert half is not None
+    assert other is not None
+    assert half.hoisted == other.hoisted, "nothing is computed at every step that need not be"
+
+
+def doubled(calls: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Guidance's batch: the same latents twice, with other text."""
+    first, *later = [{name: _twice(value) for name, value in call.items()} for call in calls]
+    text = "encoder_hidden_states"
+    first[text] = (
+        first[text] * torch.tensor([0.5, 1.0]).repeat_interleave(len(first[text]) // 2)[:, None, None]
+    )
+    return [
+        first,
+        *({**first, "hidden_states": c["hidden_states"], "timestep": c["timestep"]} for c in later),
+    ]
+
+
+def _twice(value: Any) -> Any:
+    return torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() else value
+
+
+class Tabled(TinyDiT):
+    """Has an argument of the batch's size that holds no samples."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, table: Tensor) -> Tensor:
+        return super().forward(x + table.sum(0), timestep, text)
+
+
+def test_which_inputs_carry_the_batch_is_found_out_once() -> None:
+    cached: Any = graphcache.transform(
+        tiny(1, Tabled), Plan.parse("plan steps=2 conditional=last\nguidance #.\n@mlp #."), sizes="fixed"
+    )
+    with traces() as found:
+        for tokens, expected in ((3, "5+0"), (4, "7+0"), (5, "9+0")):
+            call = {name: _twice(value) for name, value in arguments(tokens=tokens).items()}
+            call["table"] = torch.randn(4, 4)
+            for time in (1.0, 0.5):
+                cached(**{**call, "timestep": torch.full((4,), time)})
+            assert (tokens, str(found)) == (tokens, expected)
