@@ -2,7 +2,6 @@ import gc
 import random
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator
-from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +14,7 @@ from graphcache.compiler.captured import Captured
 from graphcache.compiler.compilations import EVERYONES, EVERYONES_FAMILIES
 from graphcache.compiler.modes import ambient, around_code
 from graphcache.libraries.diffusers_private import attention_backend
+from graphcache.tracing.symbolic import Symbolic
 from seeding import Run, numbers_of
 from sharing import Sharing
 
@@ -153,6 +153,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[..., None]:
 def sharing(shared_captures: Sharing, monkeypatch: pytest.MonkeyPatch) -> Sharing:
     """For tests of sharing itself."""
     monkeypatch.setattr(Captured, "of", shared_captures)
+    monkeypatch.setattr(Symbolic, "of", shared_captures.symbolic)
     return shared_captures
 
 
@@ -160,11 +161,15 @@ def sharing(shared_captures: Sharing, monkeypatch: pytest.MonkeyPatch) -> Sharin
 def captured_anew(shared_captures: Sharing, monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of capturing itself."""
     monkeypatch.setattr(Captured, "of", shared_captures.capture)
+    monkeypatch.setattr(Symbolic, "of", shared_captures.trace)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def shared_captures(request: pytest.FixtureRequest) -> Iterator[Sharing]:
     """A capture is made once for all models that are alike."""
-    sharing = Sharing(Captured.of)
-    with nullcontext() if request.config.option.own_captures else patch.object(Captured, "of", sharing):
+    sharing = Sharing(Captured.of, Symbolic.of)
+    if request.config.option.own_captures:
+        yield sharing
+        return
+    with patch.object(Captured, "of", sharing), patch.object(Symbolic, "of", sharing.symbolic):
         yield sharing

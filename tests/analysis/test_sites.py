@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -17,14 +18,19 @@ NAME = re.compile(
 )
 
 
-@pytest.mark.parametrize("name", CASES)
+def every_case(test: Any) -> Any:
+    """The same few for all tests of this file, which share the captures."""
+    return pytest.mark.few(8)(pytest.mark.parametrize("name", CASES)(test))
+
+
+@every_case
 def test_roles_and_blocks_are_those_of_the_source(name: str) -> None:
     step, case = subject(name).captured.step, CASES[name]
     assert Counter(b.role + ".context" * b.context for b in step.branches) == case.roles
     assert step.blocks == case.blocks
 
 
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_names_are_distinct_and_say_block_and_role(name: str) -> None:
     on = subject(name)
     branches, modules = on.captured.step.branches, dict(on.model.named_modules())
@@ -38,7 +44,7 @@ def test_names_are_distinct_and_say_block_and_role(name: str) -> None:
         assert found["path"] in modules
 
 
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_branches_come_in_execution_order_at_even_depths(name: str) -> None:
     step = subject(name).captured.step
     order = {node.name: i for i, node in enumerate(step.graph.nodes)}
@@ -50,7 +56,7 @@ def test_branches_come_in_execution_order_at_even_depths(name: str) -> None:
     }
 
 
-@pytest.mark.parametrize("name", CASES)
+@every_case
 def test_each_merge_adds_something_made_of_the_value_to_the_stream(name: str) -> None:
     step = subject(name).captured.step
     nodes = step.nodes()

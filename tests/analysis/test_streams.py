@@ -93,6 +93,7 @@ def test_all_sites_are_true_branches_and_none_is_missing(recipe: Recipe) -> None
     check(recipe)
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize(
     "recipe",
     [

@@ -47,6 +47,7 @@ def budgeted(letter: str, on: Subject, actions: str) -> Plan:
     return Plan.parse(f"plan steps={len(actions)}\n{letter}\n{rows}")
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_all_tokens_equal_compute_bit_for_bit(name: str, batch: int) -> None:
@@ -56,6 +57,7 @@ def test_all_tokens_equal_compute_bit_for_bit(name: str, batch: int) -> None:
     assert_same(run(on, plan, given), run(on, budgeted("", on, "###"), given))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_some_tokens_equal_the_reference(name: str) -> None:
     on = laid_out(name, 3)
@@ -63,6 +65,7 @@ def test_some_tokens_equal_the_reference(name: str) -> None:
     check_against_reference(on, budgeted(letters, on, "#aa.#a"), assert_close)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_tokens_of_large_values_equal_the_reference(name: str) -> None:
     on = laid_out(name, 2)

@@ -75,6 +75,7 @@ def inputs(on: Subject, t: float = 1.0, seed: int = 0) -> list[Tensor]:
 
 
 class TestPartialBranches:
+    @pytest.mark.few(10)
     @pytest.mark.parametrize("name", CASES)
     def test_chosen_tokens_are_what_they_are_among_all(self, name: str) -> None:
         """With inputs that do not change, a partial branch writes what stands there."""
@@ -91,6 +92,7 @@ class TestPartialBranches:
             for result in partial:
                 torch.testing.assert_close(result, whole, rtol=1e-6, atol=1e-6)
 
+    @pytest.mark.few(3)
     @pytest.mark.parametrize(
         "name", ["dit", "pixart", "latte", "cogvideox", "flux", "wan", "functional_mmdit"]
     )
@@ -106,6 +108,7 @@ class TestPartialBranches:
                 ours, theirs = (run(on, Plan.parse(f"plan steps=3\n{rows}"), given) for rows in plans_)
                 assert_same(ours, theirs)
 
+    @pytest.mark.few(3)
     @pytest.mark.parametrize("name", ["dit", "pixart", "latte", "wan", "allegro", "ltx", "chunked_dit"])
     def test_all_tokens_of_self_attention_equal_compute(self, name: str) -> None:
         on = subject(name)
@@ -114,6 +117,7 @@ class TestPartialBranches:
         ours = run(on, Plan.parse(f"plan steps=3\n{letter}\n@self #aa"), given)
         assert_same(ours, run(on, Plan.parse("plan steps=3\n@self ###"), given))
 
+    @pytest.mark.few(4)
     @pytest.mark.parametrize("name", ["sd3", "flux", "qwen_image", "cogvideox", "hunyuan_video"])
     @pytest.mark.parametrize("rows", ["@joint {0}\n@joint.context {0}\n@parallel {0}", "@joint {0}"])
     def test_all_tokens_of_joint_attention_equal_compute(self, name: str, rows: str) -> None:
@@ -145,6 +149,7 @@ MIXED = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", MIXED)
 def test_plans_with_budgets_equal_the_reference(name: str) -> None:
     check_against_reference(subject(name), Plan.parse(f"plan steps=6\n{MIXED[name]}"), assert_close)
@@ -433,10 +438,11 @@ class TestGraphs:
 
     @pytest.mark.few(1)
     @pytest.mark.parametrize("by", ["random", "stratified", "norm", "cluster", "influence"])
-    def test_compiled_once_without_a_break(self, by: str) -> None:
+    @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+    def test_compiled_once_without_a_break(self, by: str, backend: str) -> None:
         on = subject("dit")
         plan = Plan.parse(f"plan steps=6\na = tokens 5 by {by} multiple=1\n@self #..#..\n@mlp #aa#aa")
-        counter = CompileCounterWithBackend("inductor")
+        counter = CompileCounterWithBackend(backend)
         model = on.transform(plan, backend=counter)
         expected = on.sample(on.transform(plan), 6)
         for _ in range(3):

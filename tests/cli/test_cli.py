@@ -26,21 +26,26 @@ from unbuilt import unbuilt
 from zoo import CASES
 
 FACTORY = """
-import untraced
-from zoo import CASES
 def made():
+    from zoo import CASES
     case = CASES["dit"]
     return case.make(), case.kwargs(batch=1)
 def bare():
+    from zoo import CASES
     return CASES["dit"].make()
 def inputs(model):
+    from zoo import CASES
     return CASES["dit"].kwargs(batch=2)
 def nothing():
     return 3
 def beside(model):
     return model
 def experts():
+    import untraced
     return untraced.holding(), untraced.arguments()
+def without_diffusers():
+    from tiny import arguments, tiny
+    return tiny(2), arguments(tokens=8)
 """
 
 
@@ -229,7 +234,7 @@ def test_bench_writes_every_contender_beside_the_plain_model(tmp_path: Path) -> 
 
 def test_bench_times_plans_on_several_ranks_beside_one(tmp_path: Path) -> None:
     target = tmp_path / "figures.json"
-    asked = ("bench", "cli_factory:made", "--plan", "fora:4:interval=2", "--backend", "none")
+    asked = ("bench", "cli_factory:without_diffusers", "--plan", "fora:4:interval=2", "--backend", "none")
     result = run(*asked, "--ranks", "2", "--rounds", "1", "--threads", "1", "--json", str(target))
     assert result.exception is None, result.exception
     assert "ms/step on 2" in result.output

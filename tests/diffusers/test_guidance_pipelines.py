@@ -117,6 +117,7 @@ def test_a_pipeline_gives_what_its_references_give(name: str) -> None:
     assert_same(tiny.generate(cached(name), STEPS), result)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", PLANS)
 def test_one_branch_steps_run_one_branch(name: str) -> None:
     pipe = cached(name)

@@ -20,7 +20,7 @@ fora = functools.partial(graphcache.presets.fora, interval=3)
 
 def pipelines(test: Any) -> Any:
     """A test of some pipelines in each run."""
-    return pytest.mark.few(8)(pytest.mark.parametrize("name", PIPELINES, scope="module")(test))
+    return pytest.mark.few(5)(pytest.mark.parametrize("name", PIPELINES, scope="module")(test))
 
 
 @functools.cache

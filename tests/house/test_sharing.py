@@ -48,6 +48,18 @@ def test_what_tracing_would_see_is_told_apart(sharing: Sharing) -> None:
     assert len(sharing.captures) == known + 1
 
 
+def test_traces_with_symbols_are_shared_and_have_their_weights(sharing: Sharing) -> None:
+    models, plan = [tiny(1, Louder) for _ in range(2)], graphcache.presets.compute(1)
+    with torch.no_grad():
+        models[1].blocks[0].up.weight.mul_(3)
+        for model, traced in zip(models, (1, 0), strict=True):
+            known = len(sharing.traces)
+            cached = graphcache.transform(model, plan)
+            for tokens in (3, 4, 5, 6):
+                assert_same(cached(**arguments(tokens=tokens)), model(**arguments(tokens=tokens)))
+            assert len(sharing.traces) == known + traced
+
+
 class Idle(TinyDiT):
     """With a weight that no result needs, as last blocks of two streams have."""
 

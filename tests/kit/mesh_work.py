@@ -16,6 +16,7 @@ import graphcache
 from graphcache import Plan
 from graphcache.compiler.captured import Captured
 from graphcache.runtime import engine
+from graphcache.tracing.symbolic import Symbolic
 from sharing import Sharing
 from tiny import arguments, tiny
 from zoo import CASES
@@ -32,7 +33,7 @@ def generations(
 ) -> dict[str, tuple[float, float]]:
     """Of each model under each of its plans the largest difference to one process, and the share of bytes."""
     mesh, found = mesh_of(**sizes), {}
-    Captured.of = Sharing(Captured.of)  # type: ignore[method-assign]
+    Captured.of = Sharing(Captured.of, Symbolic.of)  # type: ignore[method-assign]
     for name, named in plans.items():
         case = CASES[name]
         for text, plan in named:

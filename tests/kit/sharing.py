@@ -1,7 +1,8 @@
 """Captures made once for all models that are alike: tracing is half of what these tests would cost.
 
-Captures know no plan, and weights only by name. Models are alike if everything that tracing could look at is
-equal: types, attributes, and what each tensor is but for the values of parameters and buffers.
+So are traces with symbols for sizes. Captures know no plan, and weights only by name. Models are alike if
+everything that tracing could look at is equal: types, attributes, and what each tensor is but for the values
+of parameters and buffers.
 """
 
 import enum
@@ -21,10 +22,12 @@ from torch.fx.graph_module import _assign_attr
 from graphcache.compiler.captured import Captured
 from graphcache.compiler.modes import ambient
 from graphcache.ir.call import CallSpec
+from graphcache.ir.graph import StepGraph
 from graphcache.ir.opaque import Opaque
 from graphcache.libraries.kernels import attention_kernels
 from graphcache.libraries.torch_private import is_traceable_wrapper_subclass
 from graphcache.tracing.homes import Homes
+from graphcache.tracing.symbolic import Symbolic
 
 _PLAIN = (
     type(None),
@@ -45,11 +48,12 @@ _WEIGHTS = ("_parameters", "_buffers")
 
 
 class Sharing:
-    """Stands in for `Captured.of`."""
+    """Stands in for `Captured.of`, and its `symbolic` for `Symbolic.of`."""
 
-    def __init__(self, capture: Callable[..., Captured]) -> None:
-        self.capture = capture
+    def __init__(self, capture: Callable[..., Captured], trace: Callable[..., Symbolic]) -> None:
+        self.capture, self.trace = capture, trace
         self.captures: dict[Hashable, list[Captured]] = {}
+        self.traces: dict[Hashable, Symbolic] = {}
 
     def __call__(
         self,
@@ -65,9 +69,8 @@ class Sharing:
         make = partial(self.capture, model, call, tensors, observers, split, asks, before, homes)
         if observers or (homes is not None and homes.device is not None):
             return make()
-        likeness = _Likeness(model)
         try:
-            key = _surroundings(), split, repr(call), likeness.of(model), tuple(map(_laid, tensors))
+            key = split, _likeness(model, call, tensors)
         except _Unknown:
             return make()
         alike = self.captures.setdefault(key, [])
@@ -77,7 +80,17 @@ class Sharing:
             if not made.step.opaque:  # opaque calls are of the model's own modules
                 alike.append(made)
             return made
-        return _with_weights_of(model, known)
+        return replace(known, step=_with_weights_of(model, known.step))
+
+    def symbolic(self, model: nn.Module, call: CallSpec, tensors: Sequence[Tensor]) -> Symbolic:
+        try:
+            key = _likeness(model, call, tensors)
+        except _Unknown:
+            return self.trace(model, call, tensors)
+        if key not in self.traces:
+            self.traces[key] = self.trace(model, call, tensors)
+        known = self.traces[key]
+        return replace(known, step=_with_weights_of(model, known.step))
 
 
 class _Unknown(Exception):
@@ -154,8 +167,10 @@ class _Likeness:
         return tuple((self.of(name), self.of(value)) for name, value in items)
 
 
-def _surroundings() -> Hashable:
-    return ambient(), attention_kernels(), torch.get_default_dtype()
+def _likeness(model: nn.Module, call: CallSpec, tensors: Sequence[Tensor]) -> Hashable:
+    """All that tracing a call of a model could look at."""
+    around = ambient(), attention_kernels(), torch.get_default_dtype()
+    return around, repr(call), _Likeness(model).of(model), tuple(map(_laid, tensors))
 
 
 def _laid(tensor: Tensor) -> Hashable:
@@ -174,11 +189,11 @@ def _holds(known: Captured, tensors: Sequence[Tensor]) -> bool:
     return conditions is None or tuple(conditions.found(tensors)) == conditions.expected
 
 
-def _with_weights_of(model: nn.Module, known: Captured) -> Captured:
-    """The same capture naming this model's parameters and buffers."""
+def _with_weights_of(model: nn.Module, step: StepGraph) -> StepGraph:
+    """The same graph naming this model's parameters and buffers."""
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     weights: dict[str, Any] = {f"model.{name}": tensor for name, tensor in named}
-    graph, root = known.step.graph, known.step.root
+    graph, root = step.graph, step.root
     unread = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
     names = {str(node.target) for node in graph.find_nodes(op="get_attr")} | {name for name, _ in unread}
     held = {name: weights.get(name, attrgetter(name)(root)) for name in names}
@@ -186,4 +201,4 @@ def _with_weights_of(model: nn.Module, known: Captured) -> Captured:
         made = fx.GraphModule(held, graph)
     for name, _ in unread:
         _assign_attr(held[name], made, name)
-    return replace(known, step=replace(known.step, root=made))
+    return replace(step, root=made)

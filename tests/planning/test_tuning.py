@@ -97,6 +97,7 @@ def test_a_plan_without_coefficients_is_refused(plan: Plan) -> None:
         tune(linear(), plan, [1], [2], sampler=Sampler())
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("memory", [0, 30_000, 1 << 20])
 @pytest.mark.parametrize(
     ("plan", "mode", "in_place"),

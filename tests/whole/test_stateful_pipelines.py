@@ -29,7 +29,7 @@ from reference import assert_same
 from reference_pipeline import fresh, parts, reference, untouched
 from tests.whole.test_stateful import in_thread
 
-ACTIONS = int(os.environ.get("PIPELINE_ACTIONS", "40"))
+ACTIONS = int(os.environ.get("PIPELINE_ACTIONS", "20"))
 LENGTH = 10
 NAMES = ("dit", "pixart", "flux", "wan", "chroma", "flux_img2img", "cogvideox_v2v", "sd3_skip_layers")
 SCHEDULERS = {
