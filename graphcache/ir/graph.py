@@ -225,7 +225,9 @@ class StepGraph:
         for node in self.graph.nodes:
             # arguments given at once are searched for symbolic sizes, a third of the time of a copy
             made = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
-            made.args, made.kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            made.args = fx.map_arg(node.args, env.__getitem__)
+            if node.kwargs:  # setting one of them walks both
+                made.kwargs = fx.map_arg(node.kwargs, env.__getitem__)
             made.meta = dict(node.meta)
             env[node] = made
         return graph, env
