@@ -14,7 +14,7 @@ from graphcache.tracing.functional import Unknown, detached, functional, inlined
 from strategies import QUICK
 
 aten = torch.ops.aten
-MANY = settings(QUICK, max_examples=40)
+MANY = settings(QUICK, max_examples=15)
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "slice": lambda x: x[..., 1:3],
