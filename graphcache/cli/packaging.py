@@ -12,9 +12,11 @@ from graphcache.cli.arguments import (
     Inputs,
     Latents,
     ModelName,
+    Regions,
     Threads,
     Timestep,
     json_argument,
+    regions_argument,
 )
 from graphcache.cli.console import console
 from graphcache.cli.sources import Placement, is_pipeline, load_model, load_pipeline
@@ -41,6 +43,7 @@ def package(
     inputs: Inputs = None,
     timestep: Timestep = None,
     latents: Latents = None,
+    regions: Regions = None,
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -61,6 +64,14 @@ def package(
         subject, only = load_model(model, inputs, calls[0], placement)
         calls = [only]
     write_package(
-        subject, output, chosen, calls, part=part, timestep=timestep, latents=latents or (), steps=counts
+        subject,
+        output,
+        chosen,
+        calls,
+        part=part,
+        timestep=timestep,
+        latents=latents or (),
+        steps=counts,
+        regions=regions_argument(regions),
     )
     console.print(f"wrote {output}: {size(output.stat().st_size)}, for {len(calls)} sizes of calls")

@@ -177,7 +177,7 @@ class _Code:
 
     def _compiled(self, gradients: Gradients) -> Compiled:
         if is_ahead(self.backend):
-            return following(self.step, inductor_options(self.backend))
+            return following(self.step, inductor_options(self.backend), self.ways.by_region)
         # torch.compile finds code again by a forward's code object, so that other inputs need another one
         module = fx.GraphModule(self.module, self.module.graph) if gradients else self.module
         code = self._of_any_size(module, self._fed)

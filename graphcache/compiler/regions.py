@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from graphcache.analysis.repeats import Repeats, find_repeats
 from graphcache.compiler.arrivals import Arrivals, Away
+from graphcache.compiler.native import last_read
 from graphcache.ir.graph import is_tensor, value_of
 from graphcache.libraries.torch_private import OpOverload, schema_of
 
@@ -163,11 +164,7 @@ class InRegions:
         results: Any = graph.output_node().args[0]
         self._results = self._at(results)
         self._calls: list[_Call] = []
-        last = {place: i for i, part in enumerate(parts) for place in self._at((*part.inputs, *part.results))}
-        self._dropped = [
-            [place for place, at in last.items() if at == i and place not in self._results]
-            for i in range(len(parts))
-        ]
+        self._dropped = last_read([self._at((*part.inputs, *part.results)) for part in parts], self._results)
         self._wanted: dict[int, list[int]] = {}
         # what the graph returns as it is comes last
         first = {place: len(parts) for place in self._results if place in self._away}

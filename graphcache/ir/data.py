@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
-from graphcache.ir.errors import CaptureError
+from graphcache.ir.errors import CaptureError, GraphCacheError
 from graphcache.ir.tree import Leaf, Record, fields_of, is_record
 
 _CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
@@ -31,6 +31,25 @@ class TensorLine(msgspec.Struct, frozen=True):
     def empty(self) -> torch.Tensor:
         """One such tensor, with any values."""
         return torch.empty_strided(self.shape, self.stride, dtype=dtype_named(self.dtype), device=self.device)
+
+    def laid(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor with this layout: itself, if it has it; strides of dimensions of one entry are no matter.
+
+        Raises:
+            GraphCacheError: it has another shape, dtype or device.
+        """
+        given = TensorLine.of(tensor)
+        if given == self:
+            return tensor
+        if (given.dtype, given.shape, given.device) != (self.dtype, self.shape, self.device):
+            raise GraphCacheError(
+                f"native code for {self} on {self.device} was given {given} on {given.device}; package the "
+                "model again"
+            )
+        strides = zip(self.shape, self.stride, given.stride, strict=True)
+        if all(size == 1 or ours == theirs for size, ours, theirs in strides) or not tensor.numel():
+            return tensor
+        return self.empty().copy_(tensor)
 
     def weightless(self) -> torch.Tensor:
         """A tensor of this shape, dtype and device that takes no memory."""

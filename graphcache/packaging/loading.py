@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from graphcache.compiler.ahead import unpacked
-from graphcache.compiler.backends import Compiled
+from graphcache.compiler.native import Native, Part, Unpacked
 from graphcache.ir.call import Binder, CallSpec
 from graphcache.ir.data import dtype_named, tree
 from graphcache.ir.errors import GraphCacheError
@@ -18,7 +17,7 @@ from graphcache.ir.tree import fill
 from graphcache.packaging.archive import Archive
 from graphcache.packaging.machine import refuse_other
 from graphcache.packaging.maker import PackagedPrograms
-from graphcache.packaging.manifest import GraphLine, Manifest, ParameterLine, SizeLine
+from graphcache.packaging.manifest import GraphLine, Manifest, ParameterLine, PartLine, SizeLine
 from graphcache.packaging.model import Packaged, Shell, Weights, shell
 from graphcache.packaging.program import program_of
 from graphcache.runtime.engine import Engine
@@ -70,18 +69,24 @@ def load(path: str | os.PathLike[str], *, trust: bool = False) -> Any:
 
 
 class _Loader:
-    """Loads the code of graphs, each with its weights."""
+    """Loads the code of graphs, each part with its weights; of a library there is one file for all."""
 
     def __init__(self, archive: Archive, weights: Weights, device: str) -> None:
         self._archive = archive
         self._weights = weights
         self._device = device
+        self._unpacked: dict[int, Unpacked] = {}
 
-    def __call__(self, line: GraphLine) -> Compiled:
-        files = {name: self._archive.read(name) for name in line.files}
-        code = unpacked(files, self._device)
+    def __call__(self, line: GraphLine) -> Native:
+        return Native([*map(self._part, line.parts)], line.results, [port.tensor for port in line.outputs])
+
+    def _part(self, line: PartLine) -> Part:
+        known = self._archive.manifest.codes[line.code]
+        if line.code not in self._unpacked:
+            self._unpacked[line.code] = Unpacked({name: self._archive.read(name) for name in known.files})
+        code = self._unpacked[line.code].code(self._device)
         self._weights.serve(code, line.weights)
-        return code
+        return Part(code, known.inputs, line.inputs, line.results)
 
 
 def _device(manifest: Manifest) -> str:

@@ -25,7 +25,7 @@ from graphcache.ir.graph import (
 from graphcache.ir.schedule import Guided, Memory, Phase
 from graphcache.packaging.machine import Machine
 
-FORMAT = 1
+FORMAT = 2
 _PORTS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (Input, Hoisted, CacheRead, Coefficients, Table, Chosen, CacheWrite, Output)
@@ -47,14 +47,34 @@ class PortLine(msgspec.Struct):
         return msgspec.convert(self.fields, _PORTS[self.kind], strict=False)
 
 
-class GraphLine(msgspec.Struct):
-    """A compiled graph: its files, what it is fed and returns, and the weights by their names in it."""
+class CodeLine(msgspec.Struct):
+    """Native code: its files, and the layouts of what it is fed beside weights."""
 
     files: list[str]
+    inputs: list[TensorLine]
+
+
+class PartLine(msgspec.Struct):
+    """A part of a graph: its code, among all of a package; the weights by their names in it; and the places
+    in a table of values that it reads and writes.
+    """
+
+    code: int
+    weights: dict[str, str]
+    inputs: list[int]
+    results: list[int]
+
+
+class GraphLine(msgspec.Struct):
+    """A compiled graph: its parts in their order, what it is fed, which values come first in the table, and
+    what it returns, at the places of `results`.
+    """
+
+    parts: list[PartLine]
+    results: list[int]
     inputs: list[PortLine]
     outputs: list[PortLine]
     flops: int
-    weights: dict[str, str]
 
 
 class PhaseLine(msgspec.Struct):
@@ -131,6 +151,7 @@ class Manifest(msgspec.Struct):
     attributes: dict[str, Any]
     config: Any
     weights: dict[str, WeightLine]
+    codes: list[CodeLine]
     sizes: list[SizeLine]
     files: dict[str, str]
 

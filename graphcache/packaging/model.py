@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphcache.compiler.ahead import Code
+from graphcache.compiler.native import Code
 from graphcache.ir.errors import CaptureError, GraphCacheError
 from graphcache.ir.graph import layout
 from graphcache.libraries.extras import require

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graphcache.analysis.cost import graph_flops
-from graphcache.compiler.ahead import compile_ahead
+from graphcache.compiler.ahead import Libraries, Library, Stretch, compile_ahead
 from graphcache.compiler.backends import unwrapped
 from graphcache.compiler.guidance_half import Half
 from graphcache.compiler.modes import around_code
@@ -27,10 +27,12 @@ from graphcache.packaging.calls import record_calls
 from graphcache.packaging.machine import Machine
 from graphcache.packaging.manifest import (
     FORMAT,
+    CodeLine,
     GraphLine,
     HalfLine,
     Manifest,
     ParameterLine,
+    PartLine,
     PhaseLine,
     PortLine,
     SizeLine,
@@ -38,7 +40,7 @@ from graphcache.packaging.manifest import (
 )
 from graphcache.packaging.weights import Stored
 from graphcache.runtime.engine import Engine, original
-from graphcache.runtime.options import Options
+from graphcache.runtime.options import Options, check_regions
 from graphcache.runtime.parts import denoisers
 from graphcache.runtime.warmup import Call, branches_of
 from graphcache.tracing.capture import forward_parameters
@@ -59,6 +61,7 @@ def package(
     branches: int | None = None,
     wait: Literal["step", "never"] = "step",
     steps: Sequence[int] = (),
+    regions: Literal["auto"] | bool = "auto",
 ) -> None:
     """Compile what a plan needs, and write it with the weights as one file that `load` runs.
 
@@ -75,11 +78,15 @@ def package(
         branches: see `transform`.
         wait: see `transform`.
         steps: further numbers of evaluations of a generation, beside the plan's.
+        regions: True compiles what repeats in a graph, as a model's blocks, once, and False each graph whole;
+            "auto" takes regions where that takes less to compile. They are shared by all phases and sizes in
+            which they are alike.
 
     Raises:
         GraphCacheError: the model cannot be captured, the plan does not fit it, or a package cannot hold it.
     """
     require("safetensors.torch", "package", "writing a package")
+    check_regions(regions)
     if not sizes:
         raise GraphCacheError("sizes= is empty: give the arguments of one call for each size to package")
     held = _subject(model_or_pipe, part)
@@ -99,7 +106,13 @@ def package(
     if options.mesh:
         raise GraphCacheError("a package is for one process: package the model without mesh=")
     # a backend that is never called: phases are made as for being compiled
-    options = dataclasses.replace(options, backend="inductor", sizes="fixed", signatures=_MANY)
+    options = dataclasses.replace(
+        options,
+        backend="inductor",
+        sizes="fixed",
+        signatures=_MANY,
+        regions=options.regions if regions == "auto" else regions,
+    )
     is_pipe = not isinstance(model_or_pipe, nn.Module)
     calls = record_calls(model_or_pipe, held, model, sizes) if is_pipe else sizes
     with torch.no_grad():
@@ -130,6 +143,10 @@ class _Packing:
         self.engine = engine
         self.stored = Stored(model)
         self.files: dict[str, Path] = {}
+        self.codes: list[CodeLine] = []
+        self._libraries: Libraries | None = None
+        self._numbers: dict[int, int] = {}
+        self._by_region = engine.options.regions
         self._sizes: dict[int, SizeLine] = {}
 
     def write(self, path: Path) -> None:
@@ -153,6 +170,7 @@ class _Packing:
             attributes=_attributes(self.model),
             config=_config(self.model),
             weights=self.stored.lines,
+            codes=self.codes,
             sizes=lines,
             files={},
         )
@@ -200,20 +218,32 @@ class _Packing:
     def _graph(self, runnable: Runnable, what: str) -> GraphLine:
         step = runnable.step
         _refuse_unpackable(step, what)
-        made = compile_ahead(step, what)
-        number = len({name.split("/")[1] for name in self.files})
-        files = {f"code/{number}/{file.name}": file for file in made.files}
-        self.files |= files
+        if self._libraries is None:
+            self._libraries = Libraries(value_of(step.placeholders()[0]).device.type)
+        made = compile_ahead(step, what, self._libraries, self._by_region)
         return GraphLine(
-            files=[*files],
+            parts=[*map(self._part, made.stretches)],
+            results=[*made.results],
             inputs=[PortLine.of(port, value_of(node)) for port, node in step.ports()],
             outputs=[
                 PortLine.of(port, value_of(node))
                 for port, node in zip(step.outputs, step.results(), strict=True)
             ],
             flops=graph_flops(step),
-            weights={name: self.stored.name(weight) for name, weight in made.weights.items()},
         )
+
+    def _part(self, stretch: Stretch) -> PartLine:
+        weights = {name: self.stored.name(weight) for name, weight in stretch.weights.items()}
+        return PartLine(self._code(stretch.library), weights, [*stretch.inputs], [*stretch.results])
+
+    def _code(self, library: Library) -> int:
+        """The number of a library among those of the package."""
+        number = self._numbers.setdefault(id(library), len(self.codes))
+        if number == len(self.codes):
+            files = {f"code/{number}/{file.name}": file for file in library.files}
+            self.files |= files
+            self.codes.append(CodeLine([*files], [*library.fed]))
+        return number
 
 
 def _half(half: Half) -> HalfLine:

@@ -56,8 +56,7 @@ def check_options(
         raise GraphCacheError(f"signatures={signatures}: say how many captures are kept, at least 1")
     if watch not in ("adapters", "everything"):
         raise GraphCacheError(f"watch={watch!r}: must be 'adapters' or 'everything'")
-    if not isinstance(regions, bool) and regions != "auto":
-        raise GraphCacheError(f"regions={regions!r}: must be True, False or 'auto'")
+    check_regions(regions)
     if max_cache_bytes is not None and not is_count(max_cache_bytes):
         raise GraphCacheError(f"max_cache_bytes={max_cache_bytes!r}: say how many bytes, at least 1")
     if check != 0 and not is_count(check):
@@ -71,6 +70,12 @@ def check_options(
             "branches= cannot be told apart without the timestep; leave wait= out, or wrap each call in "
             "model.cache_context(name)"
         )
+
+
+def check_regions(regions: Any) -> None:
+    """Raise GraphCacheError where this says nothing of regions."""
+    if not isinstance(regions, bool) and regions != "auto":
+        raise GraphCacheError(f"regions={regions!r}: must be True, False or 'auto'")
 
 
 def is_count(value: Any) -> bool:

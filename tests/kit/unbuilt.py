@@ -12,10 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, fx
 
-from graphcache.compiler.ahead import Ahead
-from graphcache.compiler.flat import flattened
-from graphcache.ir.graph import StepGraph
-from graphcache.packaging import loading, writing
+from graphcache.compiler import ahead, native
 
 GRAPHS: dict[str, fx.GraphModule] = {}
 """By what stands in their files."""
@@ -23,35 +20,43 @@ _NUMBERS = itertools.count()
 
 
 class Kept:
-    """A graph in the place of native code: it reads the weights that it was given, wherever they are."""
+    """A graph in the place of native code: it reads the weights that it was given, wherever they are.
 
-    def __init__(self, graph: fx.GraphModule) -> None:
-        self.graph = graph
+    As native code reads every input as if it were laid out as at compilation, it takes no other.
+    """
+
+    def __init__(self, files: Sequence[Path], device: str, owner: object = None) -> None:
+        (file,) = files
+        self.graph = GRAPHS[file.read_text()]
+        self.names = [name for name, _ in self.graph.named_buffers()]
         self.weights: dict[str, Tensor] = {}
 
     def bind(self, weights: Mapping[str, Tensor]) -> None:
         self.weights = dict(weights)
 
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
+        nodes = self.graph.graph.find_nodes(op="placeholder")
+        for tensor, node in zip(tensors, nodes, strict=True):
+            expected = node.meta["val"]
+            assert (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype)
+            assert strides(tensor) == strides(expected)
         with torch.no_grad():
             results: Any = torch.func.functional_call(self.graph, self.weights, tensors)
         return list(results)
 
 
-def _kept(folder: str, step: StepGraph, what: str) -> Ahead:
-    module = flattened(step, {})
+def strides(tensor: Tensor) -> list[int]:
+    """Those that count."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
+def _kept(folder: str, module: fx.GraphModule, *_: Any) -> tuple[list[Path], list[str]]:
     text = f"graph {next(_NUMBERS)}"
     GRAPHS[text] = module
     file = Path(folder, text, "graph.so")
     file.parent.mkdir()
     file.write_text(text)
-    weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return Ahead([file], weights)
-
-
-def _found(files: Mapping[str, bytes], device: str) -> Kept:
-    (data,) = files.values()
-    return Kept(GRAPHS[data.decode()])
+    return [file], Kept([file], "cpu").names
 
 
 @contextmanager
@@ -59,7 +64,7 @@ def unbuilt() -> Iterator[None]:
     """Within it packages are written and loaded without a compiler."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        patch.object(writing, "compile_ahead", functools.partial(_kept, folder)),
-        patch.object(loading, "unpacked", _found),
+        patch.object(ahead, "native_code", functools.partial(_kept, folder)),
+        patch.object(native, "Code", Kept),
     ):
         yield

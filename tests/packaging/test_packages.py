@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CaptureError, GraphCacheError, Plan, PlanError, presets
+from graphcache.packaging.archive import Archive
 from inside import states_of
 from reference import assert_same
 from tiny import TinyDiT, arguments, tiny
@@ -303,3 +304,51 @@ def test_another_number_of_steps(tmp_path: Path) -> None:
     for model in (ours, theirs):
         model.reset(steps=7)
     torch.testing.assert_close(run(ours, steps=7), run(theirs, steps=7), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("depth", "regions"), [(6, True), (6, False), (60, "auto"), (2, "auto")])
+def test_regions_are_code_that_is_there_once(tmp_path: Path, depth: int, regions: Any) -> None:
+    graphcache.package(tiny(depth), tmp_path / "made", PLAN, [arguments()], regions=regions)
+    ours, theirs = loaded(tmp_path / "made"), graphcache.transform(tiny(depth), PLAN)
+    torch.testing.assert_close(run(ours), run(theirs), rtol=1e-5, atol=1e-5)
+    held = Archive(tmp_path / "made").manifest
+    parts = [[part.code for part in graph.parts] for graph in held.needed]
+    assert {number for numbers in parts for number in numbers} == {*range(len(held.codes))}
+    if regions is False or depth == 2:
+        assert [*map(len, parts)] == [1, 1, 1]
+    else:
+        assert sum(map(len, parts)) > 2 * depth
+        assert len(held.codes) < 9, "whatever the depth"
+        assert {*parts[1]} & {*parts[2]}, "what phases have in common is there once"
+
+
+class Turned(TinyDiT):
+    """Its first block is given the stream in other strides than the rest."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return super().forward((x.transpose(1, 2).contiguous() * 2).transpose(1, 2), timestep, text)
+
+
+def test_every_region_is_given_the_strides_that_it_is_for(tmp_path: Path) -> None:
+    graphcache.package(tiny(5, Turned), tmp_path / "made", PLAN, [arguments()], regions=True)
+    expected = run(graphcache.transform(tiny(5, Turned), PLAN))
+    torch.testing.assert_close(run(loaded(tmp_path / "made")), expected, rtol=1e-5, atol=1e-5)
+    codes = Archive(tmp_path / "made").manifest.codes
+    assert any(line.stride == [12, 1, 3] for code in codes for line in code.inputs)
+
+
+def test_regions_of_a_transformed_model_are_those_that_it_has(tmp_path: Path) -> None:
+    with pytest.raises(GraphCacheError, match="regions='all': must be True, False or 'auto'"):
+        graphcache.package(tiny(), tmp_path / "made", PLAN, [arguments()], regions="all")  # type: ignore[arg-type]
+    asked = graphcache.transform(tiny(4), PLAN, regions=True)
+    graphcache.package(asked, tmp_path / "made", sizes=[arguments()])
+    assert any(len(graph.parts) > 1 for graph in Archive(tmp_path / "made").manifest.needed)
+
+
+def test_budgets_of_tokens_by_regions(tmp_path: Path) -> None:
+    plan = presets.toca(STEPS, ratio=0.5, multiple=1)
+    graphcache.package(tiny(5), tmp_path / "made", plan, [arguments(tokens=8)], regions=True)
+    ours, theirs = loaded(tmp_path / "made"), graphcache.transform(tiny(5), plan)
+    found = [run(model, x=arguments(tokens=8)["x"]) for model in (ours, theirs)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert any(len(graph.parts) > 1 for graph in Archive(tmp_path / "made").manifest.needed)
