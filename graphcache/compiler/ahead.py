@@ -1,7 +1,7 @@
 """Graphs compiled ahead of time by AOTInductor: whole, or what repeats in them once."""
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -132,9 +132,10 @@ def compile_ahead(
     ports = nodes[: len(step.inputs)]
     held = dict(zip(nodes[len(ports) :], weights.values(), strict=True))
     outputs: Any = module.graph.output_node().args[0]
-    parts = regions(module.graph) if by_region and not has_symbolic_shapes(step) else None
-    made = None if parts is None or not held.keys().isdisjoint(outputs) else _laid_out(parts, held)
-    if made is None or (by_region == "auto" and not _pay(made, libraries)):
+    cuts = by_region and not has_symbolic_shapes(step) and held.keys().isdisjoint(outputs)
+    parts = (regions(module.graph) or []) if cuts else []
+    made = _laid_out(parts, held)
+    if not made or (by_region == "auto" and not _pay(made, libraries)):
         parts = [Region(module, tuple(nodes), tuple(outputs))]
         made = [_Closed.of(parts[0], held, [*map(value_of, ports)])]
     places: dict[fx.Node, int] = {}
@@ -211,8 +212,8 @@ def _laid_out(parts: Sequence[Region], held: Mapping[fx.Node, torch.Tensor]) -> 
             for fed in arriving
         ]
     kinds = [_Closed.of(part, held, fed).key for part, fed in zip(parts, plain, strict=True)]
-    seen: dict[str, Counter[Hashable]] = {}
-    examples = {}
+    seen: dict[str, Counter[tuple[Any, ...]]] = {}
+    examples: dict[tuple[Any, ...], list[torch.Tensor]] = {}
     for kind, fed in zip(kinds, arriving, strict=True):
         layouts = tuple(map(layout, fed))
         seen.setdefault(kind, Counter())[layouts] += 1
