@@ -79,8 +79,8 @@ def package(
         wait: see `transform`.
         steps: further numbers of evaluations of a generation, beside the plan's.
         regions: True compiles what repeats in a graph, as a model's blocks, once, and False each graph whole;
-            "auto" takes regions where that takes less to compile. They are shared by all phases and sizes in
-            which they are alike.
+            "auto" takes regions on a CPU where that takes less to compile and steps are long. They are shared
+            by all phases and sizes in which they are alike.
 
     Raises:
         GraphCacheError: the model cannot be captured, the plan does not fit it, or a package cannot hold it.
@@ -188,7 +188,7 @@ class _Packing:
             for index, phase in enumerate(schedule.phases):
                 key = phase, [*schedule.ranges], schedule.guided, [*schedule.memories]
                 if key not in known:
-                    graph = self._graph(program.phase(schedule, index), f"phase {index} of the plan")
+                    graph = self._graph(program, program.phase(schedule, index), f"phase {index} of the plan")
                     line.phases.append(PhaseLine(*key, graph))
             line.memories = [*schedule.memories]
 
@@ -208,19 +208,19 @@ class _Packing:
             branches=[*captured.step.branches],
             fingerprint=program.fingerprint,
             flops=program.plain_flops,
-            prologue=None if prologue is None else self._graph(prologue, "the prologue"),
+            prologue=None if prologue is None else self._graph(program, prologue, "the prologue"),
             phases=[],
             half=None if program.half is None else _half(program.half),
             memories=[],
             tokens=dict(program.tokens),
         )
 
-    def _graph(self, runnable: Runnable, what: str) -> GraphLine:
+    def _graph(self, program: Program, runnable: Runnable, what: str) -> GraphLine:
         step = runnable.step
         _refuse_unpackable(step, what)
         if self._libraries is None:
             self._libraries = Libraries(value_of(step.placeholders()[0]).device.type)
-        made = compile_ahead(step, what, self._libraries, self._by_region)
+        made = compile_ahead(step, what, self._libraries, self._by_region, program.plain_flops)
         return GraphLine(
             parts=[*map(self._part, made.stretches)],
             results=[*made.results],

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import CaptureError, GraphCacheError, Plan, PlanError, presets
+from graphcache.compiler import ahead
 from graphcache.packaging.archive import Archive
 from inside import states_of
 from reference import assert_same
@@ -306,15 +307,21 @@ def test_another_number_of_steps(tmp_path: Path) -> None:
     torch.testing.assert_close(run(ours, steps=7), run(theirs, steps=7), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("depth", "regions"), [(6, True), (6, False), (60, "auto"), (2, "auto")])
-def test_regions_are_code_that_is_there_once(tmp_path: Path, depth: int, regions: Any) -> None:
+@pytest.mark.parametrize(
+    ("depth", "regions", "flops"),
+    [(6, True, 2**26), (6, False, 0), (60, "auto", 1), (60, "auto", 2**26), (2, "auto", 1)],
+)
+def test_regions_are_code_that_is_there_once(
+    tmp_path: Path, depth: int, regions: Any, flops: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "PART", flops)
     graphcache.package(tiny(depth), tmp_path / "made", PLAN, [arguments()], regions=regions)
     ours, theirs = loaded(tmp_path / "made"), graphcache.transform(tiny(depth), PLAN)
     torch.testing.assert_close(run(ours), run(theirs), rtol=1e-5, atol=1e-5)
     held = Archive(tmp_path / "made").manifest
     parts = [[part.code for part in graph.parts] for graph in held.needed]
     assert {number for numbers in parts for number in numbers} == {*range(len(held.codes))}
-    if regions is False or depth == 2:
+    if regions is False or depth == 2 or (regions == "auto" and flops > 1):
         assert [*map(len, parts)] == [1, 1, 1]
     else:
         assert sum(map(len, parts)) > 2 * depth
