@@ -6,8 +6,9 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -102,9 +103,8 @@ class Native:
     """Native code of a graph, part after part on a table of values; called with the input ports' tensors.
 
     Native code looks at no layouts. Whatever arrives at a part is compared with what it was compiled for, and
-    copied where it differs, until a call whose inputs are all as they should be. From then on it is known
-    what is copied: the strides of what native code returns never change. What the graph returns has the
-    layouts that other graphs read.
+    copied where it differs. Calls whose inputs have the strides of the call before copy the same: the strides
+    of what native code returns never change. What the graph returns has the layouts that other graphs read.
 
     Args:
         parts: in their order.
@@ -116,23 +116,23 @@ class Native:
         self._parts, self._results, self._returned = parts, results, returned
         dropped = last_read([(*part.inputs, *part.results) for part in parts], results)
         self._calls = [
-            _Call(part.code, part.inputs, part.results, behind, [])
+            (part.code, part.inputs, part.results, behind)
             for part, behind in zip(parts, dropped, strict=True)
         ]
         self._size = 1 + max((place for part in parts for place in part.results), default=0)
         # the only part of a whole graph takes and gives everything as it comes
         self._whole = len(parts) == 1 and [*results] == [*parts[0].results]
-        self._settled = False
-        self._copied: Sequence[tuple[int, TensorLine]] = ()
+        self._latest = _Copies()
 
     def __call__(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
-        if not self._settled:
-            results = self._compared(tensors)
-        elif self._whole:
+        strides, latest = [tensor.stride() for tensor in tensors], self._latest
+        if strides != latest.strides:
+            return self._compared(tensors, strides)
+        if self._whole and not latest.any_fed:
             results = self._parts[0].code(*tensors)
         else:
             values: list[Any] = [*tensors, *[None] * (self._size - len(tensors))]
-            for code, inputs, places, dropped, copied in self._calls:
+            for (code, inputs, places, dropped), copied in zip(self._calls, latest.fed, strict=True):
                 fed = [values[place] for place in inputs]
                 for i, line in copied:
                     fed[i] = line.laid(fed[i])
@@ -141,37 +141,48 @@ class Native:
                 for place in dropped:
                     values[place] = None
             results = [values[place] for place in self._results]
-        for i, line in self._copied:
+        for i, line in latest.returned:
             results[i] = line.laid(results[i])
         return results
 
-    def _compared(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What a call returns in which everything is looked at."""
-        values, settled = dict(enumerate(tensors)), True
-        for part, call in zip(self._parts, self._calls, strict=True):
-            given = [values[place] for place in part.inputs]
-            fed = [line.laid(tensor) for line, tensor in zip(part.fed, given, strict=True)]
-            others = [i for i, tensor in enumerate(fed) if tensor is not given[i]]
-            call.copied[:] = [(i, part.fed[i]) for i in others]
-            settled = settled and all(part.inputs[i] >= len(tensors) for i in others)
+    def _compared(
+        self, tensors: Sequence[torch.Tensor], strides: list[tuple[int, ...]]
+    ) -> list[torch.Tensor]:
+        """What a call returns in which everything is looked at; its copies are known from then on."""
+        values, copied = dict(enumerate(tensors)), []
+        for part, (_, _, _, dropped) in zip(self._parts, self._calls, strict=True):
+            fed, copies = _laid(part.fed, [values[place] for place in part.inputs])
+            copied.append(copies)
             values |= zip(part.results, part.code(*fed), strict=True)
-            for place in call.dropped:
+            for place in dropped:
                 del values[place]
-        results = [values[place] for place in self._results]
-        pairs = enumerate(zip(results, self._returned, strict=True))
-        self._copied = [(i, line) for i, (made, line) in pairs if line.laid(made) is not made]
-        self._settled = settled
+        results, copies = _laid(self._returned, [values[place] for place in self._results])
+        # other threads may be within a call
+        self._latest = _Copies(strides, copied, copies)
         return results
 
 
-class _Call(NamedTuple):
-    """`copied` are those of the inputs that always arrive with other strides than the code is for."""
+_Copied = Sequence[tuple[int, TensorLine]]
+"""Places in a list of tensors, and the layouts that the ones there are copied to."""
 
-    code: Code
-    inputs: Sequence[int]
-    results: Sequence[int]
-    dropped: Sequence[int]
-    copied: list[tuple[int, TensorLine]]
+
+@dataclass(frozen=True)
+class _Copies:
+    """What is copied in calls whose inputs have these strides: before each part, and of the results."""
+
+    strides: list[tuple[int, ...]] | None = None
+    fed: Sequence[_Copied] = ()
+    returned: _Copied = ()
+
+    @cached_property
+    def any_fed(self) -> bool:
+        return any(self.fed)
+
+
+def _laid(lines: Sequence[TensorLine], tensors: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], _Copied]:
+    """Tensors in these layouts, and what had to be copied for it."""
+    found = [line.laid(tensor) for line, tensor in zip(lines, tensors, strict=True)]
+    return found, [(i, lines[i]) for i, tensor in enumerate(tensors) if found[i] is not tensor]
 
 
 class Following:

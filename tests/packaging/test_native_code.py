@@ -178,14 +178,18 @@ def test_what_arrives_is_laid_out_as_the_code_was_compiled_for() -> None:
     native = Native(parts, [2, 0], [wanted, wanted])
     plain = torch.arange(6.0).view(2, 3)
     turned = plain.t().contiguous().t()
-    for given in (turned, plain, plain + 1, plain):
+    for given in (turned, plain, plain + 1, turned, turned + 1, plain):
         made, same = native(given)
         assert_same([made, same], [given * 2, given])
         assert (made.stride(), same.stride()) == ((3, 1), (3, 1))
     arrived = [tensor for code in codes for tensors in code.given for tensor in tensors]
-    assert len(arrived) == 4 + 8
+    assert len(arrived) == 6 + 12
     assert {tensor.stride() for tensor in arrived} == {(3, 1)}, "copied in every call"
     assert native(plain)[1] is plain, "what fits is not copied"
+    whole = Native(parts[:1], [1], [wanted])
+    for given in (turned, turned, plain):
+        assert_same(whole(given), [given])
+    assert {tensors[0].stride() for tensors in codes[0].given} == {(3, 1)}
 
 
 @pytest.mark.parametrize("wanted", [line(4, 1, shape=(2, 4)), line(3, 1, dtype="float64")])
