@@ -10,7 +10,7 @@ from torch import fx
 from graphcache.analysis import ops
 from graphcache.ir.graph import StepGraph, has_static_shape, is_tensor, storage_bytes, value_of
 from graphcache.ir.opaque import called
-from graphcache.libraries.torch_private import tree_leaves
+from graphcache.libraries.torch_private import WAIT, tree_leaves
 
 aten = ops.aten
 
@@ -60,7 +60,8 @@ def computed_bytes(nodes: Iterable[fx.Node]) -> int:
 
     Not counted is what kernels keep aside, as attention by its plain formula does, and reshapes that copy.
     """
-    return sum(result_bytes(node) for node in nodes if not ops.is_view(node) and not ops.is_slice(node))
+    own = (node for node in nodes if node.target is not WAIT)  # which gives what it was given
+    return sum(result_bytes(node) for node in own if not ops.is_view(node) and not ops.is_slice(node))
 
 
 def result_bytes(node: fx.Node) -> int:

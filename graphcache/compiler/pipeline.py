@@ -65,6 +65,11 @@ def specialised(
     return run(passes, step, observers)
 
 
-def observed(step: StepGraph, branches: Sequence[str], ranges: Sequence[tuple[str, int, int]]) -> StepGraph:
-    """The step that hands out what its sites compute."""
-    return run([Probe(branches, ranges)], step)
+def observed(
+    step: StepGraph,
+    branches: Sequence[str],
+    ranges: Sequence[tuple[str, int, int]],
+    shards: Sequence[Pass] = (),
+) -> StepGraph:
+    """The step that hands out what its sites compute; `shards` make it one rank's part."""
+    return run([Probe(branches, ranges), *shards], step)

@@ -32,6 +32,7 @@ from graphcache.ir.resolve import resolve
 from graphcache.ir.schedule import Guided, Memory, Phase, Role, Schedule
 from graphcache.libraries.exclusive import COMPILING
 from graphcache.passes.base import Observer
+from graphcache.passes.shard import Shard
 
 
 class Elsewhere(NamedTuple):
@@ -257,6 +258,15 @@ class Program:
         step = pipeline.specialised(step, phase, schedule, moved, compiles, self.observers, shards)
         code = build(step, self.backend, self.kept, self.ways)
         return Runnable(step, code, self.half if phase.half else None)
+
+    def shards(self, ranges: tuple[tuple[str, int, int], ...]) -> tuple[Shard, ...]:
+        """What makes a rank's part of the step, where sites and these ranges are looked at."""
+        return self._sharding(False).shared(ranges) if self.mesh else ()
+
+    @property
+    def alone(self) -> "Program":
+        """The same for one process."""
+        return self._alone(mesh=(), _sizes={}) if self.mesh else self
 
     def _sharding(self, half: bool) -> Sharding:
         """How ranks share the step, or the one of half the batch."""

@@ -31,10 +31,18 @@ class Sharding:
             PlanError: ranks cannot share the model, or the plan.
         """
         refuse_unshared(schedule, self.mesh)
-        key = schedule.ranges, schedule.guided is not None
+        return [_packed(item, phase) for item in self.shared(schedule.ranges, schedule.guided is not None)]
+
+    def shared(self, ranges: Ranges, guided: bool = False) -> tuple[Shard, ...]:
+        """What makes a rank's part of the step, where the values of these ranges are handed out.
+
+        Raises:
+            PlanError: ranks cannot share the model.
+        """
+        key = ranges, guided
         if key not in self._made:
             self._made[key] = tuple(self._passes(*key))
-        return [_packed(item, phase) for item in self._made[key]]
+        return self._made[key]
 
     def _passes(self, ranges: Ranges, guided: bool) -> list[Shard]:
         captured, step, found = self.captured, self.step, list[Shard]()

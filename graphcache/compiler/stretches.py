@@ -7,6 +7,7 @@ from itertools import pairwise
 from torch import Tensor, fx
 
 from graphcache.analysis.cost import computed_bytes, result_bytes
+from graphcache.compiler.exchanges import DIFFERENTIABLE
 from graphcache.compiler.flat import flattened
 from graphcache.ir.graph import StepGraph
 
@@ -84,7 +85,8 @@ def _made(
         if node.op == "get_attr":
             env[node] = graph.create_node("get_attr", node.target, name=node.name)
     for node in piece:
-        made = env[node] = graph.create_node(node.op, node.target, name=node.name)
+        target = DIFFERENTIABLE.get(node.target, node.target)
+        made = env[node] = graph.create_node(node.op, target, name=node.name)
         made.args, made.kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
     later = {node for node in piece if any(where.get(user, -1) > number for user in node.users)}
     gives = [node for node in piece if node.name in returned or node in later]

@@ -91,6 +91,8 @@ with names_of("torch"):
 
     # exchanges between processes as operations of a graph, which compilers see
     ALL_GATHER: Any = torch.ops._c10d_functional.all_gather_into_tensor.default
+    ALL_REDUCE: Any = torch.ops._c10d_functional.all_reduce.default
+    REDUCE_SCATTER: Any = torch.ops._c10d_functional.reduce_scatter_tensor.default
     WAIT: Any = torch.ops._c10d_functional.wait_tensor.default
 
     # which kernels attention may take, in which order, and which one it does

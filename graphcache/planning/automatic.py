@@ -1,17 +1,19 @@
 """`auto`: profile, search, tune, check and transform, with one knob."""
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import fmean, stdev
 from typing import Any, TypeVar
 
 from graphcache.compiler.backends import Backend
 from graphcache.cost.pricing import without_weights
-from graphcache.ir.errors import GraphCacheError
+from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.plan import Plan
 from graphcache.ir.promise import Promise
+from graphcache.planning.agreement import done_by_first, of_first
 from graphcache.planning.candidates import Candidate
 from graphcache.planning.gradient_memory import MEMORY
 from graphcache.planning.outlook import Outlook, Part
@@ -21,7 +23,7 @@ from graphcache.planning.profiling import Detail, profile
 from graphcache.planning.references import Aim, References
 from graphcache.planning.sampling import Sampler, Sampling
 from graphcache.planning.search import Found, search
-from graphcache.planning.tuning import Tuned, tune, with_corrections
+from graphcache.planning.tuning import Tuned, refuse_budgets, tune, with_corrections
 from graphcache.runtime.closeness import decibels
 from graphcache.runtime.transform import transform
 
@@ -204,7 +206,7 @@ class Parts:
     def _reached(self, model: Models, samples: Sequence[Any]) -> list[float]:
         """Decibels of every sample under a plan."""
         results = (self.sampling.generate(model, sample, self.steps) for sample in samples)
-        return decibels(results, self.uncached.of(samples), self.data_range)
+        return of_first(self.sampling.mesh, decibels(results, self.uncached.of(samples), self.data_range))
 
     def outlook(self, rivals: int = 0) -> tuple[Part, ...]:
         """What the parts will take, and the comparison behind them; the model is captured for it.
@@ -218,8 +220,9 @@ class Parts:
         sampling = self.sampling
         ((number, inputs),) = sampling.first_calls(self.samples[0], self.steps, 1).items()
         _, calls = sampling.uncached(self.samples[0], self.steps)
+        program = without_weights(sampling.models[number], inputs, sampling.names)
         return Outlook(
-            without_weights(sampling.models[number], inputs, sampling.names),
+            replace(program, mesh=sampling.ranks),
             self.steps, self.speedup, calls, min(len(self.trained), MOST_PROFILED), len(self.trained),
             len(self.judges), self.iterations, self.memory, branches=self.detail != "steps",
             timed=self.backend is not None, rivals=rivals,
@@ -242,6 +245,7 @@ def auto(
     backend: Backend = "inductor",
     timestep: str | None = None,
     latents: str | Sequence[str] = (),
+    mesh: Any = None,
     data_range: float = 2.0,
     seed: int = 0,
     memory: int = MEMORY,
@@ -270,16 +274,18 @@ def auto(
         backend: of the timed steps and of the result.
         timestep: the name of the timestep argument, if it is not found.
         latents: those of the latents, as for `transform`.
+        mesh: the ranks that share every evaluation, as for `transform`, and those of the result: all of them
+            call this with the same samples, and get the same plan.
         data_range: largest minus smallest value of a result.
         seed: of the profile.
-        memory: bytes that profiling and tuning may take for intermediate results.
-        folder: where `profile.json` and `plan.txt` are written.
+        memory: bytes that profiling and tuning may take for intermediate results, on each rank.
+        folder: where `profile.json` and `plan.txt` are written, by the first rank.
         progress: told what is done now.
 
     Raises:
         GraphCacheError: there are too few samples, or one of the parts fails; its message says why.
     """
-    sampling = Sampling.of(model_or_pipe, sampler, timestep, latents, conditional)
+    sampling = Sampling.of(model_or_pipe, sampler, timestep, latents, conditional, mesh=mesh)
     parts = Parts(
         sampling, samples, steps, speedup, max_bytes=max_bytes, iterations=iterations, reference=reference,
         data_range=data_range, detail=detail, seed=seed, memory=memory, backend=backend,
@@ -298,12 +304,13 @@ def auto(
     progress("check")
     plan = parts.promised(plan if tuned is None else tuned.plan)
     if folder is not None:
-        plan.save(os.path.join(folder, "plan.txt"))
+        done_by_first(sampling.mesh, partial(plan.save, os.path.join(folder, "plan.txt")))
     target = model_or_pipe if model_or_pipe is not sampling else sampling.target
     names = sampling.names
     made = transform(
-        target, plan, backend=backend, timestep=names.timestep, latents=names.latents, parts=sampling.parts
-    )
+        target, plan, backend=backend, timestep=names.timestep, latents=names.latents, parts=sampling.parts,
+        mesh=sampling.mesh,
+    )  # fmt: skip
     return Automatic(made, plan, measured, found, trials, tuned)
 
 
@@ -316,16 +323,28 @@ def best(trials: Sequence[Trial]) -> Trial:
 def checker(
     sampling: Sampling, samples: Sequence[Any], steps: int, references: References | None = None
 ) -> Callable[[Plan], float]:
-    """Measures a plan's root mean square error on some samples; the uncached ones are made once."""
+    """Measures a plan's root mean square error on some samples; the uncached ones are made once.
+
+    Of a plan that ranks of a mesh cannot share, or that is not tuned under one, it is no number.
+    """
     targets = (references or References(sampling, steps)).of(samples)
 
-    def check(plan: Plan) -> float:
+    def measured(plan: Plan) -> float:
         model = sampling.planned(plan)
         total, count = 0.0, 0
         for sample, target in zip(samples, targets, strict=True):
             result = sampling.generate(model, sample, steps)
             total += float((result.double() - target.double()).square().sum())
             count += target.numel()
-        return float((total / count) ** 0.5)
+        return of_first(sampling.mesh, float((total / count) ** 0.5))
+
+    def check(plan: Plan) -> float:
+        try:
+            refuse_budgets(plan, sampling.ranks)
+            return measured(plan)
+        except PlanError:
+            if not sampling.ranks:
+                raise
+            return math.nan  # not every plan is for ranks: it is none of the good ones
 
     return check

@@ -38,6 +38,7 @@ def step_seconds(
     backend: Backend,
     names: Names,
     rounds: int = 5,
+    mesh: Any = None,
 ) -> dict[str, float]:
     """Median seconds of a step: `plain`, `compute`, and every family's from the cache.
 
@@ -50,15 +51,15 @@ def step_seconds(
         backend: that compiles the phases.
         names: of the arguments that are latents and timestep.
         rounds: interleaved generations of each; one before them warms up.
+        mesh: the ranks that share every step, the plain model's too; each times it for itself.
     """
     plans = {name: _plan(sites) for name, sites in families.items()}
     generation = TimedGeneration(inputs, names.timestep, len(ACTIONS))
-    calls: dict[str, Any] = {"plain": compile_plainly(model, backend)}
+    planned = dict(plans) if mesh is None else {"plain": Plan(len(ACTIONS)), **plans}
+    calls: dict[str, Any] = {} if mesh is not None else {"plain": compile_plainly(model, backend)}
+    given: dict[str, Any] = {"timestep": names.timestep, "latents": names.latents, "wait": "never"}
     calls |= {
-        name: transform(
-            model, plan, backend=backend, timestep=names.timestep, latents=names.latents, wait="never"
-        )
-        for name, plan in plans.items()
+        name: transform(model, plan, backend=backend, mesh=mesh, **given) for name, plan in planned.items()
     }
     *others, timed = plans
     for name in [] if replays_cuda_graphs(backend) else others:

@@ -13,16 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from graphcache.compiler.backends import Backend, compile_plainly
+from graphcache.compiler.backends import Backend
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import read_rows
 from graphcache.ir.promise import SAMPLER, Promise
+from graphcache.planning.agreement import of_first, refuse_others
 from graphcache.planning.gradient_memory import MEMORY
 from graphcache.planning.judging import Judge, Judged, Measured
 from graphcache.planning.metrics import frechet_distance
 from graphcache.planning.pareto import unbeaten
-from graphcache.planning.pipeline_sampler import each, ideal_speedup, together
+from graphcache.planning.pipeline_sampler import each, ideal_speedup
 from graphcache.planning.plan_memory import lowered
 from graphcache.planning.rivals import Rival, hooked
 from graphcache.planning.sampling import Sampler, Sampling, refuse_random
@@ -99,6 +100,7 @@ def compare(
     backend: Backend = "inductor",
     timestep: str | None = None,
     latents: str | Sequence[str] = (),
+    mesh: Any = None,
     data_range: float = 2.0,
     features: Callable[[Tensor], Tensor] | None = None,
     memory: int = MEMORY,
@@ -120,11 +122,13 @@ def compare(
         backend: compiles the plain model and the plans' phases.
         timestep: the name of the timestep argument, if it is not found.
         latents: those of the latents, as for `transform`.
+        mesh: the ranks that share every evaluation, as for `transform`; the plain model's too, which is then
+            a plan that computes everything. All get the first one's rows.
         data_range: largest minus smallest value of a result.
         features: results -> (N, D), for Fréchet distances.
         memory: bytes that results and a plan's caches may take, beside the model and what its evaluations
-            themselves take; in each worker of a cluster. Of one sample at a time the results of all
-            contenders are held.
+            themselves take; on each rank, or in each worker of a cluster. Of one sample at a time the results
+            of all contenders are held.
         progress: told what is done now.
         run: maps a function over the samples; a cluster's `map` gives the same results. Every sample is run
             by all contenders on one machine, which compiles them anew for each.
@@ -134,7 +138,16 @@ def compare(
     """
     if not samples:
         raise GraphCacheError("samples is empty: a comparison needs at least one")
-    sampling = Sampling.of(model_or_pipe, sampler, timestep, latents)
+    sampling = Sampling.of(model_or_pipe, sampler, timestep, latents, mesh=mesh)
+    if sampling.ranks and rivals:
+        raise GraphCacheError(
+            f"mesh=: {', '.join(rivals)} run on one device alone; compare with other libraries' caches "
+            "without mesh=, or leave rivals= out"
+        )
+    refuse_others(
+        sampling.mesh, steps=steps, plans={name: str(plan) for name, plan in plans.items()}, memory=memory,
+        samples=len(samples), fewer={name: count for name, (_, count) in (fewer or {}).items()},
+    )  # fmt: skip
     uncached, calls = sampling.uncached(samples[0], steps)
     refuse_random(sampling, samples[0], steps, uncached)
     contest = _Contest(sampling, dict(plans), steps, dict(fewer or {}), backend, calls)
@@ -148,7 +161,8 @@ def compare(
         rounds.append({name: judge(one) for name, one in measured.results.items()})
         failures |= measured.failures
         progress(f"sample {len(rounds)} of {len(samples)}")
-    return tuple(_row(name, contest, rounds, failures.get(name)) for name in contest.names)
+    rows = tuple(_row(name, contest, rounds, failures.get(name)) for name in contest.names)
+    return of_first(sampling.mesh, rows)
 
 
 _RESULTS = 8
@@ -182,7 +196,8 @@ class _Round:
 class _Contest:
     """Runs a sample with all contenders, in shuffled order; they are compiled when the first one comes.
 
-    `left` are the bytes that a plan's caches may take, over the `calls` of a step.
+    `left` are the bytes that a plan's caches may take, over the `calls` of a step. `whole` is how often the
+    plain model's FLOPs hold those of its steps as they are run here, of which ranks have a part each.
     """
 
     sampling: Sampling
@@ -196,6 +211,7 @@ class _Contest:
     optional: frozenset[str] = frozenset()
     data_range: float = 2.0
     compared: str = SAMPLER
+    whole: float = 1.0
     failures: dict[str, str] = field(default_factory=dict)
     runs: dict[str, Callable[[Any], Tensor]] = field(default_factory=dict)
     planned: dict[str, Any] = field(default_factory=dict)
@@ -227,14 +243,15 @@ class _Contest:
     def _prepare(self, sample: Any) -> None:
         """Compile all contenders and run each once; what fails of those that may is noted."""
         ((number, inputs),) = self.sampling.first_calls(sample, self.steps, 1).items()
-        plain = together([compile_plainly(model, self.backend) for model in self.sampling.models])
+        plain = self.sampling.compiled(self.steps, self.backend)
         made: dict[str, Callable[[], Callable[[Any], Tensor]]] = {
             "plain": lambda: self._run(self.sampling, plain, self.steps)
         }
         made |= {name: partial(self._planned, name, number, inputs) for name in self.plans}
         for name, (sampler, count) in self.fewer.items():
             solver = replace(self.sampling, sampler=sampler or self.sampling.sampler)
-            made[name] = partial(self._run, solver, plain, count)
+            models = self.sampling.compiled(count, self.backend) if self.sampling.ranks else plain
+            made[name] = partial(self._run, solver, models, count)
         for name, rival in self.rivals.items():
             made[name] = partial(hooked, self.sampling, rival, inputs, self.steps, self.backend)
         for name, make in made.items():
@@ -247,6 +264,8 @@ class _Contest:
                 self.failures[name] = f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
             self.runs[name] = run
+        if self.sampling.ranks:
+            self.whole = ideal_speedup(plain)
 
     def _planned(self, name: str, number: int, inputs: Mapping[str, Any]) -> Callable[[Any], Tensor]:
         plan = self.plans[name]
@@ -277,7 +296,7 @@ class _Contest:
         seconds = time.perf_counter() - start
         ideal = None if name in self.rivals else self.steps / self.count(name)
         if name in self.planned:
-            ideal = ideal_speedup(self.planned[name])
+            ideal = ideal_speedup(self.planned[name]) / self.whole
         return Measured(seconds, result, ideal)
 
 

@@ -21,11 +21,11 @@ def converged(sampling: Sampling, sample: Any, steps: int) -> Tensor:
     Raises:
         GraphCacheError: that is not reached, the sampler refuses so many steps, or a result is not finite.
     """
-    uncached = before = sampling.generate(sampling.model, sample, steps)
+    uncached = before = sampling.generate(sampling.plain(steps), sample, steps)
     for doubling in range(1, MOST_DOUBLINGS + 1):
         count = steps * 2**doubling
         try:
-            result = sampling.generate(sampling.model, sample, count)
+            result = sampling.generate(sampling.plain(count), sample, count)
         except (ValueError, IndexError, RuntimeError) as error:
             raise GraphCacheError(
                 f"no converged solution: the sampler fails at {count} steps ({error}); tune against the "

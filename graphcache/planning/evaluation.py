@@ -7,8 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from graphcache.compiler.exchanges import is_first, total
 from graphcache.compiler.stretches import Stretch
+from graphcache.ir.graph import Input, Output
 from graphcache.ir.history import OUTPUT
+from graphcache.ir.ranks import Ranks
+from graphcache.planning.holdings import Holding, Rows
 from graphcache.planning.in_stretches import InStretches, SiteNodes
 
 Tensors = tuple[Tensor, ...]
@@ -37,8 +41,10 @@ class Evaluation:
         stride: stretches between those whose inputs are kept on the way back, where all run again; 0 if all
             of them with what their gradients need.
         repeats: whether there may be several ways back.
-        saw: told of every site, and its values, on the way forwards.
-        pulled: told of every site, its values and their gradients on the way back, last first.
+        mesh: the ranks that share it, each of which runs its part. The gradients of the results, and of the
+            call's tensors, are the same on all of them; those within add up, see `exchanges`.
+        saw: told of every site, its values, and the rank's parts of them on the way forwards.
+        pulled: told of every site, its values, their gradients and their rows on the way back, last first.
         held: its stretches with what their gradients need, or None: then they are run again.
     """
 
@@ -48,8 +54,9 @@ class Evaluation:
     autocast: torch.autocast
     stride: int = 1
     repeats: bool = True
-    saw: Callable[[str, Tensors], None] = _unseen
-    pulled: Callable[[str, Tensors, Tensors], None] = _unseen
+    mesh: Sequence[Ranks] = ()
+    saw: Callable[[str, Tensors, Sequence[Holding]], None] = _unseen
+    pulled: Callable[[str, Tensors, Tensors, Sequence[Rows]], None] = _unseen
     held: list[_Run] | None = None
 
     def run(self, hold: bool) -> list[Tensor]:
@@ -59,16 +66,18 @@ class Evaluation:
         for number, run in self._forwards(env, hold):
             runs += [run] if run else []
             for site in self.graph.seen[number]:
-                self.saw(site.name, self._joined(site, _of(site.values, env)))
+                self.saw(site.name, self._joined(site, _of(site.values, env)), site.holdings)
         self.held = runs if hold else None
         return [env[name] for name in self.graph.results]
 
     def back(self, gradients: Sequence[Tensor | None]) -> dict[int, Tensor]:
         """The gradients of what was asked for, from those of the results; every site's is seen."""
         known: dict[str, Tensor] = {}
-        for name, gradient in zip(self.graph.results, gradients, strict=True):
+        outputs = self.graph.runnable.step.outputs[: self.graph.count]
+        for port, name, gradient in zip(outputs, self.graph.results, gradients, strict=True):
             if gradient is not None:
-                known[name] = known[name] + gradient if name in known else gradient
+                share = self._own(gradient) if isinstance(port, Output) else gradient
+                known[name] = known[name] + share if name in known else share
         values: dict[str, Tensor] = {}
         for number, run in self._backwards():
             self._pull(self._parts[number], run, known)
@@ -76,11 +85,24 @@ class Evaluation:
             del run
             for site in self.graph.pulled[number]:
                 own = {**self.feed, **values}
-                found = self._by_sample(site, _of(site.values, own))
-                pulled = [_or_zero(known.get(name), own[name]) for name in site.sources]
-                self.pulled(site.name, found, self._by_sample(site, tuple(pulled)))
+                found = _of(site.values, own)
+                pulled = tuple([_or_zero(known.get(name), own[name]) for name in site.sources])
+                rows = self._rows(site, found)
+                found, pulled = (self._by_sample(site, tensors, rows) for tensors in (found, pulled))
+                rows = rows if len(found) == len(rows) else [Rows.of(tensor) for tensor in found]
+                self.pulled(site.name, found, pulled, rows)
             self._forget(number, values, known)
-        return {number: known[name] for number, name in self.asked.items() if name in known}
+        given = {number: name for number, name in self.asked.items() if name in known}
+        return {number: self._summed(name, known[name]) for number, name in given.items()}
+
+    def _own(self, gradient: Tensor) -> Tensor:
+        """A rank's share of a gradient that all of them have."""
+        return gradient if is_first(self.mesh) else torch.zeros_like(gradient)
+
+    def _summed(self, name: str, gradient: Tensor) -> Tensor:
+        """The whole gradient of one of the call's tensors; others than these stay as they are."""
+        ports = dict(zip(self.graph.stretches.inputs, self.graph.runnable.step.inputs, strict=True))
+        return total(gradient, self.mesh) if isinstance(ports[name], Input) else gradient
 
     def folding(self) -> frozenset[tuple[str, int]]:
         """The tensors, by site and place, of which every sample has several rows in a row: those whose first
@@ -90,14 +112,21 @@ class Evaluation:
         changed = self.feed[first].clone()
         (changed if others else changed[0]).add_(1)
         before, after = dict(self.feed), {**self.feed, first: changed}
-        samples, found = self._samples, set()
+        samples, moved = self._samples, dict[tuple[str, int], Tensor]()
         runs = (self._forwards(env, with_gradients=False) for env in (before, after))
         for (number, _), _ in zip(*runs, strict=True):
             for site in self.graph.seen[number]:
                 for place, name in enumerate(site.values):
-                    if _is_folded(before[name], after[name], samples):
-                        found.add((site.name, place))
-        return frozenset(found)
+                    rows = Rows.of(before[name], _holding(site, place))
+                    if rows.amount > samples and rows.amount % samples == 0:
+                        moved[site.name, place] = _moved(before[name], after[name], rows)
+        if not moved:
+            return frozenset()
+        flags, sizes = total(torch.cat([*moved.values()]), self.mesh), [*map(len, moved.values())]
+        apart = torch.split_with_sizes(flags, sizes)
+        grouped = [rows.reshape(samples, -1).any(1).tolist() for rows in apart]
+        pairs = zip(moved, grouped, strict=True)
+        return frozenset(key for key, (first, *others) in pairs if first and not any(others))
 
     @property
     def _parts(self) -> tuple[Stretch, ...]:
@@ -198,14 +227,23 @@ class Evaluation:
         for name in known.keys() - pending - self.graph.crossing[number] - {*self.asked.values()}:
             del known[name]
 
-    def _by_sample(self, site: SiteNodes, tensors: Tensors) -> Tensors:
+    def _by_sample(self, site: SiteNodes, tensors: Tensors, rows: Sequence[Rows]) -> Tensors:
         """The same with the samples of the latents outermost, where they can be told apart."""
-        samples, folded = self._samples, self.graph.folded or ()
+        folded = self.graph.folded or ()
+        pairs = zip(tensors, rows, strict=True)
         apart = tuple(
-            tensor.reshape(samples, -1, *tensor.shape[1:]) if (site.name, place) in folded else tensor
-            for place, tensor in enumerate(tensors)
+            tensor.reshape(len(own), -1, *tensor.shape[1:]) if (site.name, place) in folded else tensor
+            for place, (tensor, (_, own)) in enumerate(pairs)
         )
         return self._joined(site, apart)
+
+    def _rows(self, site: SiteNodes, tensors: Tensors) -> list[Rows]:
+        """Those of a site's tensors; the rows of a sample are one where there are several."""
+        folded, found = self.graph.folded or (), list[Rows]()
+        for place, tensor in enumerate(tensors):
+            rows = Rows.of(tensor, _holding(site, place))
+            found.append(rows.of_samples(self._samples) if (site.name, place) in folded else rows)
+        return found
 
     @property
     def _samples(self) -> int:
@@ -222,7 +260,9 @@ class Evaluation:
         return tensors
 
 
-def in_stretches(graph: InStretches, fed: Sequence[Tensor], stride: int, hold: bool) -> Tensors:
+def in_stretches(
+    graph: InStretches, fed: Sequence[Tensor], stride: int, hold: bool, mesh: Sequence[Ranks] = ()
+) -> Tensors:
     """A graph's results, with gradients for what it is fed that is computed.
 
     Args:
@@ -230,11 +270,12 @@ def in_stretches(graph: InStretches, fed: Sequence[Tensor], stride: int, hold: b
         fed: one tensor for each of its inputs.
         stride: as for `Evaluation`.
         hold: whether what its gradients need is held.
+        mesh: the ranks that share it.
     """
     names = graph.stretches.inputs
     asked = {place: names[place] for place, tensor in enumerate(fed) if tensor.grad_fn is not None}
     feed = {name: tensor.detach() for name, tensor in zip(names, fed, strict=True)}
-    evaluation = Evaluation(graph, feed, asked, ambient(fed[0]), stride, repeats=False)
+    evaluation = Evaluation(graph, feed, asked, ambient(fed[0]), stride, repeats=False, mesh=mesh)
     results: Tensors = _InStretches.apply(evaluation, hold, *fed)  # type: ignore[no-untyped-call]
     return results
 
@@ -270,11 +311,15 @@ def _of(names: Sequence[str], env: Mapping[str, Tensor]) -> Tensors:
     return tuple([env[name] for name in names])
 
 
-def _is_folded(before: Tensor, after: Tensor, samples: int) -> bool:
-    if not (before.dim() and len(before) > samples and len(before) % samples == 0):
-        return False
-    moved = (before != after).reshape(samples, -1).any(dim=1)
-    return bool(moved[0] and not moved[1:].any())
+def _holding(site: SiteNodes, place: int) -> Holding | None:
+    return site.holdings[place] if site.holdings else None
+
+
+def _moved(before: Tensor, after: Tensor, rows: Rows) -> Tensor:
+    """1 for every row of the whole in which two tensors differ."""
+    found = before.new_zeros(rows.amount, dtype=torch.int32)
+    found[list(rows.own)] = (before != after).reshape(len(rows.own), -1).any(dim=1).int()
+    return found
 
 
 def _or_zero(gradient: Tensor | None, value: Tensor) -> Tensor:

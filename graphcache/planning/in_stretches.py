@@ -1,6 +1,6 @@
 """A graph that runs in stretches, and which of its values somebody looks at or waits for."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -8,17 +8,23 @@ from torch import fx
 
 from graphcache.compiler.phase_code import Runnable
 from graphcache.compiler.stretches import Stretches
-from graphcache.ir.graph import CacheWrite, Input
+from graphcache.ir.graph import CacheWrite, Input, value_of
 from graphcache.ir.history import OUTPUT, History
+from graphcache.passes.shard import Shard
+from graphcache.planning.holdings import Cut, Holding
 
 
 @dataclass(frozen=True)
 class SiteNodes:
-    """The nodes that a site's value is made of, and those whose gradients are the site's."""
+    """The nodes that a site's value is made of, and those whose gradients are the site's.
+
+    `holdings` are the ranks' parts of them; without any they are whole.
+    """
 
     name: str
     values: tuple[str, ...]
     sources: tuple[str, ...]
+    holdings: tuple[Holding, ...] = ()
 
 
 @dataclass
@@ -40,19 +46,25 @@ class InStretches:
     _varying: dict[frozenset[str], frozenset[str]] = field(default_factory=dict)
 
     @staticmethod
-    def probed(runnable: Runnable, count: int) -> "InStretches":
+    def probed(runnable: Runnable, count: int, shards: Sequence[Shard] = ()) -> "InStretches":
         """A graph whose first `count` results are the model's, and whose others are looked at; the model's
-        result is looked at too.
+        result is looked at too. `shards` made it one rank's part.
         """
-        names = [node.name for node in runnable.step.results()]
+        nodes = runnable.step.results()
+        names = [node.name for node in nodes]
         parts: dict[History, list[str]] = {History(OUTPUT): names[:count]}
-        for port, name in zip(runnable.step.outputs, names, strict=True):
+        held = dict[str, list[Holding]]()
+        for port, node in zip(runnable.step.outputs, nodes, strict=True):
             if isinstance(port, CacheWrite):
-                parts.setdefault(port.history, []).append(name)
+                parts.setdefault(port.history, []).append(node.name)
+                if shards and port.history.is_value:
+                    site = port.history.site
+                    cuts = [Cut(shard.ranks, shard.entries.get((site, port.part))) for shard in shards]
+                    held.setdefault(site, []).append(Holding.of(value_of(node).shape, cuts))
         values = {history.site: tuple(nodes) for history, nodes in parts.items() if history.is_value}
         sites = [
-            SiteNodes(site, nodes, tuple(parts.get(History(site, "handle"), nodes)))
-            for site, nodes in values.items()
+            SiteNodes(site, own, tuple(parts.get(History(site, "handle"), own)), tuple(held.get(site, ())))
+            for site, own in values.items()
         ]
         return InStretches(runnable, count, tuple(sites))
 

@@ -1,5 +1,6 @@
 """What the parts of `auto` will take, before any of them runs: from the captured graph alone."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +54,8 @@ class Outlook:
     """Foresees a run of `auto`.
 
     Attributes:
-        program: of one call of the model; weights are not looked at.
+        program: of one call of the model; weights are not looked at. Where ranks share it, bytes are those of
+            a rank.
         steps: of a generation.
         speedup: what is asked for.
         calls: of the model in a step.
@@ -89,8 +91,9 @@ class Outlook:
     def _profile(self) -> Part:
         found = tuple(ranges(self.program))
         branches = [branch.name for branch in self.program.step.block_branches] if self.branches else []
-        graph = observed(self.program.step, branches, found)
-        probed = InStretches.probed(Runnable(graph, build(graph, None)), self.program.captured.output.count)
+        shards, count = self.program.shards(found), self.program.captured.output.count
+        graph = observed(self.program.step, branches, found, shards)
+        probed = InStretches.probed(Runnable(graph, build(graph, None)), count, shards)
         window = min(self.window, self.steps - 1)
         needs = Needs.of(probed, steps=self.steps, window=window, calls=self.calls)
         computed = [probed.runnable.computed_bytes] * self.steps * self.calls
@@ -110,7 +113,8 @@ class Outlook:
         needs = tuning_needs(calls, cut, self._result, self.trained + self.judges)
         phases = [phase for call in calls for phase in call.phases]
         computed = [phase.computed_bytes for phase in phases]
-        plain = graph_flops(self.program.captured.step) * len(phases)
+        ranks = math.prod(ranks.count for ranks in self.program.mesh)
+        plain = graph_flops(self.program.captured.step) / ranks * len(phases)
         forth = sum(phase.flops for phase in phases) / plain
         back = sum(self._back(phase.step) * phase.flops for phase in phases) / plain
         each = forth * (1 + self._again(needs, computed)) + back

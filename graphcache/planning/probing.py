@@ -19,6 +19,7 @@ from graphcache.libraries.exclusive import COMPILING
 from graphcache.libraries.torch_private import tree_flatten, tree_unflatten
 from graphcache.planning.evaluation import Evaluation, Tensors, ambient
 from graphcache.planning.gradient_memory import GradientMemory, with_own_inputs
+from graphcache.planning.holdings import Holding, Rows
 from graphcache.planning.in_stretches import InStretches
 from graphcache.planning.profile_memory import Share
 from graphcache.runtime.engine import Engine
@@ -32,9 +33,19 @@ class Observer(Protocol):
 
     def called(self, step: int, model: nn.Module) -> None: ...
 
-    def saw(self, step: int, branch: CallSlot, site: str, values: Tensors) -> None: ...
+    def saw(
+        self, step: int, branch: CallSlot, site: str, values: Tensors, held: Sequence[Holding]
+    ) -> None: ...
 
-    def pulled(self, step: int, branch: CallSlot, site: str, values: Tensors, gradients: Tensors) -> None: ...
+    def pulled(
+        self,
+        step: int,
+        branch: CallSlot,
+        site: str,
+        values: Tensors,
+        gradients: Tensors,
+        rows: Sequence[Rows],
+    ) -> None: ...
 
 
 class ProbeEngine(Engine):
@@ -98,6 +109,10 @@ class ProbeEngine(Engine):
         return made[0](results)
 
     def evaluate(self, branch: CallSlot, state: BranchState, tensors: Sequence[Tensor]) -> Any:
+        with self.in_step(branch, state, tensors):
+            return self._evaluated(branch, state, tensors)
+
+    def _evaluated(self, branch: CallSlot, state: BranchState, tensors: Sequence[Tensor]) -> Any:
         captured = state.program.captured
         self.observer.called(state.step, self.model)
         inputs = laid(captured.strides, tensors)
@@ -111,6 +126,7 @@ class ProbeEngine(Engine):
             self._asked(probed, tensors),
             ambient(tensors[captured.call.latents[0]]),
             self.share.stride,
+            mesh=self.options.mesh,
             saw=partial(self.observer.saw, state.step, branch),
             pulled=partial(self.observer.pulled, state.step, branch),
         )
@@ -144,12 +160,13 @@ class ProbeEngine(Engine):
                 raise CaptureError("offloaded weights have no gradients; profile with them on the device")
             branches = tuple(branch.name for branch in step.block_branches) if self.branches else ()
             with COMPILING:
-                graph = observed(program.step, branches, self.ranges)
+                shards = program.shards(self.ranges)
+                graph = observed(program.step, branches, self.ranges, shards)
                 made = Runnable(graph, build(graph, None))
             live = set(map(id, self.maker.programs.values()))
             for place in self._probes.keys() - live:
                 self._probes.pop(place, None)
-            probed = InStretches.probed(made, program.captured.output.count)
+            probed = InStretches.probed(made, program.captured.output.count, shards)
             known = self._probes.setdefault(id(program), probed)
         return known
 

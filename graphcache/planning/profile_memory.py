@@ -1,5 +1,6 @@
 """What profiling and tuning may hold at a time, and what is spared where that is little."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ from graphcache.compiler.phase_code import Runnable
 from graphcache.compiler.stretches import Stretches
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.graph import Input, has_static_shape, value_of
-from graphcache.planning.in_stretches import InStretches
+from graphcache.planning.in_stretches import InStretches, SiteNodes
 from graphcache.planning.recording import SKETCH
 
 LEAST_TOKENS = 1 / 32
@@ -68,7 +69,7 @@ class Needs:
             (site.name in inside, _numbers(probed, name)) for site in probed.sites for name in site.values
         ]
         gradients = calls * (window + 1) * _FLOAT
-        sketches = _FLOAT * sum(min(SKETCH, numbers) for _, numbers in values)
+        sketches = _FLOAT * sum(_sketched(site, probed) for site in probed.sites)
         fixed = gradients * sum(numbers for is_branch, numbers in values if not is_branch)
         fixed += calls * steps * (input_bytes(probed.runnable) + sketches)
         fixed += _SIGN_AND_BUCKET * sum({numbers for _, numbers in values})
@@ -101,6 +102,13 @@ def _numbers(probed: InStretches, name: str) -> int:
     """Of a value; 0 where its size depends on data."""
     node = probed.nodes[name]
     return value_of(node).numel() if has_static_shape(node) else 0
+
+
+def _sketched(site: SiteNodes, probed: InStretches) -> int:
+    """Numbers that a site's values are reduced to; ranks sketch their parts as large as the whole."""
+    if site.holdings:
+        return sum(min(SKETCH, math.prod(held.shape)) for held in site.holdings)
+    return sum(min(SKETCH, _numbers(probed, name)) for name in site.values)
 
 
 def input_bytes(runnable: Runnable) -> int:

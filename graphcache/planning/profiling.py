@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +18,7 @@ from graphcache.compiler.backends import Backend, refuse_unknown
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
+from graphcache.planning.agreement import done_by_first, of_first, refuse_others
 from graphcache.planning.calibration import step_seconds
 from graphcache.planning.gradient_memory import MEMORY, GradientMemory
 from graphcache.planning.probing import ProbeEngine
@@ -33,6 +35,7 @@ from graphcache.planning.sampling import (
     with_frozen_weights,
 )
 from graphcache.planning.subject import Subject, described
+from graphcache.runtime.mesh import refuse_for_ranks
 from graphcache.runtime.options import Options
 
 Detail = Literal["steps", "sites", "tokens"]
@@ -54,6 +57,7 @@ def profile(
     conditional: str | None = None,
     timestep: str | None = None,
     latents: str | Sequence[str] = (),
+    mesh: Any = None,
     seed: int = 0,
     memory: int = MEMORY,
     backend: Backend = None,
@@ -82,9 +86,11 @@ def profile(
         conditional: "first" or "last", the conditional half of a doubled batch; two calls tell by context.
         timestep: the name of the timestep argument, if it is not found.
         latents: those of the latents, as for `transform`.
+        mesh: the ranks that share every evaluation, as for `transform`: all get the profile of one process,
+            to rounding. Tokens are not looked at one by one: take detail="steps" or "sites".
         seed: of the probes and the sketch.
-        memory: bytes that this may take beside the model and what capturing left, in each worker of a
-            cluster. As long as no tokens are left out, it changes no result on a CPU.
+        memory: bytes that this may take beside the model and what capturing left, on each rank, or in each
+            worker of a cluster. As long as no tokens are left out, it changes no result on a CPU.
         backend: compiles and times a step of every family of sites; None leaves times out, and plans are
             priced by their FLOPs.
         path: where to write; until then every sample's part lies beside it, and the next call takes those up.
@@ -98,17 +104,25 @@ def profile(
     if not samples:
         raise GraphCacheError("samples is empty: profiling needs at least one")
     refuse_unknown(backend)
-    sampling = Sampling.of(model_or_pipe, sampler, timestep, latents, conditional)
+    sampling = Sampling.of(model_or_pipe, sampler, timestep, latents, conditional, mesh=mesh)
     if detail not in DETAILS:
         raise GraphCacheError(f"detail={detail!r}: known are {', '.join(DETAILS)}")
+    if sampling.ranks:
+        refuse_for_ranks(backend)
+        if detail == "tokens":
+            raise GraphCacheError(
+                'mesh=: each rank holds its own tokens, which detail="tokens" would compare with each other: '
+                'give detail="steps" or "sites", or profile without mesh='
+            )
     probes = (1 if detail == "steps" else 2) if probes is None else probes
     window = min(window, steps - 1)
-    options = Options(Plan(steps), names=sampling.names)
+    options = Options(Plan(steps), names=sampling.names, mesh=sampling.ranks)
     engines = [
         ProbeEngine(model, options, sampling.pipe, branches=detail != "steps") for model in sampling.models
     ]
     inputs = sampling.first_calls(samples[0], steps)
     subject = described([engines[number] for number in inputs], [*inputs.values()], sampling.conditional)
+    subject = replace(subject, sites=of_first(sampling.mesh, subject.sites))  # with its seconds
     uncached, calls = sampling.uncached(samples[0], steps)
     probed = [engines[number].probe(engines[number].prepare(call)) for number, call in inputs.items()]
     spent = Needs.of(probed[0], steps=steps, window=window, calls=calls).share(memory)
@@ -116,33 +130,46 @@ def profile(
     first = engines[next(iter(inputs))]
     kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in first.flat(subject.inputs)]
     key = hashlib.sha256(repr((task, subject.graph, kinds, versions())).encode()).hexdigest()
-    parts: dict[int, SampleProfile] = {}
+    refuse_others(sampling.mesh, settings=key, memory=memory, samples=len(samples), path=path is None)
     places = {number: _part_path(path, number) for number in range(len(samples))}
-    for number, place in places.items():
-        known = None if place is None else load_part(f"{key} {number}", place)
-        if known is not None:
-            parts[number] = known
+    parts = done_by_first(sampling.mesh, partial(_known_parts, key, places))
     missing = [number for number in range(len(samples)) if number not in parts]
     progress(len(parts), len(samples))
     branches = frozenset(site.name for site in subject.sites if site.kind == "branch")
     measuring = _Measuring(tuple(engines), sampling, samples, task, spent, branches, uncached)
     for number, part in zip(missing, run(measuring, missing), strict=True):
+        parts[number] = of_first(sampling.mesh, part)
         place = places[number]
         if place is not None:
-            save_part(part, f"{key} {number}", place)
-        parts[number] = part
+            done_by_first(sampling.mesh, partial(save_part, parts[number], f"{key} {number}", place))
         progress(len(parts), len(samples))
     made = merge([parts[number] for number in range(len(samples))], subject, task, sampling)
     if backend is not None:
         sites = {name: [site.name for site in group] for name, group in families(made).items()}
-        seconds = step_seconds(first.model, subject.inputs, sites, backend=backend, names=sampling.names)
-        made = replace(made, timings=seconds)
+        seconds = step_seconds(
+            first.model, subject.inputs, sites, backend=backend, names=sampling.names, mesh=sampling.mesh
+        )
+        made = replace(made, timings=of_first(sampling.mesh, seconds))
     if path is not None:
-        save_profile(made, path)
-        for place in places.values():
-            assert place is not None
-            place.unlink(missing_ok=True)
+        done_by_first(sampling.mesh, partial(_save, made, path, places))
     return made
+
+
+def _known_parts(key: str, places: Mapping[int, Path | None]) -> dict[int, SampleProfile]:
+    """What an interrupted call has left."""
+    parts = dict[int, SampleProfile]()
+    for number, place in places.items():
+        known = None if place is None else load_part(f"{key} {number}", place)
+        if known is not None:
+            parts[number] = known
+    return parts
+
+
+def _save(made: Profile, path: str | os.PathLike[str], places: Mapping[int, Path | None]) -> None:
+    save_profile(made, path)
+    for place in places.values():
+        assert place is not None
+        place.unlink(missing_ok=True)
 
 
 def _part_path(path: str | os.PathLike[str] | None, number: int) -> Path | None:
@@ -184,7 +211,7 @@ class _Measuring:
         sample, task = self.samples[number], self.task
         recording = Recording(
             task.steps, task.window, task.probes, task.seed, task.conditional, task.tokens, self.branches,
-            number, drifts=task.detail == "tokens",
+            number, drifts=task.detail == "tokens", mesh=self.sampling.ranks,
         )  # fmt: skip
         left = GradientMemory(self.share.held)
         with ExitStack() as stack:
@@ -201,7 +228,8 @@ class _Measuring:
                     "operations; let the sampler return a tensor, such as latents, none detached or rounded"
                 )
             refuse_infinite(result)
-            if not number and not torch.equal(result, self.uncached):
+            same = of_first(self.sampling.mesh, torch.equal(result, self.uncached))
+            if not number and not same:
                 # a graph's kernels may round otherwise than the model's: what counts is two runs of the model
                 refuse_random(self.sampling, sample, task.steps, self.uncached)
             recording.turn(result)

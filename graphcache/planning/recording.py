@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 
 from graphcache.analysis.frequency import basis
 from graphcache.analysis.handovers import turns
+from graphcache.compiler.exchanges import is_first, total
 from graphcache.ir.history import GUIDANCE, OUTPUT
+from graphcache.ir.ranks import Ranks
 from graphcache.planning.evaluation import Tensors
+from graphcache.planning.holdings import Holding, Rows, samples_of
 from graphcache.planning.profile import SampleProfile
 from graphcache.planning.turns import Turns
 from graphcache.runtime.session import CallSlot
@@ -34,7 +38,10 @@ class Recording:
             every so many that lie side by side: products with them are right on the mean.
         sampled: the sites of which that holds.
         number: the sample's.
+        device: of the values, once one was seen.
         drifts: whether tokens are looked at one by one.
+        mesh: the ranks that share every evaluation. What they record is of their parts, and is added up once
+            the generation has ended, and once all probes have come back.
     """
 
     steps: int
@@ -46,6 +53,8 @@ class Recording:
     sampled: Set[str] = frozenset()
     number: int = 0
     drifts: bool = True
+    mesh: Sequence[Ranks] = ()
+    device: torch.device | None = None
     rows: int = 1
     numbers: int = 0
     calls: int = 1
@@ -60,7 +69,7 @@ class Recording:
     _last: dict[tuple[str, CallSlot], Tensor] = field(default_factory=dict)
     _held: dict[tuple[str, CallSlot], list[tuple[int, Tensor]]] = field(default_factory=dict)
     _pairs: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    _signs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _signs: dict[tuple[int, Holding | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -71,9 +80,12 @@ class Recording:
         if self._turns.called(step, model):
             self._last.clear()
 
-    def saw(self, step: int, branch: CallSlot, site: str, values: Tensors) -> None:
+    def saw(
+        self, step: int, branch: CallSlot, site: str, values: Tensors, held: Sequence[Holding] = ()
+    ) -> None:
         """Forwards: sketches for the Gram matrices, and how far each token moved."""
-        sketch = torch.cat([self._sketch(tensor) for tensor in values])
+        parts: list[Any] = [*held] or [None] * len(values)
+        sketch = torch.cat([self._sketch(*pair) for pair in zip(values, parts, strict=True)])
         self._sketches.setdefault((site, branch), {})[step] = sketch
         if self.drifts and len(values) == 1 and values[0].dim() == 3 and site != OUTPUT:
             self._moved(step, site, branch, values[0])
@@ -82,10 +94,20 @@ class Recording:
             self._sketches.setdefault((GUIDANCE, ("", 0)), {})[step] = self._sketch(difference)
             self._spectrum(step, difference)
 
-    def pulled(self, step: int, branch: CallSlot, site: str, values: Tensors, gradients: Tensors) -> None:
+    def pulled(
+        self,
+        step: int,
+        branch: CallSlot,
+        site: str,
+        values: Tensors,
+        gradients: Tensors,
+        rows: Sequence[Rows],
+    ) -> None:
         """Backwards: products of the gradients at later steps with this step's value."""
-        value, gradient = self._picked(site, values), self._picked(site, gradients, weighted=True)
-        self._contract(site, branch, step, self._by_sample(value), self._by_sample(gradient))
+        picked, weighted = self._picked(site, values), self._picked(site, gradients, weighted=True)
+        samples = samples_of(rows, self.rows)
+        value, gradient = (_by_sample(given, samples) for given in (picked, weighted))
+        self._contract(site, branch, step, value, gradient, samples)
         if site == OUTPUT:
             self._pulled_guidance(step, branch, values[0], gradients[0])
 
@@ -99,8 +121,9 @@ class Recording:
         pair = self._pairs.get(-1 - step, {})
         if len(pair) == 2:
             del self._pairs[-1 - step]
-            given = self._by_sample((pair["gradient"],))
-            self._contract(GUIDANCE, ("", 0), step, self._by_sample((pair["difference"],)), given)
+            samples = samples_of([Rows.of(pair["gradient"])], self.rows)
+            given, value = (_by_sample((pair[name],), samples) for name in ("gradient", "difference"))
+            self._contract(GUIDANCE, ("", 0), step, value, given, samples)
 
     def turn(self, result: Tensor) -> None:
         """The generation has ended: take the products of all its steps.
@@ -118,7 +141,7 @@ class Recording:
             for turn in range(len(self.handovers) + 1):
                 steps = [step for step in sketches if self._turn[step] == turn]
                 if steps:
-                    stacked = torch.stack([sketches[step] for step in steps]).double()
+                    stacked = total(torch.stack([sketches[step] for step in steps]), self.mesh).double()
                     table[np.ix_(steps, steps)] += (stacked @ stacked.T).cpu().numpy()
         self._sketches.clear()
         self._last.clear()
@@ -126,7 +149,7 @@ class Recording:
 
     def part(self) -> SampleProfile:
         """What was recorded, once all probes have come back."""
-        effects = {name: table.astype(np.float32) for name, table in self.effects.items()}
+        effects = {name: table.astype(np.float32) for name, table in self._added(self.effects).items()}
         moves = max(1, self.steps - 1 - len(self.handovers))
         drift = {name: (moved / moves).astype(np.float32) for name, moved in self.drift.items()}
         return SampleProfile(
@@ -140,32 +163,56 @@ class Recording:
         self._pairs.clear()
         self._places.clear()
 
-    def _sketch(self, value: Tensor) -> Tensor:
-        """The value itself where it is small, else its signed sums over random buckets (CountSketch)."""
+    def _added(self, tables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All ranks' tables."""
+        if not self.mesh:
+            return tables
+        flat = torch.from_numpy(np.concatenate([table.ravel() for table in tables.values()]))
+        sums = total(flat.to(self.device), self.mesh).cpu()
+        parts = torch.split_with_sizes(sums, [table.size for table in tables.values()])
+        pairs = zip(tables.items(), parts, strict=True)
+        return {name: part.numpy().reshape(table.shape) for (name, table), part in pairs}
+
+    def _sketch(self, value: Tensor, held: Holding | None = None) -> Tensor:
+        """The value itself where it is small, else its signed sums over random buckets (CountSketch).
+
+        The sum of the ranks' sketches is that of the whole value.
+        """
         flat = value.detach().flatten().float()
-        if flat.numel() <= SKETCH:
+        self.device = flat.device
+        if held is None and not is_first(self.mesh):
+            return torch.zeros(min(SKETCH, flat.numel()), device=flat.device)
+        if held is None and flat.numel() <= SKETCH:
             return flat
-        if flat.numel() not in self._signs:
-            generator = torch.Generator().manual_seed(self.seed)
-            signs = torch.randint(0, 2, (flat.numel(),), generator=generator) * 2.0 - 1
-            buckets = torch.randint(0, SKETCH, (flat.numel(),), generator=generator)
-            kept = signs.to(torch.int8), buckets.to(torch.int32)
-            self._signs[flat.numel()] = kept[0].to(flat.device), kept[1].to(flat.device)
-        signs, buckets = self._signs[flat.numel()]
-        return torch.zeros(SKETCH, device=flat.device).index_add_(0, buckets, flat * signs)
+        key = flat.numel(), held
+        if key not in self._signs:
+            signs, buckets = self._drawn(flat.numel() if held is None else math.prod(held.shape))
+            if held is not None:
+                signs = held.counted(signs.reshape(held.shape)).flatten()
+                buckets = held.counted(buckets.reshape(held.shape)).flatten()
+            self._signs[key] = signs.to(flat.device), buckets.to(flat.device)
+        signs, buckets = self._signs[key]
+        size = min(SKETCH, flat.numel() if held is None else math.prod(held.shape))
+        return torch.zeros(size, device=flat.device).index_add_(0, buckets, flat * signs)
 
-    def _by_sample(self, tensors: Sequence[Tensor]) -> Tensor:
-        """(samples, numbers) where the first dimension is the samples', once or twice; else (1, numbers)."""
-        parts = []
-        for tensor in tensors:
-            rows = int(tensor.shape[0]) if tensor.dim() else 0
-            if rows not in (self.rows, 2 * self.rows):
-                return torch.cat([item.detach().flatten() for item in tensors])[None].float()
-            folded = tensor.detach().reshape(rows // self.rows, self.rows, -1)
-            parts.append(folded.transpose(0, 1).flatten(1))
-        return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).float()
+    def _drawn(self, numbers: int) -> tuple[Tensor, Tensor]:
+        """A sign and a bucket for each of so many numbers; few numbers have buckets of their own."""
+        if numbers <= SKETCH:
+            return torch.ones(numbers, dtype=torch.int8), torch.arange(numbers, dtype=torch.int32)
+        generator = torch.Generator().manual_seed(self.seed)
+        signs = torch.randint(0, 2, (numbers,), generator=generator) * 2.0 - 1
+        buckets = torch.randint(0, SKETCH, (numbers,), generator=generator)
+        return signs.to(torch.int8), buckets.to(torch.int32)
 
-    def _contract(self, name: str, branch: CallSlot, step: int, value: Tensor, gradient: Tensor) -> None:
+    def _contract(
+        self,
+        name: str,
+        branch: CallSlot,
+        step: int,
+        value: Tensor,
+        gradient: Tensor,
+        samples: list[int] | None,
+    ) -> None:
         held = self._held.setdefault((name, branch), [])
         while held and (held[0][0] - step > self.window or self._turn[held[0][0]] != self._turn[step]):
             held.pop(0)
@@ -174,7 +221,7 @@ class Recording:
         # several times as fast as one product with all of them stacked, which copies them
         products = torch.stack([torch.linalg.vecdot(item, value) for _, item in held])
         for (later, _), product in zip(held, products.double().cpu().numpy(), strict=True):
-            table[later, later - step, self.probe, : len(product)] += product
+            table[later, later - step, self.probe, [0] if samples is None else samples] += product
 
     def _picked(self, site: str, tensors: Tensors, weighted: bool = False) -> Tensors:
         """A site's tensors at the tokens that are looked at; gradients stand for all of their neighbours."""
@@ -197,6 +244,8 @@ class Recording:
             ends = torch.arange(amount + 1) * count // amount
             sizes = ends.diff()
             seed = (self.seed * 1_000_003 + self.number) * 1_003 + self.probe
+            for ranks in self.mesh:
+                seed = seed * ranks.count + ranks.rank
             chance = torch.rand(amount, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
             self._places[count] = ends[:-1] + (chance * sizes).long(), sizes
         return self._places[count]
@@ -251,6 +300,17 @@ class Recording:
         moved, size = difference - before, difference.norm().clamp(min=1e-20)
         low = _low_band(moved)
         self.bands[step] += [float(low.norm() / size), float((moved - low).norm() / size)]
+
+
+def _by_sample(tensors: Tensors, samples: list[int] | None) -> Tensor:
+    """(samples, numbers), or (1, numbers) where these cannot be told apart."""
+    if samples is None:
+        return torch.cat([item.detach().flatten() for item in tensors])[None].float()
+    count, parts = len(samples), []
+    for tensor in tensors:
+        folded = tensor.detach().reshape(len(tensor) // count, count, -1)
+        parts.append(folded.transpose(0, 1).flatten(1))
+    return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).float()
 
 
 def by_token(tables: Sequence[np.ndarray]) -> np.ndarray:

@@ -4,19 +4,22 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from graphcache.compiler.backends import Backend, unwrapped
+from graphcache.compiler.backends import Backend, compile_plainly, unwrapped
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.promise import SAMPLER
+from graphcache.ir.ranks import Ranks
 from graphcache.ir.roles import UNNAMED, Names
-from graphcache.planning.pipeline_sampler import Models, PipelineSampler, together
+from graphcache.planning.pipeline_sampler import Models, PipelineSampler, each, together
 from graphcache.runtime.engine import Engine, original
+from graphcache.runtime.mesh import ranks_of
 from graphcache.runtime.options import Options
 from graphcache.runtime.parts import denoisers, modules
 from graphcache.runtime.recorded import calls_told
@@ -26,6 +29,9 @@ Sampler = Callable[[Any, Any, int], Tensor]
 """(model, sample, steps) -> result, the batch first: a whole generation. The same sample always begins with
 the same noise. A decorator `torch.no_grad` is looked through where gradients are needed. Of a pipeline with
 several denoisers it is given all of them, in a tuple."""
+
+Tell = Callable[[int, Mapping[str, Any]], None]
+"""Given the number of a model that is called, and the arguments by name."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Sampling:
         names: of the arguments that are latents and timestep, where they are not found.
         conditional: the conditional half of a doubled batch, "first" or "last".
         parts: the models' attributes in the pipeline.
+        mesh: a torch DeviceMesh whose ranks share every evaluation, as for `transform`; all of them do the
+            same with the same samples.
     """
 
     models: tuple[nn.Module, ...]
@@ -47,6 +55,8 @@ class Sampling:
     names: Names = UNNAMED
     conditional: str | None = None
     parts: tuple[str, ...] = ()
+    mesh: Any = None
+    _plain: dict[int, Models] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(
@@ -56,6 +66,7 @@ class Sampling:
         latents: str | Sequence[str] = (),
         conditional: str | None = None,
         parts: str | Sequence[str] = (),
+        mesh: Any = None,
     ) -> "Sampling":
         """Of a module with a sampler, or of a pipeline; a `Sampling` is taken as it is.
 
@@ -66,19 +77,22 @@ class Sampling:
             latents: those of the latents, as for `transform`.
             conditional: the conditional half of a doubled batch, "first" or "last".
             parts: the pipeline's denoisers, as for `transform`.
+            mesh: the ranks that share every evaluation, as for `transform`.
 
         Raises:
-            GraphCacheError: a bare module comes without a sampler, a pipeline has no denoiser, or a
-                `Sampling` comes with what it says itself.
+            GraphCacheError: a bare module comes without a sampler, a pipeline has no denoiser, `mesh` is
+                none, or a `Sampling` comes with what it says itself.
         """
         names = Names.of(timestep, latents)
         if isinstance(model_or_pipe, Sampling):
-            if sampler is not None or names != UNNAMED or conditional is not None or parts:
+            if (sampler, names, conditional, mesh) != (None, UNNAMED, None, None) or parts:
                 raise GraphCacheError(
-                    "a Sampling says itself how its model is run: give sampler=, timestep=, latents=, parts= "
-                    "and conditional= to Sampling.of"
+                    "a Sampling says itself how its model is run: give sampler=, timestep=, latents=, "
+                    "conditional=, parts= and mesh= to Sampling.of"
                 )
             return model_or_pipe
+        if mesh is not None:
+            ranks_of(mesh)  # refuses what is none
         if isinstance(model_or_pipe, nn.Module):
             if sampler is None or parts:
                 raise GraphCacheError(
@@ -88,16 +102,51 @@ class Sampling:
                     "sample, steps) that returns the result of a whole generation"
                 )
             model = original(unwrapped(model_or_pipe)[0])
-            return Sampling((model,), sampler, names=names, conditional=conditional)
+            return Sampling((model,), sampler, names=names, conditional=conditional, mesh=mesh)
         held = denoisers(model_or_pipe, (parts,) if isinstance(parts, str) and parts else tuple(parts))
         models = tuple(original(unwrapped(part.module)[0]) for part in held.values())
         sampler = sampler or PipelineSampler(model_or_pipe, tuple(held.values()))
-        return Sampling(models, sampler, model_or_pipe, names, conditional, tuple(held))
+        return Sampling(models, sampler, model_or_pipe, names, conditional, tuple(held), mesh)
+
+    @property
+    def ranks(self) -> tuple[Ranks, ...]:
+        """Who shares every evaluation; none where one process runs them."""
+        return () if self.mesh is None else ranks_of(self.mesh)
 
     @property
     def model(self) -> Models:
         """The original model or models, as the sampler takes them."""
         return together(self.models)
+
+    def plain(self, steps: int) -> Models:
+        """The models without a cache, for generations of so many steps; to be given to `generate`."""
+        if not self.ranks:
+            return self.model
+        if steps not in self._plain:
+            known: list[Any] = [model for models in self._plain.values() for model in each(models)]
+            makers = [model._graphcache.maker for model in known[: len(self.models)]]
+            makers = makers or [None] * len(self.models)
+            options = Options(Plan(steps), names=self.names, mesh=self.ranks)
+            pairs = zip(self.models, makers, strict=True)
+            self._plain[steps] = self.wrapped([_Plain(m, options, self.pipe, maker) for m, maker in pairs])
+        return self._plain[steps]
+
+    @contextmanager
+    def _told(self, models: Models, tell: Tell) -> Iterator[None]:
+        """Within, `tell` is given the number of every plain model that is called, and its arguments."""
+        if not self.ranks:
+            with calls_told(self.models, tell):
+                yield
+            return
+        engines = [cast(Any, model)._graphcache for model in each(models)]
+        for number, engine in enumerate(engines):
+            engine.tell = partial(tell, number)
+        try:
+            yield
+        finally:
+            for engine in engines:
+                engine.tell = None
+                engine.reset()  # a generation may have ended within
 
     def generate(self, models: Models, sample: Any, steps: int, *, gradients: bool = False) -> Tensor:
         """The result of one generation; with `gradients` those of what the models' calls depend on."""
@@ -112,14 +161,9 @@ class Sampling:
 
     def uncached(self, sample: Any, steps: int) -> tuple[Tensor, int]:
         """What a sample gives under one global seed, and how many calls a step makes."""
-        calls: list[None] = []
-        handles = [model.register_forward_pre_hook(lambda *_: calls.append(None)) for model in self.models]
-        try:
-            with global_seed(0):
-                result = self.generate(self.model, sample, steps)
-        finally:
-            for handle in handles:
-                handle.remove()
+        models, calls = self.plain(steps), list[int]()
+        with global_seed(0), self._told(models, lambda number, _: calls.append(number)):
+            result = self.generate(models, sample, steps)
         return result, max(1, round(len(calls) / steps))
 
     def first_calls(self, sample: Any, steps: int, most: int | None = None) -> dict[int, Mapping[str, Any]]:
@@ -136,7 +180,10 @@ class Sampling:
         Raises:
             GraphCacheError: the sampler never calls any model that it is given.
         """
-        found = first_calls(self.models, lambda: self.sampler(self.model, sample, steps), most)
+        models, found = self.plain(steps), dict[int, Mapping[str, Any]]()
+        note = _noting(found, len(self.models) if most is None else most)
+        with suppress(_Recorded), self._told(models, note), torch.no_grad():
+            self.sampler(models, sample, steps)
         if not found:
             raise GraphCacheError(
                 "the sampler never called the model it was given; it must call its first argument"
@@ -153,15 +200,27 @@ class Sampling:
 
     def planned(self, plan: Plan) -> Models:
         """The models under a plan, run eagerly; to be given to `generate`."""
-        options = Options(plan, names=self.names)
+        options = Options(plan, names=self.names, mesh=self.ranks)
         return self.wrapped([Engine(model, options, self.pipe) for model in self.models])
 
     def transformed(self, plan: Plan, backend: Backend) -> Models:
         """The models under a plan, compiled, as a user would have them."""
-        timestep, latents = self.names.timestep, self.names.latents
-        return together(
-            [transform(m, plan, backend=backend, timestep=timestep, latents=latents) for m in self.models]
-        )
+        names: dict[str, Any] = {"timestep": self.names.timestep, "latents": self.names.latents}
+        return together([transform(m, plan, backend=backend, mesh=self.mesh, **names) for m in self.models])
+
+    def compiled(self, steps: int, backend: Backend) -> Models:
+        """The models without a cache, compiled, for generations of so many steps."""
+        if self.ranks:
+            return self.transformed(Plan(steps), backend)
+        return together([compile_plainly(model, backend) for model in self.models])
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.mesh is not None:
+            raise GraphCacheError(
+                "what runs under mesh= stays with its ranks: let workers have samples of their own (run=), "
+                "or ranks share each sample (mesh=), one of both"
+            )
+        return self.__dict__
 
     def compared(self, samples: Sequence[Any]) -> str:
         """What a promise says of these samples' results: the `output_type` that they have in common."""
@@ -202,16 +261,32 @@ def first_calls(
         by the models' numbers, in the order of the calls; one that is never called is absent.
     """
     seen: dict[int, Mapping[str, Any]] = {}
-    awaited = len(models) if most is None else most
+    note = _noting(seen, len(models) if most is None else most)
+    with suppress(_Recorded), calls_told(models, note), torch.no_grad():
+        generate()
+    return seen
+
+
+def _noting(seen: dict[int, Mapping[str, Any]], awaited: int) -> Tell:
+    """Notes the first call of every model, until so many were called."""
 
     def note(number: int, arguments: Mapping[str, Any]) -> None:
         seen.setdefault(number, arguments)
         if len(seen) == awaited:
             raise _Recorded
 
-    with suppress(_Recorded), calls_told(models, note), torch.no_grad():
-        generate()
-    return seen
+    return note
+
+
+class _Plain(Engine):
+    """Computes everything, and tells of every call before it runs."""
+
+    tell: Callable[[Mapping[str, Any]], None] | None = None
+
+    def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if self.tell is not None:
+            self.tell(self.binder.bind(args, kwargs))
+        return super().__call__(args, kwargs)
 
 
 @contextmanager
@@ -254,7 +329,7 @@ def refuse_random(sampling: Sampling, sample: Any, steps: int, uncached: Tensor 
     """Raise GraphCacheError if the result depends on the global random state; `uncached` is one result."""
     known = sampling.uncached(sample, steps)[0] if uncached is None else uncached
     with global_seed(1):
-        other = sampling.generate(sampling.model, sample, steps)
+        other = sampling.generate(sampling.plain(steps), sample, steps)
     refuse_infinite(known, other)
     if not torch.equal(known, other):
         raise GraphCacheError(

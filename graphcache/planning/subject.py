@@ -40,7 +40,7 @@ class Subject:
 def describe(engine: Engine, inputs: Mapping[str, Any], conditional: str | None) -> Subject:
     """Capture the model for the arguments of a sample's first call."""
     with torch.no_grad():
-        program = engine.prepare(inputs)
+        program = engine.prepare(inputs).alone
     step = program.step
     refuse_rounding(step)
     tensors = engine.flat(inputs)

@@ -1,7 +1,7 @@
 """`tune`: a plan's listed coefficients, trained through the sampler."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -10,37 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils.checkpoint import checkpoint
 
-from graphcache.compiler.phase_code import Runnable
+from graphcache.compiler.exchanges import total
 from graphcache.ir.errors import GraphCacheError, PlanError
-from graphcache.ir.graph import Coefficients
-from graphcache.ir.history import OUTPUT, range_site
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, Plan
 from graphcache.ir.promise import Promise
-from graphcache.ir.resolve import resolve
-from graphcache.ir.roles import Names
-from graphcache.ir.schedule import Phase
-from graphcache.planning.evaluation import in_stretches
-from graphcache.planning.gradient_memory import MEMORY, GradientMemory, with_own_inputs
-from graphcache.planning.in_stretches import InStretches
-from graphcache.planning.plan_memory import lowered
-from graphcache.planning.profile_memory import Needs, Share
+from graphcache.ir.ranks import Ranks
+from graphcache.planning.agreement import of_first, refuse_others
+from graphcache.planning.gradient_memory import MEMORY, GradientMemory
 from graphcache.planning.references import Aim, References, made_for
 from graphcache.planning.sampling import Sampler, Sampling, with_frozen_weights
 from graphcache.planning.subject import refuse_rounding
-from graphcache.planning.tuning_memory import cut, tuning_needs
+from graphcache.planning.tuning_engine import TuningEngine, Weights
 from graphcache.runtime.closeness import LEAST_ERROR, decibels, psnr
-from graphcache.runtime.engine import Engine
-from graphcache.runtime.options import Options
-from graphcache.runtime.runner import BranchState, run_step
-from graphcache.runtime.session import CallSlot
 
 MOST_RATE = 0.05
 """Coefficients are near 1: larger updates of them are not small."""
-Key = tuple[int, int]
-"""(row, step) of listed coefficients."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +68,7 @@ def tune(
     data_range: float = 2.0,
     timestep: str | None = None,
     latents: str | Sequence[str] = (),
+    mesh: Any = None,
     memory: int = MEMORY,
     progress: Callable[[Iteration], None] = lambda iteration: None,
 ) -> Tuned:
@@ -105,8 +92,9 @@ def tune(
         data_range: largest minus smallest value of a result, for the decibels.
         timestep: the name of the timestep argument, if it is not found.
         latents: those of the latents, as for `transform`.
-        memory: bytes that this may take beside the model and what capturing left. What does not fit is
-            computed again, at last stretch by stretch; on a CPU it changes no bit of the result.
+        mesh: the ranks that share every evaluation, as for `transform`; all of them get the same plan.
+        memory: bytes that this may take, on each rank, beside the model and what capturing left. What does
+            not fit is computed again, at last stretch by stretch; on a CPU it changes no bit of the result.
 
     Raises:
         GraphCacheError: the plan lists no coefficients, or none that reaches the result, or the sampler is
@@ -117,10 +105,17 @@ def tune(
             raise GraphCacheError(f"{name} is empty: tuning needs at least one sample there")
     # references are told apart as objects, and a range makes new ones at every look
     samples, held_out = list(samples), list(held_out)
-    sampling = Sampling.of(model_or_pipe, sampler, timestep, latents)
+    sampling = Sampling.of(model_or_pipe, sampler, timestep, latents, mesh=mesh)
     references = made_for(reference, sampling, plan.steps)
     weights = Weights(plan)
-    engines = [TuningEngine(one, weights, sampling.names, sampling.pipe) for one in sampling.models]
+    refuse_budgets(plan, sampling.ranks)
+    refuse_others(
+        sampling.mesh, plan=str(plan), samples=len(samples), held_out=len(held_out), iterations=iterations,
+        rate=rate, every=every, patience=patience, memory=memory,
+    )  # fmt: skip
+    engines = [
+        TuningEngine(one, weights, sampling.names, sampling.pipe, sampling.ranks) for one in sampling.models
+    ]
     with torch.enable_grad():
         ((number, call),) = sampling.first_calls(samples[0], plan.steps, 1).items()
         inputs = engines[number].with_gradient(call)
@@ -134,7 +129,7 @@ def tune(
 
     def judged() -> list[float]:
         results = (sampling.generate(model, sample, plan.steps) for sample in held_out)
-        return decibels(results, held_targets, data_range)
+        return of_first(sampling.mesh, decibels(results, held_targets, data_range))
 
     best_plan, best = plan, judged()
     for engine in engines:
@@ -158,6 +153,7 @@ def tune(
             )
         weights.zero_grad()
         torch.autograd.backward(-error, inputs=trained)
+        add_up(trained, sampling)
         del result, error  # and what they hold
         for engine in engines:
             engine.reset()  # a model whose turn is over keeps what it has until its next one
@@ -181,6 +177,29 @@ def tune(
     if references.aim == "uncached":
         best_plan = best_plan.promising(Promise.of(best, data_range, sampling.compared(held_out)))
     return Tuned(best_plan, tuple(curve), before, fmean(best), tuple(best))
+
+
+def add_up(trained: Sequence[nn.Parameter], sampling: Sampling) -> None:
+    """Give every rank of a mesh the sum of all ranks' gradients, bit for bit the same."""
+    known = [parameter.grad for parameter in trained if parameter.grad is not None]
+    if not sampling.ranks or not known:
+        return
+    device = next(sampling.models[0].parameters()).device
+    flat = total(torch.cat([gradient.flatten() for gradient in known]).to(device), sampling.ranks)
+    sums = of_first(sampling.mesh, flat.cpu())
+    parts = torch.split_with_sizes(sums, [gradient.numel() for gradient in known])
+    for gradient, part in zip(known, parts, strict=True):
+        gradient.copy_(part.reshape(gradient.shape))
+
+
+def refuse_budgets(plan: Plan, mesh: Sequence[Ranks]) -> None:
+    """Raise PlanError if a plan writes chosen tokens into what ranks hold parts of."""
+    letters = [letter.symbol for letter in plan.letters if letter.is_tokens]
+    if mesh and letters:
+        raise PlanError(
+            f"mesh=: letter {letters[0]!r} is a budget of tokens, through which no gradients pass between "
+            "ranks; tune the plan without mesh=, or without that letter"
+        )
 
 
 def decibel_rate(trained: Sequence[Tensor]) -> float:
@@ -211,134 +230,3 @@ def with_corrections(plan: Plan, symbol: str = "c", handovers: Sequence[int] = (
         rows.append(replace(row, actions=actions, coefficients=listed))
     letters = (*plan.letters, Letter(symbol, "tuned compute"))
     return replace(plan, letters=letters, rows=tuple(rows), preset=None)
-
-
-class Weights(nn.Module):
-    """A plan's listed coefficients: by row and step their sum, and the shares of all but the newest entry."""
-
-    def __init__(self, plan: Plan) -> None:
-        super().__init__()
-        self.given = plan
-        self.values = nn.ParameterDict()
-        for number, row in enumerate(plan.rows):
-            for step, listed in row.coefficients:
-                start = torch.tensor([sum(listed), *listed[1:]], dtype=torch.float32)
-                self.values[_name((number, step))] = nn.Parameter(start)
-        if not len(self.values):
-            raise GraphCacheError(
-                "the plan lists no coefficients, so there is nothing to tune; take one from search(), or "
-                "with_corrections(plan)"
-            )
-
-    def coefficients(self, key: Key) -> Tensor:
-        """Newest entry first."""
-        value = self.values[_name(key)]
-        return torch.cat([(value[0] - value[1:].sum())[None], value[1:]])
-
-    def plan(self) -> Plan:
-        """The plan with the coefficients as they are now."""
-        rows = []
-        for number, row in enumerate(self.given.rows):
-            listed = tuple(
-                (step, tuple(self.coefficients((number, step)).tolist())) for step, _ in row.coefficients
-            )
-            rows.append(replace(row, coefficients=listed))
-        return replace(self.given, rows=tuple(rows), preset=None)
-
-
-def _needing(latent: Tensor) -> Tensor:
-    """A tensor that needs a gradient."""
-    return latent if latent.requires_grad else latent.clone().requires_grad_()
-
-
-def _name(key: Key) -> str:
-    return f"{key[0]}_{key[1]}"
-
-
-class TuningEngine(Engine):
-    """Runs a model under a plan whose coefficients are parameters.
-
-    What gradients need is held for the first evaluations, as far as the share of memory for that goes; the
-    others are computed again on the way back.
-    """
-
-    def __init__(self, model: nn.Module, weights: Weights, names: Names, pipe: Any = None) -> None:
-        super().__init__(model, Options(weights.given, names=names), pipe)
-        # code that is compiled without gradients has none later
-        self.maker.adopts = False
-        self.weights = weights
-        self.share = Share(0)
-        self.left = GradientMemory(0)
-        self._keys: dict[tuple[Phase, int], dict[int, Key]] = {}
-        self._cut: dict[int, InStretches | None] = {}
-
-    def needs(self, inputs: Mapping[str, Any], calls: int, result: Tensor, references: int) -> Needs:
-        """What tuning takes where a step makes so many calls like one with these arguments."""
-        plan = self.weights.given
-        calls_under = lowered(self, inputs, plan, calls)
-        return tuning_needs(calls_under, self.cut_once, result.nbytes, references)
-
-    def cut_once(self, runnable: Runnable) -> InStretches | None:
-        """A phase's graph in stretches, where it can be cut."""
-        if id(runnable) not in self._cut:
-            self._cut[id(runnable)] = cut(runnable)
-        return self._cut[id(runnable)]
-
-    def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        return super().__call__((), self.with_gradient(self.binder.bind(args, kwargs)))
-
-    def with_gradient(self, bound: Mapping[str, Any]) -> dict[str, Any]:
-        """A call's arguments with latents that need one, as at later steps: that is part of a signature."""
-        bound = dict(bound)
-        key, tensors = self.binder.signature(bound)
-        spec = self.maker.spec(key, bound)
-        owner = spec.latent_argument(tensors, "tune")
-        held = bound[owner]
-        bound[owner] = _needing(held) if isinstance(held, Tensor) else type(held)(map(_needing, held))
-        return bound
-
-    def evaluate(self, branch: CallSlot, state: BranchState, tensors: Sequence[Tensor]) -> Any:
-        keys, count = self._groups(state), state.program.captured.output.count
-
-        def evaluated(runnable: Runnable, fed: list[Tensor]) -> Sequence[Tensor]:
-            for place, port in enumerate(runnable.step.inputs):
-                if isinstance(port, Coefficients) and port.group in keys:
-                    weights = self.weights.coefficients(keys[port.group])
-                    padding = weights.new_zeros(len(fed[place]) - len(weights))
-                    fed[place] = torch.cat([weights, padding]).to(fed[place])
-            if all(tensor.grad_fn is None for tensor in fed):
-                # no coefficient was met yet, or none is trained
-                with torch.no_grad():
-                    return runnable.call(*fed)
-            fed = with_own_inputs(runnable, fed)
-            hold, graph = self.left.takes(runnable), self.cut_once(runnable)
-            results: Sequence[Tensor]
-            if graph is not None:
-                results = in_stretches(graph, fed, self.share.stride, hold)
-            elif hold:
-                results = runnable.call(*fed)
-            else:
-                results = checkpoint(runnable.call, *fed, use_reentrant=False, preserve_rng_state=False)
-            # samplers may change these in place
-            return [*(result.clone() for result in results[:count]), *results[count:]]
-
-        return run_step(state, tensors, evaluated)
-
-    def _groups(self, state: BranchState) -> dict[int, Key]:
-        """The row and step behind each group of coefficients of the current step."""
-        phase = state.schedule.phases[state.now.phase]
-        cached = self._keys.get((phase, state.step))
-        if cached is not None:
-            return cached
-        plan, step = self.weights.given, state.program.captured.step
-        found = resolve(plan, step.branches, step.blocks)
-        rows = dict(found.branches)
-        rows |= {range_site(first, last): row for row, first, last in found.ranges}
-        rows |= {OUTPUT: found.output} if found.output else {}
-        keys: dict[int, Key] = {}
-        for history, action in phase.actions:
-            site = history.site
-            if action.group >= 0 and site in rows and rows[site].listed(state.step) is not None:
-                keys.setdefault(action.group, (plan.rows.index(rows[site]), state.step))
-        self._keys[phase, state.step] = keys
-        return keys

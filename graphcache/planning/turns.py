@@ -80,7 +80,7 @@ def handovers(sampling: Sampling, sample: Any, steps: int) -> tuple[int, ...]:
     """
     if len(sampling.models) == 1:
         return ()
-    turns, options = Turns(steps), Options(Plan(steps), names=sampling.names)
+    turns, options = Turns(steps), Options(Plan(steps), names=sampling.names, mesh=sampling.ranks)
     engines = [_Noting(model, options, sampling.pipe) for model in sampling.models]
     for engine in engines:
         engine.turns = turns

@@ -1,6 +1,7 @@
 """Finds the program and the branch's state of a call, and runs it: what is behind a transformed model."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from graphcache.runtime.caller import Caller
 from graphcache.runtime.guidance_role import role_of
 from graphcache.runtime.marks import refuse_overwritten
 from graphcache.runtime.matching import Call
-from graphcache.runtime.mesh import agree, answered
+from graphcache.runtime.mesh import in_step, refuse_gradients
 from graphcache.runtime.options import Options
 from graphcache.runtime.plans import Plans
 from graphcache.runtime.program_maker import ProgramMaker
@@ -134,9 +135,15 @@ class Engine:
         """Run the step that a branch's state is at."""
         if not self.options.mesh:
             return run_step(state, tensors)
-        with answered(state):
-            agree(self.options.mesh, self.model, state, branch, tensors)
+        refuse_gradients()
+        with self.in_step(branch, state, tensors):
             return run_step(state, tensors)
+
+    def in_step(
+        self, branch: CallSlot, state: BranchState, tensors: Sequence[torch.Tensor]
+    ) -> AbstractContextManager[None]:
+        """Within, all ranks of a mesh run the same step, which they agree on at first."""
+        return in_step(self.options.mesh, self.model, state, branch, tensors)
 
     @property
     def as_given(self) -> Options:

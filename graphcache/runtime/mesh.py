@@ -67,9 +67,19 @@ def refuse_for_ranks(backend: Backend) -> None:
 
 
 @contextmanager
-def answered(state: BranchState) -> Iterator[None]:
-    """Say it in a StateError where another rank does not answer."""
+def in_step(
+    mesh: Sequence[Ranks], model: nn.Module, state: BranchState, slot: Any, tensors: Sequence[torch.Tensor]
+) -> Iterator[None]:
+    """Within, all ranks run the same step; `mesh` is empty where one process runs it.
+
+    Raises:
+        StateError: they were about to run different ones, or another rank does not answer.
+    """
+    if not mesh:
+        yield
+        return
     try:
+        agree(mesh, model, state, slot, tensors)
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
@@ -80,6 +90,15 @@ def answered(state: BranchState) -> Iterator[None]:
         ) from error
 
 
+def refuse_gradients() -> None:
+    """Raise StateError where results would have no gradients, though they are asked for."""
+    if torch.is_grad_enabled():
+        raise StateError(
+            "a model under mesh= has no gradients: call it under torch.no_grad(); graphcache.profile and "
+            "tune take mesh= themselves"
+        )
+
+
 def agree(
     mesh: Sequence[Ranks], model: nn.Module, state: BranchState, slot: Any, tensors: Sequence[torch.Tensor]
 ) -> None:
@@ -88,11 +107,6 @@ def agree(
     The first call of a branch compares the plan, weights and all inputs, each later one the step and the
     inputs that change. It waits for the device.
     """
-    if torch.is_grad_enabled():
-        raise StateError(
-            "under mesh= there are no gradients, which would have to pass between ranks: call the model "
-            "under torch.no_grad()"
-        )
     begins, fixed = not state.ran, {id(tensor) for tensor in state.constants}
     moving = [tensor for tensor in tensors if begins or id(tensor) not in fixed]
     lowered = (str(state.schedule), state.program.fingerprint) if begins else ()

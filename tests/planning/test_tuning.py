@@ -18,7 +18,8 @@ from graphcache.planning.convergence import converged
 from graphcache.planning.gradient_memory import GradientMemory
 from graphcache.planning.references import References
 from graphcache.planning.sampling import Sampling
-from graphcache.planning.tuning import MOST_RATE, TuningEngine, Weights, decibel_rate
+from graphcache.planning.tuning import MOST_RATE, decibel_rate
+from graphcache.planning.tuning_engine import TuningEngine, Weights
 from graphcache.runtime.transform import wrapped
 from linear import LinearDiT, Replanned, Sampler, linear
 from tiny import tiny

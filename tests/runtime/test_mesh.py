@@ -64,7 +64,7 @@ SAID = {
     "weights": "weights at step 0",
     "plan": "step, branch, plan or shapes of the call at step 0",
     "step": "step, branch, plan or shapes of the call at step ",
-    "gradients": "there are no gradients",
+    "gradients": "has no gradients",
 }
 
 
