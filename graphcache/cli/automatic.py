@@ -28,12 +28,14 @@ from graphcache.cli.arguments import (
 )
 from graphcache.cli.console import console
 from graphcache.cli.measuring import Memory, Ray, Steps, Subject, fewer_steps, mapping, print_rows
+from graphcache.cli.sharing import Mesh, shared
 from graphcache.cli.sources import Placement, Sampled, load_sampled
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import read_bytes, read_rows, write_bytes
 from graphcache.ir.units import size
 from graphcache.page import write_page
+from graphcache.planning.agreement import done_by_first
 from graphcache.planning.automatic import Parts, Trial, best
 from graphcache.planning.candidates import candidates
 from graphcache.planning.comparison import Contender, compare, load_rows
@@ -96,6 +98,7 @@ def auto(
     device: Device = None,
     dtype: Dtype = None,
     ray: Ray = None,
+    mesh: Mesh = None,
 ) -> None:
     """Profile, search, tune and compare: the best plan for a model. Called again it goes on where it was."""
     if threads:
@@ -107,20 +110,30 @@ def auto(
         "conditional": conditional, "detail": detail, "iterations": iterations, "solver": solver,
         "backend": backend, "call": dict(given), "timestep": timestep, "latents": latents, "dtype": dtype,
         "rivals": rivals, "memory": memory, "versions": versions(),
+        **({} if mesh is None else {"mesh": mesh}),
     }  # fmt: skip
-    _claim(output, settings)
-    found = load_sampled(model, given, samples, Placement(device, dtype))
-    if texts is not None:
-        found = replace(found, samples=_of_prompts(found, texts, given))
-    sampling = Sampling.of(found.model_or_pipe, found.sampler, timestep, latents or (), conditional)
-    fewer = fewer_steps(found, [max(1, round(steps / speedup))], solver or [])
-    with mapping(ray, device) as run, Progress(*Progress.get_default_columns(), console=console) as bar:
+    with shared(mesh, ray, device) as ranks, mapping(ray, device) as run, _progress() as bar:
+        done_by_first(ranks, lambda: _claim(output, settings))
+        found = load_sampled(model, given, samples, Placement(device, dtype))
+        if texts is not None:
+            found = replace(found, samples=_of_prompts(found, texts, given))
+        sampling = Sampling.of(
+            found.model_or_pipe, found.sampler, timestep, latents or (), conditional, mesh=ranks
+        )
+        fewer = fewer_steps(found, [max(1, round(steps / speedup))], solver or [])
         bars = _Bars(bar, {name: bar.add_task(name, total=None, start=False) for name in FILES})
         parts = Parts(
             sampling, found.samples, steps, speedup, iterations=iterations, detail=cast(Detail, detail),
             memory=memory, backend=backend_argument(backend), progress=bars.told, run=run,
         )  # fmt: skip
+        if rivals and ranks is not None:
+            console.print("--mesh: other libraries' caches run on one device, and are left out")
+            rivals = False
         _Run(output, parts, fewer, known_rivals() if rivals else {}, bars).everything()
+
+
+def _progress() -> Progress:
+    return Progress(*Progress.get_default_columns(), console=console)
 
 
 def _prompts(path: Path) -> list[str]:
@@ -192,6 +205,10 @@ class _Run:
     rivals: Mapping[str, Rival]
     bars: _Bars
 
+    def _first(self, work: Callable[[], Made]) -> Made:
+        """What the first rank of a mesh does for all: it reads and writes the files."""
+        return done_by_first(self.parts.sampling.mesh, work)
+
     def everything(self) -> None:
         """All parts, one after the other."""
         self._announce()
@@ -207,17 +224,19 @@ class _Run:
             )
         page = self.folder / "report.html"
         plans = {"tuned": tuned, "searched": Plan.parse(near[0].plan)}
-        write_page(page, measured, plans, rows=rows, candidates=candidates(measured), title=self.folder.name)
+        given: dict[str, Any] = {"rows": rows, "candidates": candidates(measured), "title": self.folder.name}
+        self._first(lambda: write_page(page, measured, plans, **given))
         console.print(f"wrote {page}. The plan promises {tuned.promise}; it is used like this:")
         console.print("    import graphcache")
         console.print(f'    plan = graphcache.Plan.load("{self.folder / "tuned.txt"}")')
-        console.print(f"    pipe = graphcache.transform(pipe, plan, backend={self.parts.backend!r})")
+        shared = ", mesh=mesh" if self.parts.sampling.ranks else ""
+        console.print(f"    pipe = graphcache.transform(pipe, plan, backend={self.parts.backend!r}{shared})")
 
     def _part(self, name: str, load: Callable[[Path], Made], make: Callable[[Path], Made]) -> Made:
         path = self.folder / FILES[name]
-        if path.exists():
+        if self._first(path.exists):
             console.print(f"{path} is there")
-            made = load(path)
+            made = self._first(lambda: load(path))
         else:
             began = time.perf_counter()
             made = make(path)
@@ -228,13 +247,12 @@ class _Run:
     def _announce(self) -> None:
         """Say how long what is left will take, by the time of one generation, and how much memory."""
         parts = self.parts
-        if all((self.folder / name).exists() for name in FILES.values()):
+        there = self._first(lambda: [part for part, name in FILES.items() if (self.folder / name).exists()])
+        if len(there) == len(FILES):
             return
-        foreseen = [
-            part for part in parts.outlook(len(self.rivals)) if not (self.folder / FILES[part.name]).exists()
-        ]
+        foreseen = [part for part in parts.outlook(len(self.rivals)) if part.name not in there]
         began = time.perf_counter()
-        parts.sampling.generate(parts.sampling.model, parts.samples[0], parts.steps)
+        parts.sampling.generate(parts.sampling.plain(parts.steps), parts.samples[0], parts.steps)
         seconds = time.perf_counter() - began
         total = sum(part.generations for part in foreseen)
         console.print(
@@ -253,7 +271,7 @@ class _Run:
     def _searched(self, path: Path, measured: Profile) -> tuple[_Family, ...]:
         near = self.parts.near(self.parts.searched(measured))
         found = tuple(_Family(item.family, str(item.plan)) for item in near)
-        _save_families(found, path)
+        self._first(lambda: _save_families(found, path))
         return found
 
     def _tuned(self, path: Path, near: Sequence[_Family], measured: Profile) -> Plan:
@@ -267,18 +285,19 @@ class _Run:
             told = (f"{trial.family} {fmean(trial.decibels):.2f} dB" for trial in trials)
             console.print(f"tuned shortly: {', '.join(told)}")
             plan = best(trials).plan
-        plan.save(self.folder / "plan.txt")
+        self._first(lambda: plan.save(self.folder / "plan.txt"))
         result = self.parts.tuned(plan, measured.handovers)
         found = self.parts.promised(plan if result is None else result.plan)
-        found.save(path)
+        self._first(lambda: found.save(path))
         return found
 
     def _tried(self, path: Path, item: _Family, measured: Profile) -> Trial:
         """A family's trial, taken up where it is there."""
-        if not path.exists():
+        if not self._first(path.exists):
             trial = self.parts.tried(item.family, Plan.parse(item.plan), measured.handovers)
-            _save_families([_Family(trial.family, str(trial.plan), trial.decibels)], path)
-        (found,) = _load_families(path)
+            made = _Family(trial.family, str(trial.plan), trial.decibels)
+            self._first(lambda: _save_families([made], path))
+        (found,) = self._first(lambda: _load_families(path))
         return Trial(found.family, Plan.parse(found.plan), found.decibels)
 
     def _compared(self, path: Path, plan: Plan) -> tuple[Contender, ...]:
@@ -300,7 +319,8 @@ class _Run:
             memory=parts.memory,
             run=self._counted,
         )
-        write_bytes(json.dumps([asdict(row) for row in rows], indent=1).encode(), path)
+        text = json.dumps([asdict(row) for row in rows], indent=1)
+        self._first(lambda: write_bytes(text.encode(), path))
         return rows
 
 
