@@ -49,9 +49,21 @@ def sliced(node: fx.Node, held: Held) -> Share:
     if dim != axis.dim:
         return Share(axis, {source: axis})
     taken = taken_rows(node)
-    refuse(taken is None)
-    assert taken is not None
+    if taken is None:
+        return _strided(node, axis, source)
     return _between(axis, source, *taken[2:])
+
+
+def _strided(node: fx.Node, axis: Axis, source: fx.Node) -> Share:
+    """Every so many entries, of parts that are each a multiple of that."""
+    given: Any = (*node.args, *(0, 0, None, 1)[len(node.args) - 1 :])
+    _, _, first, last, step = given
+    refuse(node.target is not aten.slice.Tensor or not isinstance(first, int) or not isinstance(last, int))
+    refuse(not isinstance(step, int) or not 0 <= first < step or last < shape_of(source)[axis.dim])
+    refuse(any(axis.local(segment) % step or not axis.is_even(segment) for segment in axis.segments))
+    segments = tuple(Segment(segment.size // step, segment.split) for segment in axis.segments)
+    call: Call = aten.slice.Tensor, (source, axis.dim, first, 2**62, step), {}
+    return Share(replace(axis, segments=segments), {source: axis}, call)
 
 
 def _between(axis: Axis, source: fx.Node, first: int, last: int) -> Share:

@@ -7,7 +7,10 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Entries that follow each other: all ranks hold them, or if `split` each an equal part, in order."""
+    """Entries that follow each other: all ranks hold them, or if `split` each an equal part, in order.
+
+    Of a number that does not divide, as of chosen tokens, the last entry stands again in the last parts.
+    """
 
     size: int
     split: bool
@@ -33,7 +36,11 @@ class Axis:
 
     def local(self, segment: Segment) -> int:
         """How many entries of a segment a rank holds."""
-        return segment.size // self.ranks if segment.split else segment.size
+        return -(-segment.size // self.ranks) if segment.split else segment.size
+
+    def is_even(self, segment: Segment) -> bool:
+        """Whether every entry of a segment stands in one part alone, or in each of them."""
+        return not segment.split or segment.size % self.ranks == 0
 
     @property
     def length(self) -> int:
@@ -114,9 +121,10 @@ class Axis:
         segments = []
         for segment in self.segments:
             size, odd = divmod(segment.size * times, by)
-            if odd or (segment.split and size % self.ranks):
+            found = Segment(size, segment.split)
+            if odd or (times != by and not (self.is_even(segment) and self.is_even(found))):
                 return None
-            segments.append(Segment(size, segment.split))
+            segments.append(found)
         return Axis(dim, outer, tuple(segments), self.ranks)
 
 

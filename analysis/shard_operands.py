@@ -21,19 +21,32 @@ Placed = Axis | tuple[Axis | None, ...] | None
 
 
 @dataclass(frozen=True)
+class Named:
+    """Entries of a value along its axis, as an index says them by their places in the whole.
+
+    `elsewhere`: some of them may be other ranks'.
+    """
+
+    axis: Axis
+    elsewhere: bool
+
+
+@dataclass(frozen=True)
 class Share:
     """How a rank computes its part of a result.
 
     `axis` says where the part lies, None for a result that is whole on all ranks; of an operation with
     several results there is one for each. `needs` are the operands by what has to be there of each: a part,
     or all (None). `call` are the operation and arguments that give the part, where they are others than the
-    node's own. An operand that attention needs whole is `exchanged`.
+    node's own. What takes or writes entries that an index names has `named` ones. An operand that attention
+    needs whole is `exchanged`.
     """
 
     axis: Placed
     needs: Mapping[fx.Node, Axis | None] = field(default_factory=dict)
     call: Call | None = None
     exchanged: bool = False
+    named: Named | None = None
 
 
 Held = Mapping[fx.Node, Placed]

@@ -1,5 +1,7 @@
 """Products of ranks' parts: linear layers keep tokens apart, attention needs all keys for its queries."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import fx
@@ -81,7 +83,17 @@ def attention(node: fx.Node, held: Held) -> Share:
         is_whole = place == -2 and item is not mask
         needs[item] = None if is_whole else met(item, place, axis)
     _refuse_others(needs, held, spares=(key, value) if place == -2 else ())
-    return Share(axis.at(value_of(node).dim() + place), needs, exchanged=True)
+    most = max(value_of(item).dim() for item in (query, key, value))
+    return Share(axis.at(most + place), needs, exchanged=True)
+
+
+def attention_and_lse(node: fx.Node, held: Held) -> Share:
+    """The same by a kernel that also returns the log-sum-exp of each query's row."""
+    found = attention(node, held)
+    if not isinstance(found.axis, Axis):
+        return found
+    results: Any = node.meta["val"]
+    return replace(found, axis=(found.axis, found.axis, *(None for _ in results[2:])))
 
 
 def _refuse_others(needs: dict[fx.Node, Axis | None], held: Held, spares: tuple[fx.Node, ...] = ()) -> None:
@@ -140,9 +152,10 @@ def einsum(node: fx.Node, held: Held) -> Share:
     return Share(axis.at(result.index(letter)), needs, exchanged=len(items) > 1)
 
 
-_PRODUCTS: list[tuple[Rule, list[object]]] = [
+_PRODUCTS: list[tuple[Rule, Iterable[object]]] = [
     (linear, [aten.linear.default]),
-    (attention, [aten.scaled_dot_product_attention.default]),
+    (attention, ops.ATTENTION),
+    (attention_and_lse, ops.FUSED_ATTENTION),
     (matmul, [aten.matmul.default, aten.bmm.default, aten.mm.default, aten.addmm.default]),
     (matmul, [aten.baddbmm.default, INTEGER_MM]),
     (einsum, [aten.einsum.default]),

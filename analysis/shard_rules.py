@@ -16,12 +16,14 @@ from graphcache.analysis import ops
 from graphcache.analysis.rows import SPLITS
 from graphcache.analysis.shard_joins import joins, padded, pieces, sliced, written_over
 from graphcache.analysis.shard_layout import Axis, Segment
+from graphcache.analysis.shard_named import gathered, put
 from graphcache.analysis.shard_operands import (
     Held,
     Rule,
     Share,
     Unshared,
     aligned,
+    axis_of,
     needed,
     refuse,
     shape_of,
@@ -101,6 +103,7 @@ def repeated(node: fx.Node, held: Held) -> Share:
         assert isinstance(given, int)
         if dim % value_of(source).dim() != axis.dim:
             return Share(axis, {source: axis})
+        refuse(not all(map(axis.is_even, axis.segments)))
         segments = tuple(Segment(segment.size * given, segment.split) for segment in axis.segments)
         return Share(replace(axis, segments=segments), {source: axis})
     assert isinstance(given, list | tuple)
@@ -137,6 +140,14 @@ def displaced(node: fx.Node, held: Held) -> Share:
     dims = range(rank) if not given else [given] if isinstance(given, int) else given
     refuse(axis.dim in [dim % rank for dim in dims])
     return Share(axis, {source: axis})
+
+
+def copied_over(node: fx.Node, held: Held) -> Share:
+    """A value written over another one, in place."""
+    over: Any = node.args[0]
+    if axis_of(over, held) is None:
+        return Share(None, dict.fromkeys(node.all_input_nodes))
+    return aligned(node, node.all_input_nodes, held)
 
 
 def picked(node: fx.Node, held: Held) -> Share:
@@ -189,5 +200,8 @@ RULES = table(
         (complex_pairs, [aten.view_as_complex.default, aten.view_as_real.default]),
         (displaced, [aten.roll.default, aten.flip.default]),
         (picked, [operator.getitem]),
+        (gathered, [aten.gather.default]),
+        (put, [aten.index_put_.default]),
+        (copied_over, [aten.copy_.default]),
     ]
 )

@@ -16,13 +16,14 @@ from graphcache.analysis.shard_products import share
 from graphcache.analysis.ways import unwrap
 from graphcache.ir.errors import PlanError
 from graphcache.ir.graph import StepGraph, value_of
-from graphcache.ir.history import OUTPUT
+from graphcache.ir.history import OUTPUT, History
 from graphcache.ir.ranks import Ranks
+from graphcache.ir.schedule import Memory
 
 aten = ops.aten
 
-Entry = tuple[str, int]
-"""A site, and which of its tensors."""
+Entry = tuple[History, int]
+"""A site's values or an operand that its tokens meet, and which of its tensors."""
 
 
 @dataclass
@@ -85,11 +86,16 @@ def shards(step: StepGraph, given: Given) -> Shards:
 
 def _follow(node: fx.Node, found: Shards) -> None:
     mixed = next((found.mixed[item] for item in node.all_input_nodes if item in found.mixed), None)
-    if mixed is not None:
+    writes = node.target in ops.WRITES
+    if mixed is not None and not writes:
         found.mixed[node] = mixed
     try:
         made = share(node, found.held)
+        if writes and node.args[0] in found.mixed:
+            raise Unshared("writes into what is put together of all ranks' parts")
     except Unshared as error:
+        if writes:
+            raise _unwritable(node, str(error)) from None
         made = Share(None, dict.fromkeys(node.all_input_nodes))
         found.mixed.setdefault(node, (node, str(error)))
     found.shares[node], found.held[node] = made, made.axis
@@ -102,6 +108,13 @@ def _refuse_mixed(node: fx.Node, found: Shards) -> None:
     """Refuse to split again what was put together of all ranks' parts, beside attention."""
     if node in found.mixed:
         raise refusal(*found.mixed[node])
+
+
+def _unwritable(node: fx.Node, why: str) -> PlanError:
+    return PlanError(
+        f"mesh=: chosen tokens are written into a cache entry by node {node.name} ({node.target}), which "
+        f"{why}; let the site compute or reuse whole, or run the plan without mesh="
+    )
 
 
 def refusal(node: fx.Node, why: str) -> PlanError:
@@ -184,8 +197,10 @@ def _indivisible(stream: fx.Node, ranks: Ranks) -> PlanError:
     )
 
 
-def values(step: StepGraph, given: Given, ranges: Iterable[tuple[str, int, int]]) -> dict[Entry, Axis]:
-    """Which part of its sites' values a rank keeps, for those that are split.
+def values(
+    step: StepGraph, given: Given, ranges: Iterable[tuple[str, int, int]], memories: Iterable[Memory] = ()
+) -> dict[Entry, Axis]:
+    """Which part of its sites' values, and of operands that are kept, a rank holds, for those that are split.
 
     Raises:
         PlanError: some residual stream is not split throughout.
@@ -195,9 +210,11 @@ def values(step: StepGraph, given: Given, ranges: Iterable[tuple[str, int, int]]
         merge = nodes[branch.merge]
         if merge in found.mixed and merge.name not in given.ends:
             raise refusal(*found.mixed[merge])
-    places = {(branch.name, 0): branch.value for branch in step.branches}
-    places |= {(OUTPUT, part): node.name for part, node in enumerate(step.results())}
+    places = {(History(branch.name), 0): branch.value for branch in step.branches}
+    places |= {(History(OUTPUT), part): node.name for part, node in enumerate(step.results())}
+    places |= {(memory.history, 0): memory.node for memory in memories}
     for name, first, last in ranges:
-        places |= {(name, part): node for part, node in enumerate(cut_range(step, name, first, last).leaving)}
+        leaving = cut_range(step, name, first, last).leaving
+        places |= {(History(name), part): node for part, node in enumerate(leaving)}
     axes_of = {place: found.axis(nodes[name]) for place, name in places.items()}
     return {place: axis for place, axis in axes_of.items() if axis is not None}

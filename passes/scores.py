@@ -168,17 +168,28 @@ class _Attention:
         rows, heads, tokens, _ = (int(n) for n in value_of(self.query).shape)
         texts = int(value_of(self.key).shape[-2])
         size = max(1, MOST_BYTES // (4 * rows * heads * texts))
-        pieces = [self._entropy(i, min(i + size, tokens), shared) for i in range(0, tokens, size)]
-        whole = pieces[0] if len(pieces) == 1 else self.chain.emit(aten.cat.default, pieces, 1)
+        wanted = -(-tokens // size)
+        # each piece has tokens from everywhere, so that of each a rank can compute a part
+        count = next((n for n in range(wanted, min(2 * wanted, tokens) + 1) if tokens % n == 0), None)
+        if count is not None:
+            strided = [self._entropy((i, 2**62, count), shared) for i in range(count)]
+            whole = strided[0]
+            if count > 1:
+                whole = self.chain.emit(aten.stack.default, strided, 2)
+                whole = self.chain.emit(aten.reshape.default, whole, [value_of(whole).shape[0], tokens])
+        else:
+            runs = [self._entropy((i, i + size, 1), shared) for i in range(0, tokens, size)]
+            whole = self.chain.emit(aten.cat.default, runs, 1)
         return self.chain.emit(aten.add.Tensor, whole, 1.0)
 
-    def _entropy(self, first: int, last: int, shared: bool) -> fx.Node:
+    def _entropy(self, some: tuple[int, int, int], shared: bool) -> fx.Node:
+        """Of some tokens: the first, the end and every how many."""
         emit = self.chain.emit
-        query = self.chain.cast(emit(aten.slice.Tensor, self.query, 2, first, last), torch.float32)
+        query = self.chain.cast(emit(aten.slice.Tensor, self.query, 2, *some), torch.float32)
         key = emit(aten.transpose.int, self.chain.cast(self.key, torch.float32), -2, -1)
         scores = emit(aten.mul.Tensor, emit(aten.matmul.default, query, key), self.scale)
         if self.mask is not None:
-            scores = emit(aten.add.Tensor, scores, self._additive(first, last))
+            scores = emit(aten.add.Tensor, scores, self._additive(some))
         mean = emit(aten.mean.dim, emit(aten.softmax.int, scores, -1), [1])
         if shared:
             mean = emit(
@@ -187,11 +198,11 @@ class _Attention:
         surprise = emit(aten.log.default, emit(aten.add.Tensor, mean, 1e-7))
         return emit(aten.neg.default, emit(aten.sum.dim_IntList, emit(aten.mul.Tensor, mean, surprise), [-1]))
 
-    def _additive(self, first: int, last: int) -> fx.Node:
+    def _additive(self, some: tuple[int, int, int]) -> fx.Node:
         mask = self.mask
         assert mask is not None
         if value_of(mask).shape[-2] > 1:
-            mask = self.chain.emit(aten.slice.Tensor, mask, value_of(mask).dim() - 2, first, last)
+            mask = self.chain.emit(aten.slice.Tensor, mask, value_of(mask).dim() - 2, *some)
         if value_of(mask).dtype != torch.bool:
             return self.chain.cast(mask, torch.float32)
         hidden = self.chain.emit(aten.logical_not.default, mask)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import fx
@@ -10,11 +11,13 @@ from torch import fx
 from graphcache.analysis.shard_layout import Axis
 from graphcache.analysis.shards import Entry, Given, Shards, shards
 from graphcache.ir.errors import GraphCacheError
-from graphcache.ir.graph import CacheRead, CacheWrite, StepGraph, fake_mode, value_of
+from graphcache.ir.graph import CacheRead, CacheWrite, Chosen, StepGraph, fake_mode, value_of
+from graphcache.ir.history import History
 from graphcache.ir.ranks import Ranks
 from graphcache.libraries.torch_private import ALL_GATHER, WAIT
 from graphcache.passes.prune import pruned
 from graphcache.passes.rewrite import Chain, Rewriter
+from graphcache.passes.shard_named import NamedEntries, filled
 
 aten = torch.ops.aten
 
@@ -24,12 +27,13 @@ class Shard:
     """Let a rank compute its part of the streams, and keep its part of cache entries.
 
     Every operation stays where it is and runs on the rank's part of its operands. Keys and values are
-    gathered from all ranks where attention reads them, and the model's results once, at the end.
+    gathered from all ranks where attention reads them, and the model's results once, at the end. Of chosen
+    tokens each rank computes an equal part, whoever holds them.
 
     Attributes:
         ranks: who shares.
         starts: where streams begin, by name, and along which dimension they are split.
-        entries: of sites' values that are split, the same.
+        entries: of sites' values and kept operands that are split, the same.
         ends: values that every rank gets whole at once, because of what is made of them.
     """
 
@@ -39,34 +43,50 @@ class Shard:
     ends: frozenset[str]
 
     def __call__(self, step: StepGraph) -> StepGraph:
-        reads = {
-            node.name: axis
-            for port, node in step.ports()
-            if isinstance(port, CacheRead) and (axis := self._entry(port, value_of(node).shape)) is not None
-        }
+        reads, clusters = dict[str, Axis](), dict[str, Axis]()
+        for read, node in step.ports():
+            if isinstance(read, CacheRead):
+                axis = self._entry(read.history, read.part, value_of(node).shape)
+                reads |= {node.name: axis} if axis else {}
+            elif isinstance(read, Chosen) and read.clusters:
+                axis = self._entry(read.history, 0, value_of(node).shape)
+                clusters |= {node.name: axis} if axis else {}
         rewriter = _Parts(step, ranks=self.ranks)
-        rewriter.found = shards(step.rebuilt(rewriter.graph), Given(self.starts, reads, self.ends))
+        given = Given({**self.starts, **clusters}, reads, self.ends | _scored(step))
+        rewriter.found = shards(step.rebuilt(rewriter.graph), given)
         shapes = [value_of(result).shape for result in step.results()]
         for node in list(rewriter.graph.nodes):
             rewriter.rewrite(node)
         for index, (port, shape) in enumerate(zip(rewriter.outputs, shapes, strict=True)):
-            axis = self._entry(port, shape) if isinstance(port, CacheWrite) else None
+            axis = self._entry(port.history, port.part, shape) if isinstance(port, CacheWrite) else None
             result = rewriter.results[index]
             rewriter.results[index] = rewriter.kept(result, axis) if axis else rewriter.whole(result)
         return pruned(rewriter.finished())
 
-    def _entry(self, port: CacheRead | CacheWrite, shape: torch.Size) -> Axis | None:
+    def _entry(self, history: History, part: int, shape: torch.Size) -> Axis | None:
         """How a cache entry is split; of the halves of a batch each has entries of its own."""
-        axis = self.entries.get((port.history.site, port.part))
+        if history.content in ("patched", "handle"):
+            history = history._replace(content="value")
+        axis = self.entries.get((history._replace(unconditional=False), part))
         if axis is None or axis.outer * axis.length == shape[axis.dim]:
             return axis
         outer, odd = divmod(int(shape[axis.dim]), axis.length)
         if odd or axis.dim:
             raise GraphCacheError(
-                f"mesh=: {port.history} is {tuple(shape)}, which the ranks' parts do not fit; report this as "
-                "a fault of graphcache"
+                f"mesh=: {history} is {tuple(shape)}, which the ranks' parts do not fit; report this as a "
+                "fault of graphcache"
             )
         return Axis(axis.dim, outer, axis.segments, axis.ranks)
+
+
+def _scored(step: StepGraph) -> frozenset[str]:
+    """What the lengths are taken of by which scores are divided: whole, so that all ranks choose alike."""
+    scores: list[Any] = [
+        node.args[0]
+        for port, node in zip(step.outputs, step.results(), strict=True)
+        if isinstance(port, CacheWrite) and port.history.content == "scores"
+    ]
+    return frozenset(node.name for node in scores)
 
 
 @dataclass
@@ -81,6 +101,11 @@ class _Parts(Rewriter):
     split: dict[fx.Node, Axis] = field(default_factory=dict)
     gathered: dict[fx.Node, fx.Node] = field(default_factory=dict)
     taken: dict[tuple[fx.Node, Axis], fx.Node] = field(default_factory=dict)
+    named: NamedEntries = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.named = NamedEntries(self, self.ranks)
 
     def rewrite(self, node: fx.Node) -> None:
         """Let a node compute the rank's part of its result."""
@@ -97,6 +122,8 @@ class _Parts(Rewriter):
         shape = None if isinstance(made.axis, tuple) else made.axis and made.axis.shape(value_of(node).shape)
         node.target = target
         node.args, node.kwargs = fx.map_arg((args, kwargs), lambda item: there.get(item, item))
+        if made.named is not None:
+            self.named.found_here(node, made.named, made.axis is None)
         self.renew(node)
         if isinstance(made.axis, Axis):
             self.split[node] = made.axis
@@ -150,10 +177,14 @@ class _Parts(Rewriter):
             received = chain.emit(aten.movedim.int, received, 0, at)
         split = [segment for segment in axis.segments if segment.split]
         pieces = iter(_cut(chain, received, at + 1, map(axis.local, split)))
-        whole = [
-            _shaped(chain, next(pieces), [*before, segment.size, *after]) if segment.split else part
-            for part, segment in zip(own, axis.segments, strict=True)
-        ]
+        whole = list[fx.Node]()
+        for part, segment in zip(own, axis.segments, strict=True):
+            if segment.split:
+                count = self.ranks.count * axis.local(segment)
+                part = _shaped(chain, next(pieces), [*before, count, *after])
+            if not axis.is_even(segment):
+                part = chain.emit(aten.slice.Tensor, part, at, 0, segment.size)
+            whole.append(part)
         shape = list(value_of(node).shape)
         shape[axis.dim] = axis.outer * axis.length
         return _shaped(chain, _joined(chain, whole, at), shape)
@@ -166,7 +197,9 @@ class _Parts(Rewriter):
         for segment in axis.segments:
             count = axis.local(segment)
             first = offset + self.ranks.rank * count if segment.split else offset
-            parts.append(chain.emit(aten.slice.Tensor, grouped, at, first, first + count))
+            last = min(first + count, offset + segment.size)
+            part = chain.emit(aten.slice.Tensor, grouped, at, min(first, last - 1), last)
+            parts.append(filled(chain, part, at, count - max(last - first, 1)))
             offset += segment.size
         return _shaped(chain, _joined(chain, parts, at), axis.shape(value_of(node).shape))
 

@@ -22,7 +22,7 @@ from graphcache.compiler.code import FIXED, Kept, Ways, build
 from graphcache.compiler.guidance_half import Filled, Half, Rows, capture_half
 from graphcache.compiler.histories import entries
 from graphcache.compiler.phase_code import Runnable
-from graphcache.compiler.sharding import Sharding
+from graphcache.compiler.sharding import Sharding, handed_on
 from graphcache.ir.errors import CaptureError, PlanError
 from graphcache.ir.graph import Input, StepGraph, storage_bytes, value_of
 from graphcache.ir.history import History
@@ -82,6 +82,7 @@ class Program:
     _sizes: dict[int, tuple[Schedule, dict[History, int]]] = field(default_factory=dict)
     _elsewhere: dict[int, tuple[Schedule, Schedule]] = field(default_factory=dict)
     _shardings: dict[bool, Sharding] = field(default_factory=dict)
+    _gatherings: dict[tuple[History, bool], Runnable] = field(default_factory=dict)
 
     def without(self, changed: set[int]) -> "Program":
         """The same, with these inputs taken to change at every step."""
@@ -93,7 +94,9 @@ class Program:
         return self._alone(backend=backend)
 
     def _alone(self, **changes: Any) -> "Program":
-        return replace(self, phases={}, elsewhere=None, _elsewhere={}, _shardings={}, **changes)
+        return replace(
+            self, phases={}, elsewhere=None, _elsewhere={}, _shardings={}, _gatherings={}, **changes
+        )
 
     @cached_property
     def offloaded(self) -> "Program":
@@ -274,6 +277,19 @@ class Program:
             captured = self.half.step if half and self.half else self.captured.step
             self._shardings[half] = Sharding(captured, self.half_step if half else self.step, self.mesh)
         return self._shardings[half]
+
+    def gathering(self, schedule: Schedule, index: int, history: History) -> Runnable | None:
+        """What puts the ranks' parts of a site's value together, as a phase stores it; None of one rank."""
+        if not self.mesh:
+            return None
+        key = history, schedule.guided is not None and schedule.guided.conditional is not None
+        if key not in self._gatherings:
+            with COMPILING:
+                step = handed_on(self.captured.step, *key)
+                for shard in self._sharding(False).passes(schedule.phases[index], schedule):
+                    step = shard(step)
+                self._gatherings[key] = Runnable(step, build(step, None))
+        return self._gatherings[key]
 
     def moved(self, schedule: Schedule) -> frozenset[History]:
         """Histories that are kept in host memory."""

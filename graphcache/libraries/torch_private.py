@@ -93,6 +93,7 @@ with names_of("torch"):
     ALL_GATHER: Any = torch.ops._c10d_functional.all_gather_into_tensor.default
     ALL_REDUCE: Any = torch.ops._c10d_functional.all_reduce.default
     REDUCE_SCATTER: Any = torch.ops._c10d_functional.reduce_scatter_tensor.default
+    ALL_TO_ALL: Any = torch.ops._c10d_functional.all_to_all_single.default
     WAIT: Any = torch.ops._c10d_functional.wait_tensor.default
 
     # which kernels attention may take, in which order, and which one it does

@@ -58,8 +58,8 @@ class InStretches:
             if isinstance(port, CacheWrite):
                 parts.setdefault(port.history, []).append(node.name)
                 if shards and port.history.is_value:
-                    site = port.history.site
-                    cuts = [Cut(shard.ranks, shard.entries.get((site, port.part))) for shard in shards]
+                    site, entry = port.history.site, (port.history, port.part)
+                    cuts = [Cut(shard.ranks, shard.entries.get(entry)) for shard in shards]
                     held.setdefault(site, []).append(Holding.of(value_of(node).shape, cuts))
         values = {history.site: tuple(nodes) for history, nodes in parts.items() if history.is_value}
         sites = [

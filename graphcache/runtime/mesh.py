@@ -105,17 +105,20 @@ def agree(
     """Raise StateError on every rank unless all ranks are at the same call of the same generation.
 
     The first call of a branch compares the plan, weights and all inputs, each later one the step and the
-    inputs that change. It waits for the device.
+    inputs that change; a step on a budget also the tokens that were chosen for it. It waits for the device.
     """
     begins, fixed = not state.ran, {id(tensor) for tensor in state.constants}
     moving = [tensor for tensor in tensors if begins or id(tensor) not in fixed]
     lowered = (str(state.schedule), state.program.fingerprint) if begins else ()
     shapes = [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]
     call = slot, state.step, lowered, shapes
+    chosen = state.chosen.get(state.step, {}).values()
+    places = [part.flatten() for choice in chosen for part in (choice.places, choice.clusters)]
     marks = {
         "step, branch, plan or shapes of the call": _mark([repr(call).encode()]),
         "inputs, such as latents or prompts": _mark(map(as_bytes, moving)),
         "weights": _weights(model) if begins else 0,
+        "chosen tokens": _mark([as_bytes(torch.cat(places))]) if places else 0,
     }
     known = torch.tensor([[*marks.values()]], device=tensors[0].device)
     for ranks in mesh:

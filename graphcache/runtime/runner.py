@@ -115,7 +115,7 @@ def run_step(state: BranchState, tensors: Sequence[torch.Tensor], evaluate: Eval
         cache.store(history, tuple(results[position : position + parts]))
         position += parts
     if step.selections:
-        _choose(state)
+        _choose(state, evaluate)
     if runnable.stored or step.keep is not state.kept:
         cache.trim(step.keep)
         state.kept = step.keep
@@ -246,14 +246,14 @@ def run_prologue(state: BranchState, tensors: Sequence[torch.Tensor], laid: Sequ
         state.watched = tuple((tensors[i], version(tensors[i])) for i in program.prologue_inputs)
 
 
-def _choose(state: BranchState) -> None:
+def _choose(state: BranchState, evaluate: Evaluate) -> None:
     """Choose the tokens of the steps up to the next one that computes their sites whole."""
     program, entries = state.program, state.cache.entries
     numbers = {branch.name: number for number, branch in enumerate(program.captured.step.branches)}
     alike: dict[tuple[Selection, SiteTokens, torch.Size], dict[History, torch.Tensor]] = {}
     for selection in state.now.selections:
         history = selection.history
-        given = (entries.pop(history.scores, None) or entries[history])[0][0]
+        given = (entries.pop(history.scores, None) or [(_newest(state, history, evaluate),)])[0][0]
         rows, count = program.tokens[history.site]
         tokens = SiteTokens(
             rows // 2 if state.role == "doubled" else rows, count, given.device, selection.grid
@@ -265,6 +265,13 @@ def _choose(state: BranchState) -> None:
         for history, choices in zip(scores, made, strict=True):
             for step, choice in choices.items():
                 state.chosen.setdefault(step, {})[history] = choice
+
+
+def _newest(state: BranchState, history: History, evaluate: Evaluate) -> torch.Tensor:
+    """The newest value of a site, of which ranks may have parts."""
+    value = state.cache.entries[history][0][0]
+    gathering = state.program.gathering(state.schedule, state.now.phase, history)
+    return value if gathering is None else evaluate(gathering, [value])[0]
 
 
 def feed(

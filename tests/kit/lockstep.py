@@ -12,10 +12,11 @@ from torch import Tensor, fx
 
 from graphcache.compiler.phase_code import Runnable
 from graphcache.compiler.program import Program
+from graphcache.ir.graph import StepGraph
 from graphcache.ir.plan import Plan
 from graphcache.ir.ranks import Ranks
 from graphcache.ir.schedule import Role
-from graphcache.libraries.torch_private import ALL_GATHER, WAIT
+from graphcache.libraries.torch_private import ALL_GATHER, ALL_TO_ALL, WAIT
 from graphcache.runtime.runner import BranchState, begun, run_step
 
 Mesh = tuple[Ranks, ...]
@@ -75,7 +76,18 @@ class _Interpreter(fx.Interpreter):
             assert value.is_contiguous()
             assert count == self.exchanges[group].size
             return self.exchanges[group].gather(self.numbers[group], value)
+        if target is ALL_TO_ALL:
+            value, theirs, ours, group = args
+            count, rank = self.exchanges[group].size, self.numbers[group]
+            assert value.is_contiguous()
+            assert theirs == ours == [1] * count == [1] * len(value)
+            return self.exchanges[group].gather(rank, value)[rank::count]
         return args[0] if target is WAIT else super().call_function(target, args, kwargs)
+
+
+def exchanges_of(step: StepGraph) -> int:
+    """How often a step exchanges something."""
+    return sum(node.target in (ALL_GATHER, ALL_TO_ALL) for node in step.graph.nodes)
 
 
 def run_ranks(
@@ -90,7 +102,7 @@ def run_ranks(
     exchanges = {group: Exchange(count) for group, count in groups.items()}
 
     def run(mesh: Mesh) -> Rank:
-        own = replace(program, mesh=mesh, phases={}, _schedules={}, _sizes={}, _shardings={})
+        own = replace(program, mesh=mesh, phases={}, _schedules={}, _sizes={}, _shardings={}, _gatherings={})
         state, rank = begun((), own, plan, 0, role), Rank(mesh)
         try:
             for step, tensors in enumerate(calls):
@@ -106,8 +118,8 @@ def run_ranks(
 
     def evaluator(state: BranchState, rank: Rank) -> Callable[[Runnable, list[Tensor]], Sequence[Tensor]]:
         def evaluate(runnable: Runnable, fed: list[Tensor]) -> Sequence[Tensor]:
-            gathers = runnable.step.graph.find_nodes(op="call_function", target=ALL_GATHER)
-            rank.exchanges[state.now.phase] = len(gathers)
+            if runnable is state.ready[state.now.phase]:
+                rank.exchanges[state.now.phase] = exchanges_of(runnable.step)
             results: Sequence[Tensor] = _Interpreter(runnable.step.module, exchanges, rank.mesh).run(*fed)
             return results
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 import graphcache
 from graphcache import Plan
 from graphcache.compiler.captured import Captured
-from graphcache.runtime import engine
+from graphcache.ir.state import Choice
+from graphcache.runtime import engine, runner, selection
 from graphcache.tracing.symbolic import Symbolic
 from sharing import Sharing
 from tiny import arguments, tiny
@@ -59,7 +61,7 @@ def step(model: Any, t: float, **changes: Any) -> Tensor:
     return result
 
 
-CASES_OF_TWO = ("noise", "later latents", "weights", "plan", "step", "gradients")
+CASES_OF_TWO = ("noise", "later latents", "weights", "plan", "step", "tokens", "gradients")
 
 
 def disagreeing() -> dict[str, str]:
@@ -75,6 +77,9 @@ def _said(what: str, mesh: DeviceMesh, other: bool) -> str:
             model.blocks[0].qkv.weight[0, 0] += 1
     if other and what == "plan":
         plan = graphcache.presets.compute(3)
+    if what == "tokens":
+        plan = Plan.parse("plan steps=3 preset=none\na = tokens 3 by random multiple=1\n@mlp #aa")
+        runner.choose = _others if other else selection.choose
     made = graphcache.transform(model, plan, mesh=mesh)
     noise = torch.randn(2, TOKENS, 4, generator=torch.Generator().manual_seed(int(other and what == "noise")))
     try:
@@ -87,6 +92,15 @@ def _said(what: str, mesh: DeviceMesh, other: bool) -> str:
     except graphcache.StateError as error:
         return str(error)
     return "nothing"
+
+
+def _others(*arguments: Any) -> list[dict[int, Choice]]:
+    """Other tokens than those that should be chosen."""
+    found = selection.choose(*arguments)
+    return [
+        {step: replace(choice, places=(choice.places + 1) % TOKENS) for step, choice in each.items()}
+        for each in found
+    ]
 
 
 def dying(within: bool) -> Tensor:
@@ -105,13 +119,12 @@ def _kill(*_: Any) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def compiled() -> tuple[float, list[int]]:
-    """The largest difference to one process, and the graphs that each of them compiled."""
-    plan = graphcache.presets.taylorseer(5, 2, 1)
+def compiled(plan: Plan, backend: str, blocks: int) -> tuple[float, list[int]]:
+    """The largest difference to one process, and the graphs that each of them compiled, in five steps."""
     meshes = None, mesh_of(tokens=2)
-    counters = [CompileCounterWithBackend("aot_eager") for _ in meshes]
+    counters = [CompileCounterWithBackend(backend) for _ in meshes]
     alone, made = (
-        graphcache.transform(tiny(2), plan, mesh=mesh, backend=counter)
+        graphcache.transform(tiny(blocks), plan, mesh=mesh, backend=counter)
         for mesh, counter in zip(meshes, counters, strict=True)
     )
     pairs = [(step(made, 1 - i / 5), step(alone, 1 - i / 5)) for i in range(5)]

@@ -24,15 +24,17 @@ from tiny import arguments, tiny
 FORA, TAYLOR = presets.fora(4, 2), presets.taylorseer(4, 2, 1)
 FASTER = presets.fastercache(6, start=0.2)
 FOUND = Plan.parse("plan steps=4 preset=none\nf = tuned order=1\n@mlp ##f.\n  step 2 = 1.4 -0.4\n* #.#.")
+TOCA, CLUSCA = presets.toca(4, interval=3, multiple=1), presets.clusca(4, interval=3, clusters=5)
+CHOSEN = Plan.parse("plan steps=5 preset=none\na = tokens 3 by norm multiple=1\n* #aaaa")
 MODELS: dict[str, list[tuple[str, Plan]]] = {
-    "dit": [("fora", FORA), ("fastercache", FASTER)],
+    "dit": [("fora", FORA), ("fastercache", FASTER), ("toca", TOCA)],
     "pixart": [("found", FOUND)],
-    "flux": [("taylorseer", TAYLOR)],
+    "flux": [("taylorseer", TAYLOR), ("clusca", CLUSCA)],
     "latte": [("taylorseer", TAYLOR)],
-    "sd3": [("taylorseer", TAYLOR), ("found", FOUND)],
-    "wan": [("fora", FORA)],
-    "cogvideox": [("found", FOUND)],
-    "hunyuan_video": [("fora", FORA)],
+    "sd3": [("taylorseer", TAYLOR), ("found", FOUND), ("toca", TOCA)],
+    "wan": [("fora", FORA), ("clusca", CLUSCA)],
+    "cogvideox": [("found", FOUND), ("toca", TOCA)],
+    "hunyuan_video": [("fora", FORA), ("toca", TOCA)],
 }
 
 
@@ -52,7 +54,7 @@ def test_two_processes(request: pytest.FixtureRequest) -> None:
 
 
 def test_four_processes_by_guidance_and_by_tokens() -> None:
-    plans = {"dit": [("fora", FORA)]}
+    plans = {"dit": [("fora", FORA), ("toca", TOCA)]}
     results = together(4, mesh_work.generations, {"guidance": 2, "tokens": 2}, plans)
     assert all(result == results[0] for result in results)
     assert all(error <= 1e-5 and share == 0.25 for error, share in results[0].values())
@@ -64,6 +66,7 @@ SAID = {
     "weights": "weights at step 0",
     "plan": "step, branch, plan or shapes of the call at step 0",
     "step": "step, branch, plan or shapes of the call at step ",
+    "tokens": "chosen tokens at step 1",
     "gradients": "has no gradients",
 }
 
@@ -83,8 +86,11 @@ def test_a_killed_rank_is_an_error_on_all_others(count: int, within: bool) -> No
         assert result.startswith("StateError: a rank of the mesh is gone, or did not answer in time")
 
 
-def test_compiled_without_a_break() -> None:
-    for error, (alone, graphs) in together(2, mesh_work.compiled):
+@pytest.mark.parametrize(
+    ("plan", "backend", "blocks"), [(presets.taylorseer(5, 2, 1), "aot_eager", 2), (CHOSEN, "inductor", 1)]
+)
+def test_compiled_without_a_break(plan: Plan, backend: str, blocks: int) -> None:
+    for error, (alone, graphs) in together(2, mesh_work.compiled, plan, backend, blocks):
         assert error <= 1e-5
         assert graphs == alone
 
