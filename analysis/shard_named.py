@@ -42,14 +42,14 @@ def gathered(node: fx.Node, held: Held) -> Share:
     dim = given % value_of(source).dim()
     own, places = axis_of(source, held), axis_of(index, held)
     if places is not None and places.dim == dim:
-        return Share(places, {source: None, index: places}, exchanged=own is not None)
+        return Share(places, {source: None, index: places})
     if own is not None and own.dim == dim:
         refuse(places is not None)
         if shape_of(index) == shape_of(source) and _run(index, dim) == (0, shape_of(source)[dim]):
             return Share(own, {source: own}, (aten.alias.default, (source,), {}))
         count = shape_of(index)[dim]
         axis = Axis(dim, 1, (Segment(count, True),), own.ranks) if count > 1 else None
-        return Share(axis, {source: own, index: None}, exchanged=True, named=Named(own, True))
+        return Share(axis, {source: own, index: None}, named=Named(own, True))
     axis = own or places
     assert axis is not None
     refuse(own is not None and places is not None and (own.dim != places.dim or not own.agrees(places)))

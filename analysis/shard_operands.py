@@ -38,14 +38,12 @@ class Share:
     `axis` says where the part lies, None for a result that is whole on all ranks; of an operation with
     several results there is one for each. `needs` are the operands by what has to be there of each: a part,
     or all (None). `call` are the operation and arguments that give the part, where they are others than the
-    node's own. What takes or writes entries that an index names has `named` ones. An operand that attention
-    needs whole is `exchanged`.
+    node's own. What takes or writes entries that an index names has `named` ones.
     """
 
     axis: Placed
     needs: Mapping[fx.Node, Axis | None] = field(default_factory=dict)
     call: Call | None = None
-    exchanged: bool = False
     named: Named | None = None
 
 

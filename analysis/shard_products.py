@@ -72,7 +72,7 @@ def attention(node: fx.Node, held: Held) -> Share:
     rank, axis = value_of(query).dim(), axis_of(query, held)
     others = [item for item in (key, value, mask) if isinstance(item, fx.Node)]
     if axis is None:
-        return Share(None, dict.fromkeys((query, *others)), exchanged=True)
+        return Share(None, dict.fromkeys((query, *others)))
     grouped = node.kwargs.get("enable_gqa") or rest[4:5] == [True]
     causal = node.kwargs.get("is_causal") or rest[2:3] == [True]
     place = axis.dim - rank
@@ -84,7 +84,7 @@ def attention(node: fx.Node, held: Held) -> Share:
         needs[item] = None if is_whole else met(item, place, axis)
     _refuse_others(needs, held, spares=(key, value) if place == -2 else ())
     most = max(value_of(item).dim() for item in (query, key, value))
-    return Share(axis.at(most + place), needs, exchanged=True)
+    return Share(axis.at(most + place), needs)
 
 
 def attention_and_lse(node: fx.Node, held: Held) -> Share:
@@ -125,7 +125,7 @@ def matmul(node: fx.Node, held: Held) -> Share:
         result = axis.at(rank + place)
         needs |= {further: met(further, place, result) for further in bias if isinstance(further, fx.Node)}
         _refuse_others(needs, held, spares=(beside,) if place == row else ())
-        return Share(result, needs, exchanged=True)
+        return Share(result, needs)
     raise Unshared("combines what different ranks hold")
 
 
@@ -149,7 +149,7 @@ def einsum(node: fx.Node, held: Held) -> Share:
         for item, term in zip(items, terms, strict=True)
     }
     _refuse_others(needs, held, spares=tuple(item for item in items if needs[item] is None))
-    return Share(axis.at(result.index(letter)), needs, exchanged=len(items) > 1)
+    return Share(axis.at(result.index(letter)), needs)
 
 
 _PRODUCTS: list[tuple[Rule, Iterable[object]]] = [
