@@ -22,16 +22,16 @@ demo: .venv/.with-examples
 # One thread per test process: the models are tiny, and threads would only fight over the cores. The tests of a
 # file run in one process, where they share captures.
 test: .venv/.with-test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Every class and every pipeline of diffusers, and all cases of other tests of which `make test` takes a few;
 # SEED chooses them.
 test-models: .venv/.with-test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --every-model -m "few and not foreign_fault"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --every-model -m "few and not foreign_fault"
 
 # Faults of other libraries' present versions, which docs/coming-from.md speaks of: one that fails was mended.
 test-foreign: .venv/.with-test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m foreign_fault
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m foreign_fault
 
 # Writes docs/models.md: what works with every class and every pipeline.
 models: .venv/.with-test

@@ -204,6 +204,8 @@ def test_a_saved_pipeline_loads_as_the_plain_one(tmp_path: Path) -> None:
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded.transformer) is diffusers.FluxTransformer2DModel
     assert_same(loaded.transformer.state_dict(), pipe.transformer.state_dict())
+    for weight in (*loaded.transformer.parameters(), *loaded.vae.parameters()):
+        weight.data = weight.data.clone()  # mapped from a file it may lie where kernels round otherwise
     assert_same(IMAGE.generate(loaded, STEPS), IMAGE.generate(untouched(IMAGE), STEPS))
 
 
