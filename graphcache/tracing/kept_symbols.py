@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from graphcache.libraries.exclusive import COMPILING
 from graphcache.tracing.belongings import NOT_FOLLOWED
 from graphcache.tracing.keepers import ABSENT, MEMO
 
@@ -22,9 +23,9 @@ def kept_symbols(model: nn.Module) -> Iterator[None]:
     """Within, `int` of a symbol is that symbol, and memos, which cannot look symbols up, are not asked.
 
     This holds for the Python modules that the classes of the model come from. Other threads that run them
-    meanwhile get what they would get without.
+    meanwhile get what they would get without; those that trace wait, or they would put this back for good.
     """
-    with contextlib.ExitStack() as stack:
+    with COMPILING, contextlib.ExitStack() as stack:
         stack.enter_context(_AsSizes())
         for module in _python_modules(model):
             names: dict[str, Any] = {

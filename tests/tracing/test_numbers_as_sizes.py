@@ -16,6 +16,7 @@ import graphcache
 from counted import traces
 from graphcache import presets
 from graphcache.tracing.capture import capture
+from graphcache.tracing.kept_symbols import kept_symbols
 from reference import assert_same
 from tiny import TinyDiT, arguments, tiny
 
@@ -151,6 +152,25 @@ def test_pythons_own_names_are_back_afterwards_and_others_never_notice(
     assert seen == [expected]
     assert "int" not in vars(here)
     assert vars(Gridded)["ramp"].cache_info()
+    assert waves.cache_info()
+
+
+def test_threads_that_trace_one_after_the_other_leave_names_as_they_were() -> None:
+    here, model, inside, left = sys.modules[__name__], tiny(1, Gridded), threading.Event(), threading.Event()
+
+    def second() -> None:
+        with kept_symbols(model):
+            inside.set()
+            left.wait()
+
+    thread = threading.Thread(target=second)
+    with kept_symbols(model):
+        thread.start()
+        assert not inside.wait(0.2), "two threads at once"
+    assert inside.wait(30)
+    left.set()
+    thread.join()
+    assert "int" not in vars(here)
     assert waves.cache_info()
 
 
