@@ -18,6 +18,7 @@ from graphcache.ir.graph import StepGraph, fake_mode, same_bits, value_of
 from graphcache.libraries.quiet import quiet_shapes
 from graphcache.libraries.torch_private import FakeTensorMode
 from graphcache.tracing.capture import capture
+from graphcache.tracing.descriptions import Descriptions
 from graphcache.tracing.functional import erase_unread
 from graphcache.tracing.kept_symbols import kept_symbols
 from graphcache.tracing.real_call import really_called
@@ -137,16 +138,19 @@ class Symbolic:
         graph, env, values = fx.Graph(), dict[fx.Node, Any](), dict[fx.Node, Any]()
         given = iter(tensors)
         with FakeTensorMode() as mode:
+            known = Descriptions(mode)
             for node in self.step.graph.nodes:
                 if node.op == "output":
                     graph.output(fx.map_arg(node.args[0], env.__getitem__))
                     break
-                value = values[node] = self._value(node, values, given, mode)
+                value = values[node] = self._value(node, values, given, known)
                 if not isinstance(value, torch.Tensor | list | tuple):
                     env[node] = value
                     continue
                 made = env[node] = graph.create_node(node.op, node.target, name=node.name)
-                made.args, made.kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+                made.args = fx.map_arg(node.args, env.__getitem__)
+                if node.kwargs:  # setting one of them walks both
+                    made.kwargs = fx.map_arg(node.kwargs, env.__getitem__)
                 made.meta = {**node.meta, "val": value}
         erase_unread(graph)
         ports = call.ports()
@@ -154,14 +158,14 @@ class Symbolic:
             graph.erase_node(size)
         return replace(self.step, graph=graph, inputs=ports)
 
-    def _value(self, node: fx.Node, values: dict[fx.Node, Any], given: Any, mode: FakeTensorMode) -> Any:
+    def _value(self, node: fx.Node, values: dict[fx.Node, Any], given: Any, known: Descriptions) -> Any:
         if node.op == "placeholder":
-            return mode.from_tensor(next(given))
+            return known.tensor(next(given))
         if node.op == "get_attr":
-            return mode.from_tensor(attrgetter(str(node.target))(self.step.root))
+            return known.tensor(attrgetter(str(node.target))(self.step.root))
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         target: Any = node.target
-        return target(*args, **kwargs)
+        return known.result(target, args, kwargs)
 
 
 def _others(size: int, smaller: bool) -> Iterator[int]:

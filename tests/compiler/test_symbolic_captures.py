@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import graphcache
 from counted import traces
 from graphcache import Plan, presets
+from graphcache.ir.graph import StepGraph, is_tensor, layout, value_of
 from graphcache.ir.structure import structure
 from inside import programs_of
 from reference import assert_same
@@ -34,6 +35,11 @@ def traced(model: nn.Module) -> str:
     """What the latest capture is."""
     step = programs_of(model)[-1].captured.step
     return structure(step.graph, step.root)
+
+
+def described(step: StepGraph) -> list[object]:
+    """What every value looks like, in the order of the graph."""
+    return [layout(value_of(node)) for node in step.graph.nodes if is_tensor(node)]
 
 
 SIZES: Mapping[str, Sequence[tuple[Sizes, str]]] = {
@@ -77,8 +83,9 @@ def test_a_trace_with_symbols_gives_what_tracing_gives(sized: str) -> None:
     for calls, results in found:
         assert_same(results, [fixed(**call) for call in calls])
     assert traced(cached) == traced(fixed)
-    ours, theirs = (programs_of(run)[-1].captured.step.branches for run in (cached, fixed))
-    assert [branch.name for branch in ours] == [branch.name for branch in theirs]
+    ours, theirs = (programs_of(run)[-1].captured.step for run in (cached, fixed))
+    assert [branch.name for branch in ours.branches] == [branch.name for branch in theirs.branches]
+    assert described(ours) == described(theirs)
 
 
 @pytest.mark.few(1)
