@@ -43,6 +43,8 @@ empty where none is fast enough.
 {profiling-within-a-limit}
 {plans-for-other-numbers-of-steps-digits}
 {few-steps-digits}
+{few-steps-pictures-for-words}
+{few-steps-clips}
 {chosen-families-digits}
 {further-coefficients-digits}
 
