@@ -46,6 +46,7 @@ empty where none is fast enough.
 {few-steps-pictures-for-words}
 {few-steps-clips}
 {chosen-families-digits}
+{chosen-families-pictures-for-words}
 {further-coefficients-digits}
 
 ## Published methods
