@@ -27,8 +27,8 @@ from graphcache.cli.arguments import (
     json_argument,
 )
 from graphcache.cli.console import console
-from graphcache.cli.measuring import Memory, Ray, Steps, Subject, fewer_steps, mapping, print_rows
-from graphcache.cli.sharing import Mesh, shared
+from graphcache.cli.measuring import Memory, Steps, Subject, fewer_steps, print_rows
+from graphcache.cli.sharing import Mesh, Ray, spread
 from graphcache.cli.sources import Placement, Sampled, load_sampled
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
@@ -112,7 +112,7 @@ def auto(
         "rivals": rivals, "memory": memory, "versions": versions(),
         **({} if mesh is None else {"mesh": mesh}),
     }  # fmt: skip
-    with shared(mesh, ray, device) as ranks, mapping(ray, device) as run, _progress() as bar:
+    with spread(mesh, ray, device) as (ranks, run), _progress() as bar:
         done_by_first(ranks, lambda: _claim(output, settings))
         found = load_sampled(model, given, samples, Placement(device, dtype))
         if texts is not None:

@@ -1,11 +1,10 @@
 """The command line's part that measures: profile, search, tune, compare."""
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import torch
 import typer
@@ -25,13 +24,14 @@ from graphcache.cli.arguments import (
     json_argument,
 )
 from graphcache.cli.console import console
+from graphcache.cli.sharing import Mesh, Ray, spread
 from graphcache.cli.sources import Placement, Sampled, load_object, load_sampled
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.plantext import write_bytes
+from graphcache.planning.agreement import done_by_first
 from graphcache.planning.automatic import checker
 from graphcache.planning.candidates import Candidate
-from graphcache.planning.cluster import Cluster
 from graphcache.planning.comparison import Contender
 from graphcache.planning.comparison import compare as compare_runs
 from graphcache.planning.gradient_memory import MEMORY
@@ -61,10 +61,6 @@ Memory = Annotated[
     int, typer.Option(help="bytes beside the model; what does not fit is computed again, or estimated")
 ]
 Output = Annotated[Path, typer.Option(help="write here")]
-Ray = Annotated[
-    str | None,
-    typer.Option(help="shard over a Ray cluster: local, auto or host:port", metavar="ADDRESS"),
-]
 
 
 def profile(
@@ -88,32 +84,32 @@ def profile(
     device: Device = None,
     dtype: Dtype = None,
     ray: Ray = None,
+    mesh: Mesh = None,
 ) -> None:
     """Measure a model's sensitivity; an interrupted run goes on where it was."""
-    found = _sampled(model, call, samples, threads, Placement(device, dtype))
-    with mapping(ray, device) as run, Progress(console=console) as bar:
-        task = bar.add_task("profiling", total=len(found.samples))
-        made = profile_model(
-            found.model_or_pipe,
-            found.samples,
-            steps=steps,
-            sampler=found.sampler,
-            detail=cast(Detail, detail),
-            probes=probes,
-            window=window,
-            conditional=conditional,
-            timestep=timestep,
-            latents=latents or (),
-            seed=seed,
-            memory=memory,
-            backend=backend_argument(backend),
-            path=output,
-            progress=lambda done, total: bar.update(task, completed=done),
-            run=run,
+    with spread(mesh, ray, device) as (ranks, run):
+        found = _sampled(model, call, samples, threads, Placement(device, dtype))
+        sampling = Sampling.of(
+            found.model_or_pipe, found.sampler, timestep, latents or (), conditional, mesh=ranks
         )
-    console.print(
-        f"wrote {output}: {len(made.sites)} sites, {made.steps} steps, {len(found.samples)} samples"
-    )
+        with Progress(console=console) as bar:
+            task = bar.add_task("profiling", total=len(found.samples))
+            made = profile_model(
+                sampling,
+                found.samples,
+                steps=steps,
+                detail=cast(Detail, detail),
+                probes=probes,
+                window=window,
+                seed=seed,
+                memory=memory,
+                backend=backend_argument(backend),
+                path=output,
+                progress=lambda done, total: bar.update(task, completed=done),
+                run=run,
+            )
+        told = f"{len(made.sites)} sites, {made.steps} steps, {len(found.samples)} samples"
+        console.print(f"wrote {output}: {told}")
 
 
 def search(
@@ -134,21 +130,22 @@ def search(
     device: Device = None,
     dtype: Dtype = None,
     ray: Ray = None,
+    mesh: Mesh = None,
 ) -> None:
     """Solve for the best plan that a profile promises, and with --model of those that hold it."""
-    made = load_profile(profile)
     check, known = None, tuple[int, ...]()
-    if model is None and (ray or device or dtype):
+    if model is None and (ray or mesh or device or dtype):
         raise GraphCacheError(
-            "--ray, --device and --dtype are for the runs of --model, which is missing; name one, or leave "
-            "them out"
+            "--ray, --mesh, --device and --dtype are for the runs of --model, which is missing; name one, or "
+            "leave them out"
         )
-    if model is not None:
-        found_samples = _sampled(model, call, samples, threads, Placement(device, dtype))
-        sampling = Sampling.of(found_samples.model_or_pipe, found_samples.sampler, timestep, latents or ())
-        check = checker(sampling, found_samples.samples, steps or made.steps)
-        known = handovers(sampling, found_samples.samples[0], steps or made.steps)
-    with mapping(ray, device) as run:
+    with spread(mesh, ray, device) as (ranks, run):
+        made = done_by_first(ranks, lambda: load_profile(profile))
+        if model is not None:
+            given = _sampled(model, call, samples, threads, Placement(device, dtype))
+            sampling = Sampling.of(given.model_or_pipe, given.sampler, timestep, latents or (), mesh=ranks)
+            check = checker(sampling, given.samples, steps or made.steps)
+            known = handovers(sampling, given.samples[0], steps or made.steps)
         found = search_plan(
             made,
             steps=steps,
@@ -159,9 +156,10 @@ def search(
             check=check,
             run=run,
         )
-    _print_front(found)
-    replace(found.plan, graph=made.provenance.graph).save(output)
-    console.print(f"wrote {output}: {_describe(found.chosen)}")
+        _print_front(found)
+        chosen = replace(found.plan, graph=made.provenance.graph)
+        done_by_first(ranks, lambda: chosen.save(output))
+        console.print(f"wrote {output}: {_describe(found.chosen)}")
 
 
 def tune(
@@ -180,33 +178,36 @@ def tune(
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
+    mesh: Mesh = None,
 ) -> None:
     """Train a plan's coefficients through the sampler."""
-    found = _sampled(model, call, samples, threads, Placement(device, dtype))
     if reference not in ("uncached", "converged"):
         raise GraphCacheError(f"--reference {reference}: must be uncached or converged")
-    if not 0 < held_out < len(found.samples):
-        raise GraphCacheError(
-            f"--held-out {held_out}: there are {len(found.samples)} samples, one must be left"
-        )
-    given = Plan.load(plan)
-    sampling = Sampling.of(found.model_or_pipe, found.sampler, timestep, latents or ())
-    if corrections and given.letter("c") is None:
-        given = with_corrections(given, handovers=handovers(sampling, found.samples[0], given.steps))
-    with Progress(console=console) as bar:
-        task = bar.add_task("tuning", total=iterations)
-        result = tune_plan(
-            sampling,
-            given,
-            found.samples[:-held_out],
-            found.samples[-held_out:],
-            reference="converged" if reference == "converged" else "uncached",
-            iterations=iterations,
-            memory=memory,
-            progress=lambda now: bar.update(task, completed=now.number + 1),
-        )
-    result.plan.save(output)
-    console.print(f"wrote {output}: held out {result.before:.2f} dB before, {result.after:.2f} dB after")
+    with spread(mesh, None, device) as (ranks, _):
+        found = _sampled(model, call, samples, threads, Placement(device, dtype))
+        if not 0 < held_out < len(found.samples):
+            raise GraphCacheError(
+                f"--held-out {held_out}: there are {len(found.samples)} samples, one must be left"
+            )
+        given = done_by_first(ranks, lambda: Plan.load(plan))
+        sampling = Sampling.of(found.model_or_pipe, found.sampler, timestep, latents or (), mesh=ranks)
+        if corrections and given.letter("c") is None:
+            given = with_corrections(given, handovers=handovers(sampling, found.samples[0], given.steps))
+        with Progress(console=console) as bar:
+            task = bar.add_task("tuning", total=iterations)
+            result = tune_plan(
+                sampling,
+                given,
+                found.samples[:-held_out],
+                found.samples[-held_out:],
+                reference="converged" if reference == "converged" else "uncached",
+                iterations=iterations,
+                memory=memory,
+                progress=lambda now: bar.update(task, completed=now.number + 1),
+            )
+        done_by_first(ranks, lambda: result.plan.save(output))
+        reached = f"held out {result.before:.2f} dB before, {result.after:.2f} dB after"
+        console.print(f"wrote {output}: {reached}")
 
 
 def compare(
@@ -236,28 +237,35 @@ def compare(
     device: Device = None,
     dtype: Dtype = None,
     ray: Ray = None,
+    mesh: Mesh = None,
 ) -> None:
     """Time plans and fewer steps against the plain compiled model, and measure how near they come to it."""
-    files = {text: Plan.load(text) for text in plan or [] if promise}
-    found = _sampled(model, call, samples, threads, Placement(device, dtype))
-    with mapping(ray, device) as run, console.status("starting") as status:
-        rows = compare_runs(
-            found.model_or_pipe,
-            {text: plan_argument(text, steps) for text in plan or []},
-            found.samples,
-            steps=steps,
-            sampler=found.sampler,
-            fewer=fewer_steps(found, fewer or [], solver or []),
-            rivals=known_rivals() if rivals else {},
-            backend=backend_argument(backend),
-            timestep=timestep,
-            latents=latents or (),
-            features=None if features is None else load_object(features),
-            memory=memory,
-            progress=status.update,
-            run=run,
-        )
-    print_rows(rows)
+    with spread(mesh, ray, device) as (ranks, run):
+        texts = plan or []
+        plans = done_by_first(ranks, lambda: {text: plan_argument(text, steps) for text in texts})
+        files = done_by_first(ranks, lambda: {text: Plan.load(text) for text in texts if promise})
+        found = _sampled(model, call, samples, threads, Placement(device, dtype))
+        sampling = Sampling.of(found.model_or_pipe, found.sampler, timestep, latents or (), mesh=ranks)
+        with console.status("starting") as status:
+            rows = compare_runs(
+                sampling,
+                plans,
+                found.samples,
+                steps=steps,
+                fewer=fewer_steps(found, fewer or [], solver or []),
+                rivals=known_rivals() if rivals else {},
+                backend=backend_argument(backend),
+                features=None if features is None else load_object(features),
+                memory=memory,
+                progress=status.update,
+                run=run,
+            )
+        print_rows(rows)
+        done_by_first(ranks, lambda: _written(rows, output, files))
+
+
+def _written(rows: Sequence[Contender], output: Path | None, files: Mapping[str, Plan]) -> None:
+    """Write the figures, and into these plans' files what they reached."""
     if output is not None:
         write_bytes(json.dumps([asdict(row) for row in rows], indent=1).encode(), output)
     for row in rows:
@@ -291,18 +299,6 @@ def _sampled(model: str, call: str | None, count: int, threads: int | None, plac
     if threads:
         torch.set_num_threads(threads)
     return load_sampled(model, json_argument(call), count, placement)
-
-
-@contextmanager
-def mapping(ray: str | None, device: str | None) -> Iterator[Any]:
-    """What maps functions over items: a cluster, or this process."""
-    if ray is None:
-        yield map
-        return
-    if device is not None and ":" in device:
-        raise GraphCacheError(f"--device {device}: workers have devices of their own; leave the number out")
-    with Cluster(ray, gpus_per_task=int(device == "cuda")) as cluster:
-        yield cluster.map
 
 
 def _describe(item: Candidate) -> str:

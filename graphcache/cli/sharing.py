@@ -1,4 +1,4 @@
-"""`--mesh`: the processes that torchrun has started share every evaluation."""
+"""Who works: a cluster's workers, each with samples of its own, or ranks that share every evaluation."""
 
 import math
 import os
@@ -11,9 +11,14 @@ import typer
 
 from graphcache.cli.console import console
 from graphcache.ir.errors import GraphCacheError
+from graphcache.planning.cluster import Cluster
 from graphcache.presets.written import assignment
 from graphcache.runtime.mesh import ranks_of
 
+Ray = Annotated[
+    str | None,
+    typer.Option(help="shard over a Ray cluster: local, auto or host:port", metavar="ADDRESS"),
+]
 Mesh = Annotated[
     str | None,
     typer.Option(
@@ -24,7 +29,18 @@ Mesh = Annotated[
 
 
 @contextmanager
-def shared(names: str | None, ray: str | None, device: str | None) -> Iterator[Any]:
+def spread(mesh: str | None, ray: str | None, device: str | None) -> Iterator[tuple[Any, Any]]:
+    """The DeviceMesh whose ranks share every evaluation, or None, and what maps functions over items.
+
+    Raises:
+        GraphCacheError: both are asked for, or what they need is not there.
+    """
+    with _shared(mesh, ray, device) as ranks, _mapping(ray, device) as run:
+        yield ranks, run
+
+
+@contextmanager
+def _shared(names: str | None, ray: str | None, device: str | None) -> Iterator[Any]:
     """The DeviceMesh of torchrun's processes; None where nothing is shared. The first of them speaks.
 
     Raises:
@@ -46,7 +62,7 @@ def shared(names: str | None, ray: str | None, device: str | None) -> Iterator[A
     if not distributed.is_torchelastic_launched():
         raise GraphCacheError(
             f"--mesh {names}: the ranks are processes that torchrun starts: torchrun --nproc-per-node 2 "
-            "--module graphcache auto …"
+            "--module graphcache …"
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -62,6 +78,18 @@ def shared(names: str | None, ray: str | None, device: str | None) -> Iterator[A
     finally:
         console.quiet = quiet
         distributed.destroy_process_group()
+
+
+@contextmanager
+def _mapping(ray: str | None, device: str | None) -> Iterator[Any]:
+    """What maps functions over items: a cluster, or this process."""
+    if ray is None:
+        yield map
+        return
+    if device is not None and ":" in device:
+        raise GraphCacheError(f"--device {device}: workers have devices of their own; leave the number out")
+    with Cluster(ray, gpus_per_task=int(device == "cuda")) as cluster:
+        yield cluster.map
 
 
 def _sizes(names: str, processes: int) -> dict[str, int]:

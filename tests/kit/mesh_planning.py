@@ -175,18 +175,26 @@ def _said(call: Any) -> str:
     return "nothing"
 
 
-def commanded(folder: str, port: int, *arguments: str) -> tuple[str, str]:
-    """What `graphcache auto` prints in processes that torchrun would have started, and what it raises."""
+def commanded(folder: str, commands: Mapping[int, str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """What commands print in processes that torchrun would have started, and what they raise; each has a port
+    of its own. Then what lies in the folder that the rank stood in.
+    """
     rank, count = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
-    os.environ |= {
-        "TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
-    }  # fmt: skip
-    options = ("--output", folder, "--backend", "none", "--steps", "4", "--iterations", "1", "--threads", "1")
-    asked = ["auto", "mesh_planning:factory", *options, "--speedup", "1.3", "--mesh", "tokens", *arguments]
-    result = CliRunner().invoke(app, asked, env={"COLUMNS": "200"})
-    return result.output, str(result.exception)
+    Captured.of = Sharing(Captured.of, Symbolic.of)  # type: ignore[method-assign]
+    place = Path(folder, str(rank))
+    place.mkdir()
+    os.chdir(place)
+    told = []
+    for port, command in commands.items():
+        os.environ |= {
+            "TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+        }  # fmt: skip
+        asked = [*command.split(), "--mesh", "tokens", "--threads", "1"]
+        result = CliRunner().invoke(app, asked, env={"COLUMNS": "200"})
+        told.append((result.output, str(result.exception)))
+    return told, sorted(path.name for path in place.iterdir())
 
 
 def factory() -> tuple[Any, Any, list[int]]:

@@ -3,7 +3,7 @@
 import math
 import pickle
 import socket
-from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -141,30 +141,69 @@ def test_an_interrupted_profile_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
 
 
-def test_the_command(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (told, error), (silent, other) = together(2, mesh_planning.commanded, str(tmp_path / "out"), port)
-    assert (error, other, silent) == ("None", "None", ""), told
-    assert "other libraries' caches run on one device, and are left out" in told
-    assert "backend=None, mesh=mesh)" in told
-    rows = {row.name for row in load_rows(tmp_path / "out" / "comparison.json")}
+FACTORY = "mesh_planning:factory"
+COMMANDS = {
+    "auto": f"auto {FACTORY} --output out --backend none --steps 4 --iterations 1 --speedup 1.3",
+    "profile": f"profile {FACTORY} --backend none --steps 4 --detail steps",
+    "search": f"search profile.json --model {FACTORY} --speedup 1.3",
+    "tune": f"tune {FACTORY} plan.txt --iterations 1",
+    "compare": f"compare {FACTORY} --plan tuned.txt --promise --steps 4 --backend none --output rows.json",
+}
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        places = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for place in places:
+            place.bind(("127.0.0.1", 0))
+        return [place.getsockname()[1] for place in places]
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    """Each goes on with what the one before has left; the first rank alone speaks, reads and writes."""
+    commands = dict(zip(free_ports(len(COMMANDS)), COMMANDS.values(), strict=True))
+    (first, there), (second, elsewhere) = together(2, mesh_planning.commanded, str(tmp_path), commands)
+    assert second == [("", "None")] * len(COMMANDS), first
+    assert elsewhere == []
+    assert there == ["out", "plan.txt", "profile.json", "rows.json", "tuned.txt"]
+    told = dict(zip(COMMANDS, (text for text, _ in first), strict=True))
+    assert "other libraries' caches run on one device, and are left out" in told["auto"]
+    assert "backend=None, mesh=mesh)" in told["auto"]
+    assert [error for _, error in first] == ["None"] * len(COMMANDS)
+    assert "dB after" in told["tune"]
+    assert "wrote tuned.txt: it promises" in told["compare"]
+    home = tmp_path / "0"
+    rows = {row.name for row in load_rows(home / "out" / "comparison.json")}
     assert rows == {"plain", "found", "fora", "taylorseer", "3 steps"}
-    assert Plan.load(tmp_path / "out" / "tuned.txt").promise is not None
+    model, sampler, samples = mesh_planning.factory()
+    alone = graphcache.profile(model, samples, steps=4, sampler=sampler, detail="steps")
+    assert_alike(graphcache.load_profile(home / "profile.json"), alone)
+    (_, row) = load_rows(home / "rows.json")
+    for path, steps in (("tuned.txt", row.steps), ("out/tuned.txt", 4)):
+        plan = Plan.load(home / path)
+        assert plan.promise is not None
+        assert plan.steps == steps
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--mesh", "tokens"), "processes that torchrun starts"),
-        (("--mesh", "tokens", "--ray", "local"), "leave out one of them"),
-        (("--mesh", "tokens", "--device", "cuda:1"), "ranks have devices of their own"),
-    ],
-)
-def test_the_command_refuses(options: Sequence[str], said: str, tmp_path: Path) -> None:
-    asked = ["auto", "mesh_planning:factory", "--steps", "4", "--output", str(tmp_path / "out"), *options]
-    assert said in str(CliRunner().invoke(app, asked).exception)
+REFUSED = [
+    ("--mesh tokens", "processes that torchrun starts"),
+    ("--mesh tokens --ray local", "leave out one of them"),
+    ("--mesh tokens --device cuda:1", "ranks have devices of their own"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), REFUSED)
+def test_commands_refuse(options: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, command in COMMANDS.items():
+        if "--ray" not in options or name != "tune":
+            assert said in str(CliRunner().invoke(app, f"{command} {options}".split()).exception), name
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_search_that_runs_nothing_is_not_shared() -> None:
+    found = CliRunner().invoke(app, ["search", "profile.json", "--speedup", "2", "--mesh", "tokens"])
+    assert "--mesh, --device and --dtype are for the runs of --model" in str(found.exception)
 
 
 def test_ranks_that_were_given_something_else_say_so_on_all_ranks() -> None:
