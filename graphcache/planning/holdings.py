@@ -55,10 +55,14 @@ class Holding:
     @cached_property
     def rows(self) -> tuple[int, ...]:
         """The entries of the whole's first dimension that the part has, in its order."""
-        found = torch.arange(self.shape[0])
+        return self.entries(0)
+
+    def entries(self, dim: int) -> tuple[int, ...]:
+        """Those of any dimension."""
+        found = torch.arange(self.shape[dim])
         for cut in self.cuts:
-            if cut.axis is not None and cut.axis.dim == 0:
-                found = _part(found, cut.axis, cut.ranks.rank)
+            if cut.axis is not None and cut.axis.dim == dim:
+                found = _part(found, cut.axis.at(0), cut.ranks.rank)
         return tuple(found.tolist())
 
 

@@ -21,11 +21,12 @@ from graphcache.ir.roles import Names
 from graphcache.planning.agreement import done_by_first, of_first, refuse_others
 from graphcache.planning.calibration import step_seconds
 from graphcache.planning.gradient_memory import MEMORY, GradientMemory
+from graphcache.planning.moves import by_token
 from graphcache.planning.probing import ProbeEngine
 from graphcache.planning.profile import Profile, Provenance, SampleProfile, families
 from graphcache.planning.profile_file import load_part, save_part, save_profile
 from graphcache.planning.profile_memory import Needs, Share
-from graphcache.planning.recording import Recording, by_token
+from graphcache.planning.recording import Recording
 from graphcache.planning.sampling import (
     Sampler,
     Sampling,
@@ -87,7 +88,7 @@ def profile(
         timestep: the name of the timestep argument, if it is not found.
         latents: those of the latents, as for `transform`.
         mesh: the ranks that share every evaluation, as for `transform`: all get the profile of one process,
-            to rounding. Tokens are not looked at one by one: take detail="steps" or "sites".
+            to rounding.
         seed: of the probes and the sketch.
         memory: bytes that this may take beside the model and what capturing left, on each rank, or in each
             worker of a cluster. As long as no tokens are left out, it changes no result on a CPU.
@@ -109,11 +110,6 @@ def profile(
         raise GraphCacheError(f"detail={detail!r}: known are {', '.join(DETAILS)}")
     if sampling.ranks:
         refuse_for_ranks(backend)
-        if detail == "tokens":
-            raise GraphCacheError(
-                'mesh=: each rank holds its own tokens, which detail="tokens" would compare with each other: '
-                'give detail="steps" or "sites", or profile without mesh='
-            )
     probes = (1 if detail == "steps" else 2) if probes is None else probes
     window = min(window, steps - 1)
     options = Options(Plan(steps), names=sampling.names, mesh=sampling.ranks)

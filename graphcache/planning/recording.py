@@ -16,6 +16,7 @@ from graphcache.ir.history import GUIDANCE, OUTPUT
 from graphcache.ir.ranks import Ranks
 from graphcache.planning.evaluation import Tensors
 from graphcache.planning.holdings import Holding, Rows, samples_of
+from graphcache.planning.moves import Moves
 from graphcache.planning.profile import SampleProfile
 from graphcache.planning.turns import Turns
 from graphcache.runtime.session import CallSlot
@@ -61,8 +62,6 @@ class Recording:
     probe: int = 0
     gram: dict[str, np.ndarray] = field(default_factory=dict)
     effects: dict[str, np.ndarray] = field(default_factory=dict)
-    drift: dict[str, np.ndarray] = field(default_factory=dict)
-    ranking: dict[str, np.ndarray] = field(default_factory=dict)
     bands: np.ndarray | None = None
     handovers: tuple[int, ...] = ()
     _sketches: dict[tuple[str, CallSlot], dict[int, Tensor]] = field(default_factory=dict)
@@ -70,15 +69,16 @@ class Recording:
     _held: dict[tuple[str, CallSlot], list[tuple[int, Tensor]]] = field(default_factory=dict)
     _pairs: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     _signs: dict[tuple[int, Holding | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _places: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.moves = Moves(self.steps, self.mesh)
         self._turns, self._turn = Turns(self.steps), turns(self.steps, ())
 
     def called(self, step: int, model: nn.Module) -> None:
         """An evaluation begins; the model that takes over has moved from nowhere."""
         if self._turns.called(step, model):
-            self._last.clear()
+            self._forget()
 
     def saw(
         self, step: int, branch: CallSlot, site: str, values: Tensors, held: Sequence[Holding] = ()
@@ -88,7 +88,10 @@ class Recording:
         sketch = torch.cat([self._sketch(*pair) for pair in zip(values, parts, strict=True)])
         self._sketches.setdefault((site, branch), {})[step] = sketch
         if self.drifts and len(values) == 1 and values[0].dim() == 3 and site != OUTPUT:
-            self._moved(step, site, branch, values[0])
+            count = values[0].shape[1] if not held else held[0].shape[1]
+            picks = self.tokens < 1 and site in self.sampled
+            some = self._some(count) if picks else None
+            self.moves.saw(step, site, branch, values[0], some, parts[0])
         difference = self._difference(step, branch, values[0]) if site == OUTPUT else None
         if difference is not None:
             self._sketches.setdefault((GUIDANCE, ("", 0)), {})[step] = self._sketch(difference)
@@ -144,16 +147,22 @@ class Recording:
                     stacked = total(torch.stack([sketches[step] for step in steps]), self.mesh).double()
                     table[np.ix_(steps, steps)] += (stacked @ stacked.T).cpu().numpy()
         self._sketches.clear()
-        self._last.clear()
+        self._forget()
         self._pairs.clear()
+
+    def _forget(self) -> None:
+        """What comes next has moved from nowhere."""
+        self._last.clear()
+        self.moves.forget()
 
     def part(self) -> SampleProfile:
         """What was recorded, once all probes have come back."""
         effects = {name: table.astype(np.float32) for name, table in self._added(self.effects).items()}
         moves = max(1, self.steps - 1 - len(self.handovers))
-        drift = {name: (moved / moves).astype(np.float32) for name, moved in self.drift.items()}
+        drift = {name: (moved / moves).astype(np.float32) for name, moved in self.moves.drift.items()}
+        ranking = self.moves.ranking
         return SampleProfile(
-            self.gram, effects, drift, self.ranking, self.bands, self.numbers, self.calls, self.handovers
+            self.gram, effects, drift, ranking, self.bands, self.numbers, self.calls, self.handovers
         )
 
     def next_probe(self) -> None:
@@ -233,39 +242,24 @@ class Recording:
 
     def _at_places(self, tensor: Tensor, weighted: bool) -> Tensor:
         tokens = tensor.detach().flatten(1, -2)
-        places, sizes = self._some(tokens.shape[1])
+        places, sizes = self._some(tokens.shape[1], self.mesh)
         found = tokens.index_select(1, places.to(tokens.device))
         return found * sizes.to(found)[:, None] if weighted else found
 
-    def _some(self, count: int) -> tuple[Tensor, Tensor]:
-        """Of so many tokens one out of every stretch, and the stretches' sizes; others for every probe."""
-        if count not in self._places:
+    def _some(self, count: int, mesh: Sequence[Ranks] = ()) -> tuple[Tensor, Tensor]:
+        """Of so many tokens one out of every stretch, and the stretches' sizes: others for every probe, and
+        on every rank of a mesh.
+        """
+        if (count, len(mesh)) not in self._places:
             amount = min(count, math.ceil(self.tokens * count))
             ends = torch.arange(amount + 1) * count // amount
             sizes = ends.diff()
             seed = (self.seed * 1_000_003 + self.number) * 1_003 + self.probe
-            for ranks in self.mesh:
+            for ranks in mesh:
                 seed = seed * ranks.count + ranks.rank
             chance = torch.rand(amount, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-            self._places[count] = ends[:-1] + (chance * sizes).long(), sizes
-        return self._places[count]
-
-    def _moved(self, step: int, name: str, branch: CallSlot, value: Tensor) -> None:
-        """How far each token moved since the step before, and whether its length foretold that."""
-        count = value.shape[1]
-        value = self._picked(name, (value,))[0].detach().float()
-        before = self._last.get((name, branch))
-        self._last[name, branch] = value
-        if before is None or before.shape != value.shape:
-            return
-        moved = (value - before).norm(dim=-1)
-        size = value.norm(dim=-1).mean().clamp(min=1e-20)
-        found = (moved.square().mean(dim=0).sqrt() / size).cpu().double().numpy()
-        if len(found) < count:
-            found = np.repeat(found, self._some(count)[1].numpy())
-        self.drift[name] = by_token([self.drift.get(name, np.zeros(count)), found])
-        ranks = self.ranking.setdefault(name, np.zeros(self.steps))
-        ranks[step] += _spearman(before.norm(dim=-1), moved)
+            self._places[count, len(mesh)] = ends[:-1] + (chance * sizes).long(), sizes
+        return self._places[count, len(mesh)]
 
     def _difference(self, step: int, branch: CallSlot, output: Tensor) -> Tensor | None:
         """What the conditional branch adds, once both branches of a step are known."""
@@ -313,14 +307,6 @@ def _by_sample(tensors: Tensors, samples: list[int] | None) -> Tensor:
     return (torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]).float()
 
 
-def by_token(tables: Sequence[np.ndarray]) -> np.ndarray:
-    """The sum of numbers of each token, of calls that have more of them or less."""
-    total = np.zeros(max(map(len, tables)))
-    for table in tables:
-        total[: len(table)] += table
-    return total
-
-
 def _low_band(value: Tensor) -> Tensor:
     """The part of the frequencies below a fifth of the sides, by products with their real bases."""
     for dim in (-1, -2):
@@ -328,11 +314,3 @@ def _low_band(value: Tensor) -> Tensor:
         table = basis(side, min(value.shape[-2:]) // 5).to(value)
         value = (value.transpose(dim, -1) @ table.T @ table).transpose(dim, -1)
     return value
-
-
-def _spearman(one: Tensor, other: Tensor) -> float:
-    """Rank correlation over the last dimension, the mean over the first."""
-    ranks = [item.argsort(dim=-1).argsort(dim=-1).double() for item in (one, other)]
-    centred = [rank - rank.mean(dim=-1, keepdim=True) for rank in ranks]
-    product = (centred[0] * centred[1]).sum(dim=-1)
-    return float((product / (centred[0].norm(dim=-1) * centred[1].norm(dim=-1)).clamp(min=1e-20)).mean())

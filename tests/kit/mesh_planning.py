@@ -71,7 +71,7 @@ def profiled_models(names: Sequence[str]) -> dict[str, list[Any]]:
     found, mesh = dict[str, list[Any]](), mesh_of(tokens=2)
     for name in names:
         case = CASES[name]
-        given: dict[str, Any] = {"steps": 3, "sampler": Generation(case), "detail": "sites", "probes": 1}
+        given: dict[str, Any] = {"steps": 3, "sampler": Generation(case), "probes": 1}
         found[name] = [graphcache.profile(case.make(), [1], mesh=m, **given) for m in (None, mesh)]
     return found
 

@@ -21,6 +21,7 @@ from graphcache.cli.main import app
 from graphcache.ir.ranks import Ranks
 from graphcache.planning.comparison import load_rows
 from graphcache.planning.holdings import Cut, Holding, Rows, samples_of
+from graphcache.planning.moves import TokensOfPart
 from graphcache.planning.probing import ProbeEngine
 from graphcache.planning.profile_memory import Needs
 from graphcache.planning.recording import Recording
@@ -42,22 +43,29 @@ def assert_alike(found: Profile, alone: Profile) -> None:
     ):
         np.testing.assert_allclose(table, other, atol=1e-5 * abs(other).max(), rtol=0, err_msg=name)
     assert (found.numbers, found.calls, found.flops) == (alone.numbers, alone.calls, alone.flops)
+    for ours, theirs in ((found.drift, alone.drift), (found.ranking, alone.ranking)):
+        assert ours.keys() == theirs.keys()
+        for name, numbers in ours.items():
+            np.testing.assert_allclose(numbers, theirs[name], atol=1e-5, rtol=1e-5, err_msg=name)
 
 
 def assert_the_same(one: Profile, other: Profile) -> None:
     assert np.array_equal(one.gram, other.gram)
     assert np.array_equal(one.effects, other.effects)
     assert (one.sites, one.timings) == (other.sites, other.timings)
+    for ours, theirs in ((one.drift, other.drift), (one.ranking, other.ranking)):
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(table, theirs[name]) for name, table in ours.items())
 
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("sizes", "mode", "options"),
     [
-        ({"tokens": 2}, "first", {"memory": 60_000}),
+        ({"tokens": 2}, "first", {"memory": 60_000, "detail": "tokens"}),
         ({"guidance": 2}, "last", {"detail": "steps", "backend": "aot_eager"}),
         ({"guidance": 2}, None, {}),
-        ({"guidance": 2, "tokens": 2}, "first", {}),
+        ({"guidance": 2, "tokens": 2}, "first", {"detail": "tokens"}),
     ],
 )
 def test_profiles(sizes: dict[str, int], mode: str | None, options: dict[str, Any]) -> None:
@@ -74,6 +82,7 @@ def test_profiles_of_models(request: pytest.FixtureRequest) -> None:
         names += ["dit", "pixart", "sd3", "wan", "cogvideox", "hunyuan_video"]
     first, second = together(2, mesh_planning.profiled_models, names, timeout=600)
     for name in names:
+        assert first[name][0].drift
         assert_alike(first[name][1], first[name][0])
         assert_the_same(second[name][1], first[name][1])
 
@@ -222,10 +231,6 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("shared")
 class TestRefused:
-    def test_tokens_one_by_one(self) -> None:
-        with pytest.raises(GraphCacheError, match=r'its own tokens.*detail="steps" or "sites"'):
-            graphcache.profile(tiny(), [1], steps=3, sampler=Sampler())
-
     def test_code_without_exchanges(self) -> None:
         with pytest.raises(GraphCacheError, match="does not go with mesh="):
             graphcache.profile(tiny(), [1], steps=3, sampler=Sampler(), detail="steps", backend="aot")
@@ -309,6 +314,29 @@ class TestHoldings:
     def test_a_whole_value_is_the_first_ranks(self) -> None:
         found = [Holding.of([3], [Cut(Ranks(2, rank, ""), None)]) for rank in range(2)]
         assert [held.counted(torch.ones(3)).tolist() for held in found] == [[1] * 3, [0] * 3]
+
+    @pytest.mark.parametrize("places", [None, [1, 3, 4, 7]])
+    def test_lengths_of_tokens_add_up(self, places: list[int] | None) -> None:
+        """Also of some tokens, of which every rank has others."""
+        whole = torch.randn(2, 8, 5)
+        chosen = torch.tensor(range(8) if places is None else places)
+        total = torch.zeros(2, 8)
+        for rank in range(6):
+            held, part = self.part(rank), TokensOfPart(self.part(rank))
+            value = whole[torch.tensor(held.entries(0))[:, None], torch.tensor(held.entries(1))]
+            own = None if places is None else part.among(chosen)
+            total += part.squares(value if own is None else value[:, own], own)
+        expected = torch.zeros(2, 8).index_copy(1, chosen, whole.square().sum(-1)[:, chosen])
+        torch.testing.assert_close(total, expected)
+
+    def test_lengths_over_what_ranks_share_add_up(self) -> None:
+        """Of channels some are split, and the others are held by all ranks and counted once."""
+        whole, total = torch.randn(2, 3, 6), torch.zeros(2, 3)
+        for rank in range(2):
+            axis = Axis(2, 1, (Segment(2, False), Segment(4, True)), 2)
+            held = Holding.of([2, 3, 4], [Cut(Ranks(2, rank, ""), axis)])
+            total += TokensOfPart(held).squares(whole[:, :, held.entries(2)], None)
+        torch.testing.assert_close(total, whole.square().sum(-1))
 
     def test_rows_say_whose_they_are(self) -> None:
         held = Holding.of([2, 4], [Cut(Ranks(2, 1, ""), Axis.of(0, 4, 2))])
