@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from graphcache.compiler.exchanges import answered
 from graphcache.ir.errors import GraphCacheError
 
 Value = TypeVar("Value")
+_BETWEEN = "between generations"
 
 
 def leads(mesh: Any) -> bool:
@@ -20,8 +22,9 @@ def of_first(mesh: Any, value: Value) -> Value:
     from torch import distributed
 
     held = [value]
-    for dim in range(mesh.ndim):
-        distributed.broadcast_object_list(held, group=mesh.get_group(dim), group_src=0)
+    with answered(_BETWEEN):
+        for dim in range(mesh.ndim):
+            distributed.broadcast_object_list(held, group=mesh.get_group(dim), group_src=0)
     return held[0]
 
 
@@ -56,7 +59,8 @@ def refuse_others(mesh: Any, **given: object) -> None:
     for dim in range(mesh.ndim):
         group = mesh.get_group(dim)
         found: list[Any] = [None] * group.size()
-        distributed.all_gather_object(found, differ, group=group)
+        with answered(_BETWEEN):
+            distributed.all_gather_object(found, differ, group=group)
         differ = [*dict.fromkeys(name for names in found for name in names)]
     if differ:
         raise GraphCacheError(

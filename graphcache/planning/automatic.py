@@ -23,7 +23,7 @@ from graphcache.planning.profiling import Detail, profile
 from graphcache.planning.references import Aim, References
 from graphcache.planning.sampling import Sampler, Sampling
 from graphcache.planning.search import Found, search
-from graphcache.planning.tuning import Tuned, refuse_budgets, tune, with_corrections
+from graphcache.planning.tuning import Tuned, tune, with_corrections
 from graphcache.runtime.closeness import decibels
 from graphcache.runtime.transform import transform
 
@@ -325,7 +325,7 @@ def checker(
 ) -> Callable[[Plan], float]:
     """Measures a plan's root mean square error on some samples; the uncached ones are made once.
 
-    Of a plan that ranks of a mesh cannot share, or that is not tuned under one, it is no number.
+    Of a plan that ranks of a mesh cannot share it is no number.
     """
     targets = (references or References(sampling, steps)).of(samples)
 
@@ -340,7 +340,6 @@ def checker(
 
     def check(plan: Plan) -> float:
         try:
-            refuse_budgets(plan, sampling.ranks)
             return measured(plan)
         except PlanError:
             if not sampling.ranks:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from graphcache.compiler.backends import Backend, refuse_unknown
+from graphcache.compiler.exchanges import ON_THE_WAY_BACK, answered
 from graphcache.ir.errors import GraphCacheError
 from graphcache.ir.plan import Plan
 from graphcache.ir.roles import Names
@@ -228,13 +229,15 @@ class _Measuring:
             if not number and not same:
                 # a graph's kernels may round otherwise than the model's: what counts is two runs of the model
                 refuse_random(self.sampling, sample, task.steps, self.uncached)
-            recording.turn(result)
-            for probe in range(task.probes):
-                generator = torch.Generator().manual_seed((task.seed * 1_000_003 + number) * 1_003 + probe)
-                direction = torch.randn(result.shape, generator=generator).to(result)
-                torch.autograd.backward(result, direction, retain_graph=probe + 1 < task.probes)
-                recording.next_probe()
-        part = recording.part()
+            with answered(ON_THE_WAY_BACK):
+                recording.turn(result)
+                for probe in range(task.probes):
+                    seed = (task.seed * 1_000_003 + number) * 1_003 + probe
+                    generator = torch.Generator().manual_seed(seed)
+                    direction = torch.randn(result.shape, generator=generator).to(result)
+                    torch.autograd.backward(result, direction, retain_graph=probe + 1 < task.probes)
+                    recording.next_probe()
+                part = recording.part()
         refuse_infinite(*map(torch.from_numpy, (*part.gram.values(), *part.effects.values())))
         return part
 

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from graphcache.compiler.exchanges import total
+from graphcache.compiler.exchanges import ON_THE_WAY_BACK, answered, total
 from graphcache.ir.errors import GraphCacheError, PlanError
 from graphcache.ir.letter import Letter
 from graphcache.ir.plan import COMPUTE, Plan
 from graphcache.ir.promise import Promise
-from graphcache.ir.ranks import Ranks
 from graphcache.planning.agreement import of_first, refuse_others
 from graphcache.planning.gradient_memory import MEMORY, GradientMemory
 from graphcache.planning.references import Aim, References, made_for
@@ -108,7 +107,6 @@ def tune(
     sampling = Sampling.of(model_or_pipe, sampler, timestep, latents, mesh=mesh)
     references = made_for(reference, sampling, plan.steps)
     weights = Weights(plan)
-    refuse_budgets(plan, sampling.ranks)
     refuse_others(
         sampling.mesh, plan=str(plan), samples=len(samples), held_out=len(held_out), iterations=iterations,
         rate=rate, every=every, patience=patience, memory=memory,
@@ -152,8 +150,9 @@ def tune(
                 "ones or by the output's, or the sampler detaches what the model returns"
             )
         weights.zero_grad()
-        torch.autograd.backward(-error, inputs=trained)
-        add_up(trained, sampling)
+        with answered(ON_THE_WAY_BACK):
+            torch.autograd.backward(-error, inputs=trained)
+            add_up(trained, sampling)
         del result, error  # and what they hold
         for engine in engines:
             engine.reset()  # a model whose turn is over keeps what it has until its next one
@@ -190,16 +189,6 @@ def add_up(trained: Sequence[nn.Parameter], sampling: Sampling) -> None:
     parts = torch.split_with_sizes(sums, [gradient.numel() for gradient in known])
     for gradient, part in zip(known, parts, strict=True):
         gradient.copy_(part.reshape(gradient.shape))
-
-
-def refuse_budgets(plan: Plan, mesh: Sequence[Ranks]) -> None:
-    """Raise PlanError if a plan writes chosen tokens into what ranks hold parts of."""
-    letters = [letter.symbol for letter in plan.letters if letter.is_tokens]
-    if mesh and letters:
-        raise PlanError(
-            f"mesh=: letter {letters[0]!r} is a budget of tokens, through which no gradients pass between "
-            "ranks; tune the plan without mesh=, or without that letter"
-        )
 
 
 def decibel_rate(trained: Sequence[Tensor]) -> float:

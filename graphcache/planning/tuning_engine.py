@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from graphcache.compiler.phase_code import Runnable
 from graphcache.ir.errors import GraphCacheError
-from graphcache.ir.graph import Coefficients
+from graphcache.ir.graph import CacheWrite, Coefficients
 from graphcache.ir.history import OUTPUT, range_site
 from graphcache.ir.plan import Plan
 from graphcache.ir.ranks import Ranks
 from graphcache.ir.resolve import resolve
 from graphcache.ir.roles import Names
 from graphcache.ir.schedule import Phase
+from graphcache.ir.state import CacheState
 from graphcache.planning.evaluation import in_stretches
 from graphcache.planning.gradient_memory import GradientMemory, with_own_inputs
 from graphcache.planning.in_stretches import InStretches
@@ -65,6 +65,13 @@ class Weights(nn.Module):
         return replace(self.given, rows=tuple(rows), preset=None)
 
 
+def _put(cache: CacheState, port: CacheWrite, value: Tensor) -> None:
+    """Let a value take the place of a part of a history's newest entry."""
+    newest = [*cache.entries[port.history][0]]
+    newest[port.part] = value
+    cache.entries[port.history][0] = tuple(newest)
+
+
 def _needing(latent: Tensor) -> Tensor:
     """A tensor that needs a gradient."""
     return latent if latent.requires_grad else latent.clone().requires_grad_()
@@ -96,7 +103,7 @@ class TuningEngine(Engine):
         self.share = Share(0)
         self.left = GradientMemory(0)
         self._keys: dict[tuple[Phase, int], dict[int, Key]] = {}
-        self._cut: dict[int, InStretches | None] = {}
+        self._cut: dict[int, InStretches] = {}
 
     def needs(self, inputs: Mapping[str, Any], calls: int, result: Tensor, references: int) -> Needs:
         """What tuning takes where a step makes so many calls like one with these arguments."""
@@ -104,8 +111,8 @@ class TuningEngine(Engine):
         calls_under = lowered(self, inputs, plan, calls)
         return tuning_needs(calls_under, self.cut_once, result.nbytes, references)
 
-    def cut_once(self, runnable: Runnable) -> InStretches | None:
-        """A phase's graph in stretches, where it can be cut."""
+    def cut_once(self, runnable: Runnable) -> InStretches:
+        """A phase's graph in stretches."""
         if id(runnable) not in self._cut:
             self._cut[id(runnable)] = cut(runnable)
         return self._cut[id(runnable)]
@@ -138,15 +145,13 @@ class TuningEngine(Engine):
                     return runnable.call(*fed)
             fed = with_own_inputs(runnable, fed)
             hold, graph = self.left.takes(runnable), self.cut_once(runnable)
-            results: Sequence[Tensor]
-            if graph is not None:
-                results = in_stretches(graph, fed, self.share.stride, hold, self.options.mesh)
-            elif hold:
-                results = runnable.call(*fed)
-            else:
-                results = checkpoint(runnable.call, *fed, use_reentrant=False, preserve_rng_state=False)
+            results = in_stretches(graph, fed, self.share.stride, hold, self.options.mesh)
+            own = len(runnable.step.outputs)
+            for written, value in zip(graph.runnable.step.outputs[own:], results[own:], strict=True):
+                assert isinstance(written, CacheWrite)
+                _put(state.cache, written, value)
             # samplers may change these in place
-            return [*(result.clone() for result in results[:count]), *results[count:]]
+            return [*(result.clone() for result in results[:count]), *results[count:own]]
 
         with self.in_step(branch, state, tensors):
             return run_step(state, tensors, evaluated)

@@ -2,27 +2,26 @@
 
 from collections.abc import Callable, Sequence
 
+from graphcache.compiler.code import build
 from graphcache.compiler.phase_code import Runnable
 from graphcache.ir.graph import CacheRead, storage_bytes, value_of
+from graphcache.passes.pure import Pure
 from graphcache.planning.in_stretches import InStretches
 from graphcache.planning.plan_memory import Lowered
 from graphcache.planning.profile_memory import Needs, input_bytes, passing
 
 _RESULTS = 8
 """Times a result that comparing one with another takes at most, in double precision."""
-_AT_ONCE = 2
-"""Times what an evaluation computes that it takes to run it again as a whole."""
 
 
-def cut(runnable: Runnable) -> InStretches | None:
-    """A phase's graph in stretches; None where it writes into cached values, which it can do once."""
-    if any(isinstance(port, CacheRead) and port.changed for port in runnable.step.inputs):
-        return None
-    return InStretches(runnable, len(runnable.step.outputs))
+def cut(runnable: Runnable) -> InStretches:
+    """A phase's graph in stretches; the cached values that it writes to are further results."""
+    step = Pure()(runnable.step)
+    return InStretches(Runnable(step, build(step, None)), len(step.outputs))
 
 
 def tuning_needs(
-    calls: Sequence[Lowered], cut_once: Callable[[Runnable], InStretches | None], result: int, references: int
+    calls: Sequence[Lowered], cut_once: Callable[[Runnable], InStretches], result: int, references: int
 ) -> Needs:
     """Of one generation and its way back.
 
@@ -38,9 +37,15 @@ def tuning_needs(
         fixed += sum(input_bytes(phase) + given for phase in call.phases)
         # gradients of entries wait for the steps that stored them, beside those of the step gone back through
         fixed += call.hoisted + call.stored + 2 * call.peak
+        # and of entries that are written to every step has its own
+        fixed += sum(map(_written, call.phases))
     phases = {id(phase): phase for call in calls for phase in call.phases}.values()
-    graphs = [graph.stretches for graph in map(cut_once, phases) if graph is not None]
-    whole = max((_AT_ONCE * phase.computed_bytes for phase in phases if cut_once(phase) is None), default=0)
-    strides = {stride: max(most, whole) for stride, most in passing(graphs).items()} if graphs else {0: whole}
+    strides = passing([cut_once(phase).stretches for phase in phases])
     advice = "fewer samples, or a plan that caches a range or the output alone, take less"
     return Needs(fixed, 0, strides, "tuning", advice)
+
+
+def _written(phase: Runnable) -> int:
+    """Bytes of the entries that a step writes to."""
+    ports = phase.step.ports()
+    return sum(value_of(n).nbytes for port, n in ports if isinstance(port, CacheRead) and port.changed)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from graphcache.compiler.backends import Backend, is_ahead, replays_cuda_graphs
+from graphcache.compiler.exchanges import answered
 from graphcache.ir.errors import GraphCacheError, StateError
 from graphcache.ir.graph import as_bytes
 from graphcache.ir.ranks import Ranks
@@ -78,16 +79,9 @@ def in_step(
     if not mesh:
         yield
         return
-    try:
+    with answered(f"at step {state.step}"):
         agree(mesh, model, state, slot, tensors)
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
-            raise
-        raise StateError(
-            f"a rank of the mesh is gone, or did not answer in time, at step {state.step}: end all ranks and "
-            f"begin anew ({str(error).splitlines()[0]})"
-        ) from error
 
 
 def refuse_gradients() -> None:

@@ -16,12 +16,14 @@ import graphcache
 from graphcache import GraphCacheError, Plan, with_corrections
 from graphcache.cli.main import app
 from graphcache.compiler.captured import Captured
-from graphcache.planning import profile_memory, recording
+from graphcache.planning import profile_memory, recording, tuning
 from graphcache.planning.automatic import checker
+from graphcache.planning.evaluation import Evaluation
+from graphcache.planning.recording import Recording
 from graphcache.planning.sampling import Sampling
 from graphcache.tracing.symbolic import Symbolic
 from linear import Sampler
-from mesh_work import mesh_of
+from mesh_work import kill, mesh_of
 from relay import STEPS, relay
 from sharing import Sharing
 from tiny import tiny
@@ -35,6 +37,16 @@ PLAN = Plan.parse("""
       step 2 = 1.5 -0.5
     range(1..2) ###f
       step 3 = 1.25 -0.25
+""")
+BUDGETED = Plan.parse("""
+    plan steps=5 preset=none
+    a = tokens 3 by random multiple=1
+    k = tokens 2 by cluster multiple=1 blend=0.5
+    f = fitted order=1
+    @self ##af#
+      step 3 = 1.25 -0.25
+    @mlp  #k#af
+      step 4 = 1.5 -0.5
 """)
 TOKENS = 4
 """As many as a head is wide."""
@@ -87,9 +99,10 @@ def _few_buckets() -> None:
     recording.SKETCH = profile_memory.SKETCH = 16
 
 
-def tuned(sizes: Mapping[str, int], memories: Sequence[int]) -> list[Any]:
+def tuned(sizes: Mapping[str, int], plan: Plan, memories: Sequence[int]) -> list[Any]:
     """What one process and each rank came to, with so many bytes each."""
-    plan, sampler = with_corrections(PLAN), Sampler("first", tokens=TOKENS)
+    Captured.of = Sharing(Captured.of, Symbolic.of)  # type: ignore[method-assign]
+    plan, sampler = with_corrections(plan), Sampler("first", tokens=TOKENS)
     given: dict[str, Any] = {"sampler": sampler, "iterations": 3, "every": 2}
     cases = [(memory, mesh) for memory in memories for mesh in (None, mesh_of(**sizes))]
     return [
@@ -124,12 +137,12 @@ def automatic(folder: str) -> list[tuple[Any, Tensor]]:
 
 
 def checked() -> list[float]:
-    """The error of a plan that two ranks can share by guidance, and of two that they cannot."""
+    """The errors of two plans that two ranks can share by guidance, and of one that they cannot."""
     sampler = Sampler("first", tokens=TOKENS)
     sampling = Sampling.of(tiny(3), sampler, conditional="first", mesh=mesh_of(guidance=2))
     check = checker(sampling, [1], 4)
     head = "plan steps=4 preset=none conditional=first\n"
-    rows = "@mlp ##.#", "guidance ##.#", "a = tokens 2 by random\n@mlp ##a#"
+    rows = "@mlp ##.#", "a = tokens 2 by random multiple=1\n@mlp ##a#", "guidance ##.#"
     return [check(Plan.parse(head + row)) for row in rows]
 
 
@@ -165,6 +178,19 @@ def disagreeing() -> list[str]:
         lambda: graphcache.compare(tiny(3), {}, [1] * (1 + odd), steps=3, **given),
     ]
     return [_said(call) for call in calls]
+
+
+def dying(what: str, within: str) -> None:
+    """The last of two ranks is killed while something is profiled or tuned."""
+    if dist.get_rank() and within == "evaluation":
+        Evaluation.back = kill  # type: ignore[method-assign]
+    elif dist.get_rank():
+        Recording.part = tuning.add_up = kill  # type: ignore[method-assign]
+    given: dict[str, Any] = {"sampler": Sampler(tokens=TOKENS), "mesh": mesh_of(tokens=2)}
+    if what == "profile":
+        graphcache.profile(tiny(2), [1, 2], steps=3, detail="steps", **given)
+    else:
+        graphcache.tune(tiny(3), with_corrections(PLAN), [1], [2], iterations=1, **given)
 
 
 def _said(call: Any) -> str:

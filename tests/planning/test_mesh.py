@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import graphcache
 import mesh_planning
-from graphcache import GraphCacheError, Plan, PlanError, Profile
+from graphcache import GraphCacheError, Plan, Profile
 from graphcache.analysis.shard_layout import Axis, Segment
 from graphcache.cli.main import app
 from graphcache.ir.ranks import Ranks
@@ -30,7 +30,7 @@ from graphcache.planning.subject import described
 from graphcache.runtime.options import Options
 from linear import Sampler
 from lockstep import Mesh, line
-from mesh_planning import PLAN
+from mesh_planning import BUDGETED, PLAN
 from processes import together
 from tiny import tiny
 
@@ -94,13 +94,21 @@ def test_profiles_of_models_that_take_turns() -> None:
     assert (ours.handovers, ours.calls) == (alone.handovers, 2)
 
 
-@pytest.mark.few(1)
-@pytest.mark.parametrize("shared", ["tokens", "guidance"])
-def test_tuned_plans(shared: str) -> None:
-    first, second = together(2, mesh_planning.tuned, {shared: 2}, (1 << 20, 40_000))
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("shared", "plan", "memory"),
+    [
+        ("tokens", PLAN, 40_000),
+        ("guidance", PLAN, 40_000),
+        ("tokens", BUDGETED, 60_000),
+        ("guidance", BUDGETED, 60_000),
+    ],
+)
+def test_tuned_plans(shared: str, plan: Plan, memory: int) -> None:
+    first, second = together(2, mesh_planning.tuned, {shared: 2}, plan, (1 << 20, memory))
     for alone, ours, theirs in ((first[0], first[1], second[1]), (first[2], first[3], second[3])):
         assert ours == theirs
-        assert ours.plan != PLAN
+        assert ours.plan != plan
         for row, other in zip(ours.plan.rows, alone.plan.rows, strict=True):
             assert (row.selector, row.actions) == (other.selector, other.actions)
             for (_, mine), (_, expected) in zip(row.coefficients, other.coefficients, strict=True):
@@ -137,9 +145,9 @@ def test_auto(tmp_path: Path) -> None:
 def test_plans_that_ranks_cannot_share_are_not_chosen() -> None:
     first, second = together(2, mesh_planning.checked)
     assert str(first) == str(second)
-    error, *others = first
-    assert 0 < error < 1
-    assert all(map(math.isnan, others))
+    *errors, other = first
+    assert all(0 < error < 1 for error in errors)
+    assert math.isnan(other)
 
 
 def test_an_interrupted_profile_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -223,6 +231,17 @@ def test_ranks_that_were_given_something_else_say_so_on_all_ranks() -> None:
         assert said.startswith(f"mesh=: ranks were given different {name};")
 
 
+@pytest.mark.few(2)
+@pytest.mark.parametrize("what", ["profile", "tune"])
+@pytest.mark.parametrize("within", ["evaluation", "tables"])
+def test_a_killed_rank_is_an_error_on_the_other(what: str, within: str) -> None:
+    other, killed = together(2, mesh_planning.dying, what, within, timeout=60)
+    assert killed is None
+    assert other.startswith(
+        "StateError: a rank of the mesh is gone, or did not answer in time, on the way ba"
+    )
+
+
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if two ranks shared everything; nothing may be exchanged."""
@@ -234,11 +253,6 @@ class TestRefused:
     def test_code_without_exchanges(self) -> None:
         with pytest.raises(GraphCacheError, match="does not go with mesh="):
             graphcache.profile(tiny(), [1], steps=3, sampler=Sampler(), detail="steps", backend="aot")
-
-    def test_budgets_of_tokens(self) -> None:
-        plan = Plan.parse(f"{PLAN}\na = tokens 2 by random\n@self ##a#")
-        with pytest.raises(PlanError, match="letter 'a' is a budget of tokens"):
-            graphcache.tune(tiny(3), plan, [1], [2], sampler=Sampler())
 
     def test_rivals(self) -> None:
         rivals: Any = {"other": None}

@@ -48,6 +48,18 @@ MIXED = Plan.parse("""
 """)
 
 
+BUDGETED = Plan.parse("""
+    plan steps=6 preset=none
+    a = tokens 2 by random multiple=1
+    k = tokens 2 by cluster multiple=1 blend=0.5
+    f = fitted order=1
+    @self  ##afa#
+      step 3 = 1.25 -0.25
+    @mlp   #k##af
+      step 5 = 1.5 -0.5
+""")
+
+
 def psnr(result: Tensor, target: Tensor, data_range: float = 2.0) -> float:
     """Mean over samples, in decibels."""
     rows = zip(result.double(), target.double(), strict=True)
@@ -109,6 +121,8 @@ def test_a_plan_without_coefficients_is_refused(plan: Plan) -> None:
         (MIXED, "last", True),
         (MIXED, "first", False),
         (MIXED, "calls", False),
+        (with_corrections(BUDGETED), "first", False),
+        (with_corrections(BUDGETED), "calls", True),
     ],
 )
 def test_gradients_of_coefficients_are_finite_differences(
