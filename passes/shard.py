@@ -1,5 +1,6 @@
 """One rank's part of a graph: parts of the streams, and exchanges where attention needs what others hold."""
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -118,6 +119,7 @@ class _Parts(Rewriter):
         if not needs and made.axis is None:
             return
         target, args, kwargs = made.call or (node.target, node.args, dict(node.kwargs))
+        self._gather([item for item, need in needs.items() if need is None])
         there = {item: self.part(item, need) if need else self.whole(item) for item, need in needs.items()}
         shape = None if isinstance(made.axis, tuple) else made.axis and made.axis.shape(value_of(node).shape)
         node.target = target
@@ -135,11 +137,19 @@ class _Parts(Rewriter):
 
     def whole(self, node: fx.Node) -> fx.Node:
         """All parts of a value, from all ranks."""
-        if node not in self.split:
-            return node
-        if node not in self.gathered:
-            self.gathered[node] = self._gathered(node, self.split[node])
-        return self.gathered[node]
+        self._gather([node])
+        return self.gathered.get(node, node)
+
+    def _gather(self, nodes: Sequence[fx.Node]) -> None:
+        """Gather the parts among these that are not gathered yet, those that are alike by one exchange."""
+        alike: dict[Any, list[fx.Node]] = {}
+        for node in nodes:
+            if node in self.split and node not in self.gathered:
+                value = value_of(node)
+                key = self.split[node], value.shape, value.dtype, value.device
+                alike.setdefault(key, []).append(node)
+        for (axis, *_), group in alike.items():
+            self.gathered |= zip(group, self._gathered(group, axis), strict=True)
 
     def part(self, node: fx.Node, axis: Axis) -> fx.Node:
         """The rank's part of a value."""
@@ -159,25 +169,42 @@ class _Parts(Rewriter):
     def _behind(self, node: fx.Node) -> Chain:
         return self.after(self.first.prev if node.op == "placeholder" else node)
 
-    def _gathered(self, node: fx.Node, axis: Axis) -> fx.Node:
-        """Exchanged are the split segments alone; each then goes where all values have it."""
-        chain, at = self._behind(node), axis.dim + (axis.outer > 1)
+    def _gathered(self, nodes: Sequence[fx.Node], axis: Axis) -> list[fx.Node]:
+        """Exchanged are the split segments alone, of values that are alike."""
+        chain, at = self._behind(max(nodes)), axis.dim + (axis.outer > 1)
+        before, after = _around(value_of(nodes[0]).shape, axis)
+        own, sent = list[list[fx.Node]](), list[fx.Node]()
+        for node in nodes:
+            grouped = _shaped(chain, node, [*before, axis.held, *after])
+            own.append(_cut(chain, grouped, at, [axis.local(segment) for segment in axis.segments]))
+            parts = [part for part, segment in zip(own[-1], axis.segments, strict=True) if segment.split]
+            sent.append(_joined(chain, parts, at))
+        every = zip(own, self._exchanged(chain, sent), strict=True)
+        return [self._whole(chain, node, axis, *parts) for node, parts in zip(nodes, every, strict=True)]
+
+    def _exchanged(self, chain: Chain, sent: Sequence[fx.Node]) -> list[fx.Node]:
+        """Of each of some values (ranks, its shape), what every rank has sent."""
+        size, count = list(value_of(sent[0]).shape), self.ranks.count
+        one = sent[0] if len(sent) == 1 else chain.emit(aten.stack.default, list(sent))
+        if not value_of(one).is_contiguous():
+            one = chain.emit(aten.contiguous.default, one)
+        received = chain.emit(WAIT, chain.emit(ALL_GATHER, one, count, self.ranks.group))
+        if len(sent) == 1:
+            return [chain.emit(aten.reshape.default, received, [count, *size])]
+        received = chain.emit(aten.reshape.default, received, [count, len(sent), *size])
+        each = chain.emit(aten.unbind.int, received, 1)
+        return [chain.emit(operator.getitem, each, place) for place in range(len(sent))]
+
+    def _whole(
+        self, chain: Chain, node: fx.Node, axis: Axis, own: Sequence[fx.Node], received: fx.Node
+    ) -> fx.Node:
+        """A value of its own segments and those that were exchanged: each goes where all values have it."""
         before, after = _around(value_of(node).shape, axis)
-        grouped = _shaped(chain, node, [*before, axis.held, *after])
-        own = _cut(chain, grouped, at, [axis.local(segment) for segment in axis.segments])
-        parts = [part for part, segment in zip(own, axis.segments, strict=True) if segment.split]
-        sent = _joined(chain, parts, at)
-        if not value_of(sent).is_contiguous():
-            sent = chain.emit(aten.contiguous.default, sent)
-        size = list(value_of(sent).shape)
-        received = chain.emit(ALL_GATHER, sent, self.ranks.count, self.ranks.group)
-        received = chain.emit(WAIT, received)
-        received = chain.emit(aten.reshape.default, received, [self.ranks.count, *size])
+        at, whole = axis.dim + (axis.outer > 1), list[fx.Node]()
         if at:
             received = chain.emit(aten.movedim.int, received, 0, at)
         split = [segment for segment in axis.segments if segment.split]
         pieces = iter(_cut(chain, received, at + 1, map(axis.local, split)))
-        whole = list[fx.Node]()
         for part, segment in zip(own, axis.segments, strict=True):
             if segment.split:
                 count = self.ranks.count * axis.local(segment)

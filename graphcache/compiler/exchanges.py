@@ -80,7 +80,7 @@ def _written(
     """A copy with values written into it. A rank may write what it has several times, which is once."""
     places = [index for index in indices if index is not None and index.dtype == torch.int64]
     if not accumulate and len(places) == len(indices) and values.requires_grad:
-        shape = torch.broadcast_tensors(*places)[0].shape
+        shape = torch.broadcast_tensors(*places)[0].shape  # type: ignore[no-untyped-call]
         values = values.expand(*shape, *into.shape[len(places) :])
         values = _Written.apply(values, into.shape[: len(places)], *places)  # type: ignore[no-untyped-call]
     result: Tensor = aten.index_put.default(into, indices, values, accumulate)

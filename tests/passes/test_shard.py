@@ -158,17 +158,41 @@ def test_every_layout_of_tokens(name: str) -> None:
         part(made, line(2)[0], presets.fora(3, 2))
 
 
-ATTENTIONS = {"pixart": 2, "flux": 4, "latte": 2, "functional_mmdit": 4}
-"""Over tokens of several ranks: not over text, and not over the frames of a place."""
+EXCHANGES = {"pixart": 2, "flux": 4, "latte": 2, "functional_mmdit": 2 * 4}
+"""One for each over tokens of several ranks: not over text, and not over the frames of a place; two where it
+is written as products, of which one meets keys and the other values.
+"""
 
 
 @pytest.mark.few(2)
-@pytest.mark.parametrize(("name", "attentions"), ATTENTIONS.items())
-def test_two_exchanges_for_each_attention_and_one_at_the_end(name: str, attentions: int) -> None:
+@pytest.mark.parametrize(("name", "exchanges"), EXCHANGES.items())
+def test_exchanges_of_attention_and_one_at_the_end(name: str, exchanges: int) -> None:
     made = program(name)
     computed, reused = (part(made, line(2)[1], presets.fora(4, 2), phase) for phase in range(2))
-    assert [exchanges_of(step) for step in (computed, reused)] == [2 * attentions + 1, 1]
+    assert [exchanges_of(step) for step in (computed, reused)] == [exchanges + 1, 1]
     assert graph_flops(computed) < 0.6 * graph_flops(made.step)
+
+
+class Uneven(nn.Module):
+    """Attention whose values have more channels than its keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qk, self.v, self.out = nn.Linear(4, 8), nn.Linear(4, 6), nn.Linear(6, 4)
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        query, key = self.qk(x).chunk(2, -1)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(query, key, self.v(x)))
+        return x + self.down(self.up(x + timestep[:, None, None]).relu())
+
+
+def test_keys_and_values_of_other_shapes_are_two_exchanges() -> None:
+    inputs = [{"x": torch.randn(2, 8, 4), "timestep": torch.full((2,), t)} for t in (1.0, 0.5)]
+    model = Uneven().eval()
+    made = Program(capture_call(model, inputs[0], "timestep"), None).prepared()
+    assert exchanges_of(part(made, line(2)[0], presets.compute(2))) == 3
+    check(made, line(2), presets.compute(2), [runner_tensors(model, call) for call in inputs])
 
 
 def test_the_same_part_each_time_and_the_step_unchanged() -> None:
