@@ -55,6 +55,14 @@ def generations(
     return found
 
 
+def by_meshes(
+    meshes: Mapping[str, Mapping[str, int]], plans: Mapping[str, list[tuple[str, Plan]]]
+) -> dict[str, tuple[float, float]]:
+    """The same of several meshes of the same processes, one after the other."""
+    found = {name: generations(sizes, plans) for name, sizes in meshes.items()}
+    return {f"{name} {case}": result for name, each in found.items() for case, result in each.items()}
+
+
 def step(model: Any, t: float, **changes: Any) -> Tensor:
     with torch.no_grad():
         result: Tensor = model(**{**arguments(t, tokens=TOKENS), **changes})

@@ -53,10 +53,13 @@ def test_two_processes(request: pytest.FixtureRequest) -> None:
         assert share <= (0.65 if name == "dit fastercache" else 0.55), name
 
 
-def test_four_processes_by_guidance_and_by_tokens() -> None:
+def test_four_processes() -> None:
+    """Two by two, and in a row: each of four with a quarter of the tokens."""
+    meshes = {"2x2": {"guidance": 2, "tokens": 2}, "4": {"tokens": 4}}
     plans = {"dit": [("fora", FORA), ("toca", TOCA)]}
-    results = together(4, mesh_work.generations, {"guidance": 2, "tokens": 2}, plans)
+    results = together(4, mesh_work.by_meshes, meshes, plans)
     assert all(result == results[0] for result in results)
+    assert [*results[0]] == ["2x2 dit fora", "2x2 dit toca", "4 dit fora", "4 dit toca"]
     assert all(error <= 1e-5 and share == 0.25 for error, share in results[0].values())
 
 
