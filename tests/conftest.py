@@ -42,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     Run.seed = config.getoption("--seed")
+    Run.every = config.getoption("--every-model")
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = str(Run.seed)
 

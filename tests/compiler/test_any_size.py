@@ -33,7 +33,7 @@ def inference() -> Iterator[None]:
 
 
 def test_one_fixed_size_and_one_code_for_the_others() -> None:
-    model = tiny(2)
+    model = tiny(1)
     plain = graphcache.transform(model, PLAN)
     with compilations(eagerly=False) as made:
         cached = graphcache.transform(model, PLAN, backend="inductor")

@@ -188,14 +188,17 @@ TWO_CALLS = ["wan", "hunyuan_video", "per_frame_mmdit", "sana", "latte"]
 class TestAgainstTheReference:
     """Each branch as its own reference interpreter gives it, and the difference as the paper splits it."""
 
+    @pytest.mark.few(4)
     @pytest.mark.parametrize("name", ONE_CALL)
     def test_one_call_a_step(self, name: str) -> None:
         self.check(name, fastercache(9), lambda pair, model: pair.one_call(model))
 
+    @pytest.mark.few(3)
     @pytest.mark.parametrize("name", TWO_CALLS)
     def test_two_calls_a_step(self, name: str) -> None:
         self.check(name, fastercache(9), lambda pair, model: pair.two_calls(model))
 
+    @pytest.mark.few(3)
     @pytest.mark.parametrize("model", PUBLISHED)
     def test_the_published_schedules(self, model: str) -> None:
         """At a few steps; full steps of Open-Sora and others read both branches' features."""
@@ -394,6 +397,7 @@ class TestPublishedFigures:
             (branch,) = model.summary().branches
             assert branch.held_bytes == branch.steps[-1].held_bytes + (step + 1 < plan.steps) * 2 * DIM * 4
 
+    @pytest.mark.few(3)
     @pytest.mark.parametrize("name", [*PUBLISHED, "generic"])
     def test_few_graphs_without_a_break_or_a_second_compilation(self, name: str) -> None:
         plan = fastercache(30) if name == "generic" else fastercache(name)

@@ -212,6 +212,7 @@ def test_layouts_that_no_symbols_describe_are_traced_as_they_are() -> None:
     assert str(found) == "4+0"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_halves_of_a_doubled_batch_are_filled_in_too(batch: int) -> None:
     """Of one sample, whose number has no symbol, and of more."""
@@ -220,7 +221,7 @@ def test_halves_of_a_doubled_batch_are_filled_in_too(batch: int) -> None:
     cached: Any = graphcache.transform(on.model, plan, timestep=on.timestep)
     fixed: Any = graphcache.transform(on.model, plan, timestep=on.timestep, sizes="fixed")
     with traces() as found:
-        for number, expected in zip((6, 9, 4, 11, 5), ("2+0", "4+0", "4+2", "4+2", "4+2"), strict=True):
+        for number, expected in zip((6, 9, 4, 11), ("2+0", "4+0", "4+2", "4+2"), strict=True):
             calls = doubled(on.calls({"batch": batch, "text": number}, 2))
             results = [cached(**call)[0] for call in calls]
             assert (number, str(found)) == (number, expected)

@@ -4,7 +4,10 @@ An entry of `PIPELINES` runs as its users run it: the scheduler of the published
 video inputs. All cost a second or less for a generation of six steps.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from tiny_pipelines import (
     CHROMA,
@@ -48,7 +51,7 @@ from tiny_pipelines import (
 )
 from zoo import CASES
 
-__all__ = ["PIPELINES", "TEXT", "TEXT_DIM", "TinyPipeline"]
+__all__ = ["PIPELINES", "TEXT", "TEXT_DIM", "TinyPipeline", "generated_by"]
 
 _PIXART_CALL = call_of(
     prompts, masked(torch.int64), guided_by(), sized(8), negative_prompt=None, use_resolution_binning=False
@@ -248,3 +251,10 @@ PIPELINES: dict[str, TinyPipeline] = {
         call_of(*_WAN_CALL, an_image("image", 8, rows=1), num_frames=5),
     ),
 }
+
+
+def generated_by(name: str, pipe: Any, steps: int) -> tuple[Tensor, int]:
+    """What a transformed pipeline of this name gives, and how many values it reused: for another process."""
+    pipe.set_progress_bar_config(disable=True)
+    result = PIPELINES[name].generate(pipe, steps)
+    return result, sum(step.reused for branch in pipe.transformer.summary().branches for step in branch.steps)

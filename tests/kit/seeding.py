@@ -15,9 +15,10 @@ P, T = ParamSpec("P"), TypeVar("T")
 
 
 class Run:
-    """The seed of this run of the tests; the command line may set another."""
+    """The seed of this run of the tests, and whether all cases are run; the command line may set others."""
 
     seed = int(os.environ.get("SEED") or 0)
+    every = False
 
 
 def seed_of(name: str) -> int:

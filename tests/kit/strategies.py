@@ -9,10 +9,11 @@ from graphcache.ir.letter import Letter
 from graphcache.ir.plan import Plan, Row
 from graphcache.ir.promise import Promise
 from graphcache.ir.selector import Selector
+from seeding import Run
 
 SELECTORS = ("@self", "@mlp", "*", "output", "range(0..1)")
 QUICK = settings(
-    max_examples=5,
+    max_examples=10 if Run.every else 3,
     deadline=None,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),

@@ -3,6 +3,7 @@
 import logging
 import pickle
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from profiled import of_steps as profiled
 from reference import assert_same
 
 
+@cache
 def found() -> Plan:
     plan = graphcache.search(profiled(32), speedup=2.0).plan
     return replace(plan, graph=profiled(32).provenance.graph)

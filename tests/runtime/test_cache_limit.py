@@ -121,8 +121,8 @@ def test_another_form_or_input_within_a_generation_stays_in_host_memory(changes:
 
 def test_warmup_is_made_for_what_the_limit_leaves() -> None:
     counter, plan = CompileCounter(), Plan.parse("plan steps=4\n@self #.#.\nguidance #.#.")
-    for limit in (None, peak(PLAN, 12) // 8):
-        cached: Any = graphcache.transform(tiny(12), plan, backend=counter, max_cache_bytes=limit)
+    for limit in (None, peak(PLAN, 6) // 4):
+        cached: Any = graphcache.transform(tiny(6), plan, backend=counter, max_cache_bytes=limit)
         cached.warmup(arguments(), progress=False)
         made, call = counter.frame_count, arguments()
         for step in range(STEPS):
@@ -135,9 +135,9 @@ def test_warmup_is_made_for_what_the_limit_leaves() -> None:
 
 def test_a_plan_that_fits_is_told() -> None:
     for plan in (PLAN, presets.toca(STEPS), presets.fora(STEPS, interval=2)):
-        limit = peak(plan, 8)
+        limit = peak(plan, 4)
         while True:  # down to where host memory does not help
-            cached: Any = graphcache.transform(tiny(8), plan, max_cache_bytes=limit)
+            cached: Any = graphcache.transform(tiny(4), plan, max_cache_bytes=limit)
             try:
                 generation(cached)
             except PlanError as error:
@@ -147,8 +147,8 @@ def test_a_plan_that_fits_is_told() -> None:
         assert re.match(r"max_cache_bytes=\d+.*This plan would fit", refused)
         told = Plan.parse(refused.split("\n", 1)[1])
         assert re.search(r"range\(0\.0\.\.1\.0\)|output", str(told))
-        cached = graphcache.transform(tiny(8), told, max_cache_bytes=limit)
-        assert_same(generation(cached), generation(graphcache.transform(tiny(8), told)))
+        cached = graphcache.transform(tiny(4), told, max_cache_bytes=limit)
+        assert_same(generation(cached), generation(graphcache.transform(tiny(4), told)))
         assert cached.summary().branches[0].peak_bytes <= limit
 
 

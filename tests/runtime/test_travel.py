@@ -6,10 +6,9 @@ What is compared with is a pipeline of the wanted kind that was transformed itse
 import copy
 import functools
 import io
-import multiprocessing
 import pickle
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 
 import graphcache
 from graphcache import presets
-from pipelines import PIPELINES, TinyPipeline
+from pipelines import PIPELINES, TinyPipeline, generated_by
+from processes import together
 from reference import assert_same
 from reference_pipeline import transformed, untouched
 
@@ -97,12 +97,11 @@ MADE: dict[str, Change] = {
 @pytest.mark.parametrize("prepared", PREPARED)
 def test_a_pipeline_made_from_another_runs_under_its_plan(prepared: str) -> None:
     torch._dynamo.reset()
-    pipe, other, alone = (PREPARED[prepared](tiny.make()) for tiny in (TEXT, TEXT, IMAGE))
+    pipe = PREPARED[prepared](TEXT.make())
     made = diffusers.FluxImg2ImgPipeline.from_pipe(pipe, scheduler=scheduler(2.0))
-    alone.scheduler = scheduler(2.0)
     assert made.transformer is pipe.transformer
-    assert_same(generated(IMAGE, made, 4), generated(IMAGE, alone, 4))
-    assert_same(generated(TEXT, pipe, 4), generated(TEXT, other, 4))
+    assert_same(generated(IMAGE, made, 4), expected(IMAGE, 4, shift=2.0))
+    assert_same(generated(TEXT, pipe, 4), expected(TEXT, 4))
 
 
 @pytest.mark.parametrize("way", MADE)
@@ -184,16 +183,11 @@ def test_what_arrives_takes_the_same_steps(way: str, name: str) -> None:
     assert_same(tiny.generate(arrived, 4), tiny.generate(untouched(tiny), 4))
 
 
-def in_another_process(pipe: Any, name: str, steps: int) -> Any:
-    torch.set_num_threads(1)
-    return generated(PIPELINES[name], pipe, steps).numpy()
-
-
 def test_another_process_gives_the_same_pixels() -> None:
     pipe = transformed(PIPELINES["dit"], FORA)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        result = pool.submit(in_another_process, pipe, "dit", 4).result()
-    assert_same(torch.from_numpy(result), generated(PIPELINES["dit"], pipe, 4))
+    ((result, reused),) = together(1, generated_by, "dit", pipe, 4)
+    assert reused > 0
+    assert_same(result, generated(PIPELINES["dit"], pipe, 4))
 
 
 def test_a_saved_pipeline_loads_as_the_plain_one(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def inference() -> Iterator[None]:
         yield
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize(
     ("name", "how"), [("dit", "toca"), ("flux", "taylorseer"), ("pixart", "clusters"), ("wan", "ranges")]

@@ -68,6 +68,7 @@ def test_what_cannot_be_traced_with_symbols_says_so() -> None:
     assert not graphcache.inspect(tiny(1), arguments()).sizes.lines, "nobody asked"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["pixart", "wan"])
 def test_what_is_called_free_is_served_by_one_trace(name: str) -> None:
     """The oracle is the model itself, at another size of each dimension that is said to be free."""

@@ -459,6 +459,7 @@ def test_a_model_that_asks_for_nothing_is_called_and_traced_once() -> None:
     assert not engine_of(exact).maker.decisions
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", DECIDING)
 class TestDiffusersModels:
     def test_bits_and_sites(self, name: str) -> None:
