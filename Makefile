@@ -5,6 +5,8 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .NOTPARALLEL:
+# Every process of the tests would compile all files of the repository anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 PYTHON ?= python3
 JOBS ?= 2

@@ -107,7 +107,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=2e-3 * scale)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", PLANS)
 def test_a_pipeline_gives_what_its_references_give(name: str) -> None:
     tiny = PIPELINES[name]
@@ -117,7 +117,7 @@ def test_a_pipeline_gives_what_its_references_give(name: str) -> None:
     assert_same(tiny.generate(cached(name), STEPS), result)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", PLANS)
 def test_one_branch_steps_run_one_branch(name: str) -> None:
     pipe = cached(name)
@@ -128,7 +128,7 @@ def test_one_branch_steps_run_one_branch(name: str) -> None:
     assert runs == [2 if action == "#" else 1 for action in guidance]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["latte", "cogvideox", "pixart_sigma", "wan"])
 def test_two_prompts_and_no_guidance(name: str) -> None:
     """Several prompts keep their own rows; without guidance only features are reused."""

@@ -88,6 +88,7 @@ def _reused(listed: Sequence[int]) -> Callable[..., Any]:
     return replace
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("name", "schedule"),
     [
@@ -251,6 +252,7 @@ def test_dbcache_with_a_static_mask_agrees(cache_dit: Any, name: str, blocks: An
     assert_equal(on, predictions(on, model), importers.steps_mask(mask, front=1, blocks=blocks))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("front", "back"), [(1, 0), (1, 1), (2, 1), (1, 2), (3, 0)])
 def test_dbcache_over_flux_as_one_list_agrees(cache_dit: Any, front: int, back: int) -> None:
     """Its own adapter for FLUX puts double and single blocks in one list, here four of them."""
@@ -411,6 +413,7 @@ def test_magcache_with_the_ratios_of_flux(steps: int) -> None:
 RATIOS = [1.0, 1.02, 1.01, 0.97, 1.0, 1.03, 0.98, 1.0]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["flux", "wan", "cogvideox", "hunyuan_video", "ltx", "qwen_image"])
 def test_magcache_agrees(name: str) -> None:
     """The hooks leave the text stream of a skipped step as it came in, which the output does not see."""

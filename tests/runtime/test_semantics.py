@@ -111,7 +111,7 @@ def check_random_plans(on: Subject) -> None:
     check()
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", CASES)
 def test_a_plan_that_computes_everything_equals_the_model_bit_for_bit(name: str) -> None:
     on = subject(name)
@@ -120,7 +120,7 @@ def test_a_plan_that_computes_everything_equals_the_model_bit_for_bit(name: str)
         assert_same(on.sample(on.transform(plan), 3), on.sample(on.model, 3))
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", CASES)
 def test_random_plans_equal_the_reference_and_hold_the_bytes_foretold(name: str) -> None:
     check_random_plans(subject(name))

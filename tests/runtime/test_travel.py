@@ -104,6 +104,7 @@ def test_a_pipeline_made_from_another_runs_under_its_plan(prepared: str) -> None
     assert_same(generated(TEXT, pipe, 4), expected(TEXT, 4))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("way", MADE)
 def test_pipelines_around_one_model_are_restored_one_by_one(way: str) -> None:
     pipe = TEXT.make()

@@ -327,6 +327,7 @@ def expected(kind: type[nn.Module], *arguments: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@pytest.mark.few(24)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("used", [False, True], ids=["at once", "after a call"])
 def test_what_forward_fills_is_right_in_model_and_graph_at_several_sizes(

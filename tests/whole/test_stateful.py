@@ -39,7 +39,7 @@ from graphcache.runtime import runner
 from reference import Reference, assert_same, capture_call, runner_tensors
 from tiny import arguments, tiny
 
-ACTIONS = int(os.environ.get("ACTIONS", "250"))
+ACTIONS = int(os.environ.get("ACTIONS", "150"))
 LENGTH = 50
 CONTEXTS = ("", "cond", "uncond", "hooked")
 PLANS = (
