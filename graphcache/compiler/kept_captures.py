@@ -23,8 +23,8 @@ from graphcache.compiler.captured import Captured, examples_of, strides_of
 from graphcache.compiler.modes import ambient
 from graphcache.ir.call import CallSpec
 from graphcache.ir.errors import CaptureError, GraphCacheError
-from graphcache.ir.graph import layout, same_bits
-from graphcache.ir.graph_data import graph_data, step_of
+from graphcache.ir.graph import layout
+from graphcache.ir.graph_data import graph_data, run_described, step_of
 from graphcache.ir.plantext import write_bytes
 from graphcache.libraries.exclusive import COMPILING
 from graphcache.tracing.model_digest import ModelDigest
@@ -87,19 +87,20 @@ class KeptCaptures:
     ) -> Captured | None:
         if not os.path.exists(path):  # pathlib raises where it may not look
             return None
-        output, expected = really_called(model, call, examples)
+        called = really_called(model, call, examples)
         try:
             data, stored = decoded(path.read_bytes())
-            step, found = step_of(data, call, examples, digest.tensors, stored)
+            step = step_of(data, call, digest.tensors, stored)
+            is_right = called.is_that_of(functools.partial(run_described, step))
         except Exception as error:  # whatever a file makes of reading it, and operations of what is in it
             log.warning("%s is made anew: %s: %s", path, type(error).__name__, error)
             return None
-        if len(found) != len(expected) or not all(map(same_bits, found, expected)):
+        if not is_right:
             log.warning("%s is made anew, because it does not compute what the model does", path)
             return None
         with contextlib.suppress(OSError):
             os.utime(path)
-        return Captured(step, call, output, strides_of(examples), from_disk=True)
+        return Captured(step, call, called.output, strides_of(examples), from_disk=True)
 
     def _write(self, path: Path, digest: ModelDigest, captured: Captured) -> None:
         try:

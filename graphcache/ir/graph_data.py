@@ -123,16 +123,14 @@ def _place(value: Any, places: Mapping[int, int], stored: list[Tensor]) -> int:
 def step_of(
     data: GraphData,
     call: CallSpec,
-    examples: Sequence[Tensor],
     tensors: Sequence[Tensor],
     stored: Sequence[Tensor],
-) -> tuple[StepGraph, tuple[Tensor, ...]]:
-    """The step that data describes, and its results for a call, by which its values are described.
+) -> StepGraph:
+    """The step that data describes, whose values `run_described` describes.
 
     Args:
         data: from a file.
         call: what the graph is for.
-        examples: the call's tensors.
         tensors: the model's, in the order of their places.
         stored: those beside the data.
 
@@ -163,8 +161,13 @@ def step_of(
         tuple(data.passes),
     )
     _verify(step)
-    with torch.inference_mode(False), torch.no_grad():
-        return step, _Describing(step).run(*examples)
+    return step
+
+
+def run_described(step: StepGraph, *examples: Tensor) -> tuple[Tensor, ...]:
+    """A step's results for a call's tensors, by which its values are described."""
+    results: tuple[Tensor, ...] = _Describing(step).run(*examples)
+    return results
 
 
 class _Describing(fx.Interpreter):

@@ -3,7 +3,7 @@
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,7 @@ class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._effects: dict[Any, _Effects] = {}
+        self._effects: dict[Any, Effects] = {}
         self._new: set[int] = set()
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -114,11 +114,10 @@ class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func not in self._effects:
-            self._effects[func] = _Effects.of(func)
+            self._effects[func] = Effects.of(func)
         effects = self._effects[func]
-        for index, name in effects.written:
-            for tensor in _tensors(args[index] if index < len(args) else kwargs.get(name)):
-                self._keep(tensor)
+        for tensor in effects.targets(args, kwargs):
+            self._keep(tensor)
         result = func(*args, **kwargs)
         if effects.is_new:
             self._new.update(map(memory, _tensors(result)))
@@ -130,20 +129,25 @@ class Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
-class _Effects:
+class Effects:
     """Of an operation: which arguments it writes to, and whether its results have memory of their own."""
 
     written: tuple[tuple[int, str], ...]
     is_new: bool
 
     @staticmethod
-    def of(operation: Any) -> "_Effects":
+    def of(operation: Any) -> "Effects":
         if not isinstance(operation, OpOverload):
-            return _Effects((), False)
+            return Effects((), False)
         schema = schema_of(operation)
         arguments = enumerate(schema.arguments)
         written = [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
-        return _Effects(tuple(written), all(one.alias_info is None for one in schema.returns))
+        return Effects(tuple(written), all(one.alias_info is None for one in schema.returns))
+
+    def targets(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+        """The tensors that a call writes to."""
+        for index, name in self.written:
+            yield from _tensors(args[index] if index < len(args) else kwargs.get(name))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

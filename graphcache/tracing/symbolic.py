@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from graphcache.ir.call import CallSpec, OutputSpec
 from graphcache.ir.errors import CaptureError
-from graphcache.ir.graph import StepGraph, fake_mode, same_bits, value_of
+from graphcache.ir.graph import StepGraph, fake_mode, value_of
 from graphcache.libraries.quiet import quiet_shapes
 from graphcache.libraries.torch_private import FakeTensorMode
 from graphcache.tracing.capture import capture
@@ -79,22 +79,22 @@ class Symbolic:
         """The graph at the sizes of a call; None where it would not be right.
 
         The model is called once, and so is the graph: a symbol that became a constant, and of which tracing
-        says nothing, shows in the bits.
+        says nothing, shows in the operations or in the bits.
         """
         sized = SizedCall.made_of(call, as_sizes=bool(self.call.sizes))
         given = [*tensors, *sized.stand_ins()]
         if sized.template != self.call.template or not self._allows(given):
             return None
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), quiet_shapes():
             try:
-                with quiet_shapes():
-                    step = self._filled(given, call)
-                found = step.module(*tensors)
+                step = self._filled(given, call)
             except Exception:  # whatever an operation says of sizes that do not fit
                 return None
-            expected = really_called(model, call, tensors)[1]
-        fits = len(found) == len(expected) and all(map(same_bits, found, expected))
-        return step if fits else None
+        called = really_called(model, call, tensors)
+        try:
+            return step if called.is_that_of(step.module) else None
+        except Exception:  # as above
+            return None
 
     def _allows(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether it is right at these sizes, as far as tracing says."""

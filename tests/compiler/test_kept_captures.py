@@ -215,6 +215,46 @@ def test_whatever_changes_is_traced_anew(
     assert len(files(tmp_path)) == 2
 
 
+class Hidden(TinyDiT):
+    """Reads a number by ways that nobody can follow, and which has no effect on small values."""
+
+    way = "class"
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return super().forward(x.clamp(max=getattr(self, "by_" + self.way)()), timestep, text)
+
+    def by_class(self) -> float:
+        return Limited().limit
+
+    def by_name(self) -> float:
+        return float(globals()["_LIM" + "IT"])
+
+
+class Limited:
+    def __init__(self) -> None:
+        self.limit = _LIMIT
+
+
+_LIMIT = 100.0
+
+
+@pytest.mark.parametrize("way", ["class", "name"])
+def test_a_number_that_the_call_at_hand_does_not_show_is_seen(
+    way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = tiny(1, Hidden)
+    model.way = way
+    assert run(model, tmp_path)[0] == 1
+    assert run(model, tmp_path)[0] == 0
+    monkeypatch.setitem(globals(), "_LIMIT", 10.0)
+    count, made = run(model, tmp_path)
+    assert count == 1
+    call = arguments()
+    call["x"] *= 100
+    made.reset()
+    assert_same(made(**call), model(**call))
+
+
 @pytest.fixture(scope="module")
 def helped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of an unchanged one."""

@@ -141,6 +141,24 @@ def test_bits_are_compared_beside_guards() -> None:
             assert_same(cached(**call), model(**call))
 
 
+class Written(TinyDiT):
+    """Takes a size for a word, which a trace with symbols does not notice."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return super().forward(x * {"6": 2.0, "7": 3.0}.get(f"{x.shape[1]}", 1.0), timestep, text)
+
+
+def test_what_the_first_call_of_a_size_does_not_show_is_seen() -> None:
+    model = tiny(1, Written)
+    cached: Any = graphcache.transform(model, presets.compute(2))
+    for tokens in (3, 4, 5, 6, 7):
+        cached.reset()
+        for t in (1.0, 0.5):
+            call = arguments(t, tokens=tokens)
+            call["x"] *= t < 1
+            assert_same(cached(**call), model(**call))
+
+
 def test_the_model_is_left_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
     class Counting(TinyDiT):
         calls = 0
