@@ -5,7 +5,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .NOTPARALLEL:
-# Every process of the tests would compile all files of the repository anew.
+# Without byte code every process of the tests would compile what it imports anew.
 export PYTHONDONTWRITEBYTECODE :=
 
 PYTHON ?= python3

@@ -58,7 +58,7 @@ class Places:
         return Places(reads, entries, others, () if order == tuple(range(len(order))) else order)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Runnable:
     """A callable graph and where its inputs come from."""
 

@@ -47,7 +47,7 @@ PhaseKey = tuple[
 ]
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
     """A captured step, its prologue, and its phases under any plan, each made when first needed.
 

@@ -23,7 +23,7 @@ from graphcache.ir.tree import fill
 from graphcache.packaging.manifest import GraphLine, HalfLine, SizeLine
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackagedRunnable(Runnable):
     """Native code and its ports; the graph between them is not known any more, but its FLOPs are."""
 
@@ -34,7 +34,7 @@ class PackagedRunnable(Runnable):
         return self.counted
 
 
-@dataclass
+@dataclass(eq=False)
 class PackagedProgram(Program):
     """The phases of one call.
 

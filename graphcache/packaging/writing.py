@@ -147,7 +147,7 @@ class _Packing:
         self._libraries: Libraries | None = None
         self._numbers: dict[int, int] = {}
         self._by_region = engine.options.regions
-        self._sizes: dict[int, SizeLine] = {}
+        self._sizes: dict[Program, SizeLine] = {}
 
     def write(self, path: Path) -> None:
         lines, options = [*self._sizes.values()], self.engine.options
@@ -180,10 +180,10 @@ class _Packing:
         """Compile what calls like this one need under a plan, of both branches of guidance."""
         for state, tensors in branches_of(self.engine, call, plan):
             program, schedule = state.program, state.schedule
-            line = self._sizes.get(id(program))
+            line = self._sizes.get(program)
             if line is None:
                 _refuse(program)
-                line = self._sizes[id(program)] = self._size(program, tensors)
+                line = self._sizes[program] = self._size(program, tensors)
             known = [(item.phase, item.ranges, item.guided, item.memories) for item in line.phases]
             for index, phase in enumerate(schedule.phases):
                 key = phase, [*schedule.ranges], schedule.guided, [*schedule.memories]

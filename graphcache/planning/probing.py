@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class ProbeEngine(Engine):
         self.branches = branches
         self.latest: Evaluation | None = None
         self._held: list[Evaluation] = []
-        self._probes: dict[int, InStretches] = {}
+        self._probes: WeakKeyDictionary[Program, InStretches] = WeakKeyDictionary()
 
     @contextmanager
     def observed_by(self, observer: Observer, share: Share, left: GradientMemory) -> Iterator["ProbeEngine"]:
@@ -153,7 +154,7 @@ class ProbeEngine(Engine):
 
     def probe(self, program: Program) -> InStretches:
         """A program's graph that hands out its sites."""
-        known = self._probes.get(id(program))
+        known = self._probes.get(program)
         if known is None:
             step = program.captured.step
             if step.homes:
@@ -163,11 +164,8 @@ class ProbeEngine(Engine):
                 shards = program.shards(self.ranges)
                 graph = observed(program.step, branches, self.ranges, shards)
                 made = Runnable(graph, build(graph, None))
-            live = set(map(id, self.maker.programs.values()))
-            for place in self._probes.keys() - live:
-                self._probes.pop(place, None)
             probed = InStretches.probed(made, program.captured.output.count, shards)
-            known = self._probes.setdefault(id(program), probed)
+            known = self._probes.setdefault(program, probed)
         return known
 
 

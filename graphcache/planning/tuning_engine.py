@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ class TuningEngine(Engine):
         self.share = Share(0)
         self.left = GradientMemory(0)
         self._keys: dict[tuple[Phase, int], dict[int, Key]] = {}
-        self._cut: dict[int, InStretches] = {}
+        self._cut: WeakKeyDictionary[Runnable, InStretches] = WeakKeyDictionary()
 
     def needs(self, inputs: Mapping[str, Any], calls: int, result: Tensor, references: int) -> Needs:
         """What tuning takes where a step makes so many calls like one with these arguments."""
@@ -113,9 +114,9 @@ class TuningEngine(Engine):
 
     def cut_once(self, runnable: Runnable) -> InStretches:
         """A phase's graph in stretches."""
-        if id(runnable) not in self._cut:
-            self._cut[id(runnable)] = cut(runnable)
-        return self._cut[id(runnable)]
+        if runnable not in self._cut:
+            self._cut[runnable] = cut(runnable)
+        return self._cut[runnable]
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return super().__call__((), self.with_gradient(self.binder.bind(args, kwargs)))
@@ -144,7 +145,8 @@ class TuningEngine(Engine):
                 with torch.no_grad():
                     return runnable.call(*fed)
             fed = with_own_inputs(runnable, fed)
-            hold, graph = self.left.takes(runnable), self.cut_once(runnable)
+            graph = self.cut_once(runnable)
+            hold = self.left.takes(graph.runnable)
             results = in_stretches(graph, fed, self.share.stride, hold, self.options.mesh)
             own = len(runnable.step.outputs)
             for written, value in zip(graph.runnable.step.outputs[own:], results[own:], strict=True):

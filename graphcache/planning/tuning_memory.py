@@ -39,7 +39,7 @@ def tuning_needs(
         fixed += call.hoisted + call.stored + 2 * call.peak
         # and of entries that are written to every step has its own
         fixed += sum(map(_written, call.phases))
-    phases = {id(phase): phase for call in calls for phase in call.phases}.values()
+    phases = dict.fromkeys(phase for call in calls for phase in call.phases)
     strides = passing([cut_once(phase).stretches for phase in phases])
     advice = "fewer samples, or a plan that caches a range or the output alone, take less"
     return Needs(fixed, 0, strides, "tuning", advice)

@@ -12,6 +12,7 @@ from graphcache.tracing.computation import Computation
 Way = Callable[[Tensor], Tensor]
 TABLE = torch.arange(3.0)
 WAVES = TABLE.sin()
+STEP = torch.tensor([1.0, 2.0, 3.0])
 
 
 def operations(way: Way, tensor: Tensor, model: nn.Module | None = None) -> Any:
@@ -34,7 +35,7 @@ def apart(x: Tensor) -> Tensor:
 
 def with_more(x: Tensor) -> Tensor:
     (x * 7).sum()
-    return x.dropout(0.1, False) + 1 if hasattr(x, "dropout") else x + 1
+    return nn.functional.dropout(x, 0.1, training=False) + 1
 
 
 def new_memory(x: Tensor) -> Tensor:
@@ -43,9 +44,9 @@ def new_memory(x: Tensor) -> Tensor:
     return x
 
 
-def kept(x: Tensor, table: Tensor = torch.tensor([1.0, 2.0, 3.0])) -> Tensor:  # noqa: B008
+def kept(x: Tensor) -> Tensor:
     for _ in range(20):
-        x = x + table
+        x = x + STEP
     return x
 
 
