@@ -17,6 +17,10 @@ REGISTRY = "_diffusers_hook"
 """The attribute of a module that holds its hooks."""
 CLASS_NAME = "_class_name"
 """The entry of a model's config.json that names its class."""
+DEFAULTED = "_use_default_values"
+"""The entry of a model's configuration that lists what was left out, in an order that each process has for
+itself.
+"""
 
 
 def verify() -> None:

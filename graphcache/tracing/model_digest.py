@@ -23,6 +23,7 @@ from torch import nn
 from graphcache.ir.attributes import attributes_of
 from graphcache.ir.errors import CaptureError
 from graphcache.ir.graph import as_bytes, layout
+from graphcache.libraries.diffusers_private import DEFAULTED
 from graphcache.libraries.torch_private import FORWARD_HOOKS, MODULE_TABLES, OpOverload
 from graphcache.tracing.belongings import MAKING, NOT_FOLLOWED, WRAPPERS, is_followed, root_of
 from graphcache.tracing.code_digest import code_text, names_in
@@ -165,7 +166,8 @@ class ModelDigest:
     def _items(self, items: dict[Any, Any]) -> None:
         self._put(len(items))
         for name, item in items.items():
-            self._put(name, item)
+            has_no_order = name == DEFAULTED and isinstance(item, list) and {*map(type, item)} == {str}
+            self._put(name, {*item} if has_no_order else item)
 
     def _sequence(self, items: Any) -> None:
         self._put(type(items), len(items), *items)
