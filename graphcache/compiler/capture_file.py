@@ -1,7 +1,7 @@
 """The file of a capture: its checksum, the graph as JSON, and the tensors that belong to no model."""
 
 import hashlib
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -11,24 +11,40 @@ from graphcache.ir.data import TensorLine
 from graphcache.ir.graph import as_bytes
 from graphcache.ir.graph_data import GraphData
 
-_MARK = b"graphcache capture 1\n"
+_MARK = b"graphcache capture 2\n"
 _CHECKSUM = 32
 
 
 class _Content(msgspec.Struct):
     graph: GraphData
     stored: list[TensorLine]
+    shapes: list[list[tuple[int, ...]]]
 
 
-def encoded(graph: GraphData, stored: Sequence[Tensor]) -> bytes:
+class Content(NamedTuple):
+    """A capture in a file.
+
+    Attributes:
+        graph: the step.
+        stored: tensors that it reads and that are none of the model's.
+        shapes: of calls that a graph with symbols is for: those of the traced one come first.
+    """
+
+    graph: GraphData
+    stored: list[Tensor]
+    shapes: list[list[tuple[int, ...]]]
+
+
+def encoded(content: Content) -> bytes:
     """What a file holds of a capture."""
-    text = msgspec.json.encode(_Content(graph, [*map(TensorLine.of, stored)]))
+    graph, stored, shapes = content
+    text = msgspec.json.encode(_Content(graph, [*map(TensorLine.of, stored)], shapes))
     body = b"".join([len(text).to_bytes(8, "little"), text, *map(as_bytes, stored)])
     return _MARK + hashlib.sha256(body).digest() + body
 
 
-def decoded(blob: bytes) -> tuple[GraphData, list[Tensor]]:
-    """A capture of a file, and the tensors that were stored beside it.
+def decoded(blob: bytes) -> Content:
+    """The capture of a file.
 
     Raises:
         ValueError: the file is damaged, or none of these.
@@ -48,4 +64,4 @@ def decoded(blob: bytes) -> tuple[GraphData, list[Tensor]]:
             made.copy_(values.view(made.shape))
         stored.append(made)
         begins += size
-    return content.graph, stored
+    return Content(content.graph, stored, content.shapes)

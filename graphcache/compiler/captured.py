@@ -17,7 +17,7 @@ from graphcache.passes.base import Observer
 from graphcache.tracing.capture import capture
 from graphcache.tracing.conditions import Conditions
 from graphcache.tracing.homes import Homes
-from graphcache.tracing.symbolic import Symbolic
+from graphcache.tracing.sized_graph import SizedGraph, StoredTrace
 
 if TYPE_CHECKING:
     from graphcache.compiler.kept_captures import KeptCaptures
@@ -71,7 +71,7 @@ class Captured:
 
     @staticmethod
     def at(
-        symbolic: Symbolic,
+        symbolic: SizedGraph,
         model: nn.Module,
         call: CallSpec,
         examples: Sequence[torch.Tensor],
@@ -79,14 +79,17 @@ class Captured:
         split: bool,
     ) -> "Captured | None":
         """A call at whose sizes a trace with symbols is right; None where it is not."""
-        step = symbolic.at(model, call, examples)
-        if step is None:
+        found = symbolic.at(model, call, examples)
+        if found is None:
             return None
-        return Captured(analysed(step, split, observers), call, symbolic.output, strides_of(examples))
+        step, output = found
+        is_stored = isinstance(symbolic, StoredTrace)
+        step = analysed(step, split, observers)
+        return Captured(step, call, output, strides_of(examples), from_disk=is_stored)
 
     def elsewhere(
         self,
-        symbolic: Symbolic,
+        symbolic: SizedGraph,
         model: nn.Module,
         tensors: Sequence[torch.Tensor],
         observers: Sequence[Observer],

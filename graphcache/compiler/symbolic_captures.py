@@ -10,19 +10,19 @@ import torch
 from torch import nn
 
 from graphcache.compiler.captured import Captured, examples_of
+from graphcache.compiler.kept_captures import MOST_TRACES, KeptCaptures
 from graphcache.ir.call import CallSpec, Key
 from graphcache.ir.errors import CaptureError
 from graphcache.passes.base import Observer
 from graphcache.tracing.sized_call import is_size
+from graphcache.tracing.sized_graph import SizedGraph
 from graphcache.tracing.symbolic import Symbolic
 
 FIXED = 2
 """Sizes that are traced as they are, which takes half as long as with symbols, where nobody says how many."""
 _MOST_KINDS = 8
-_MOST_TRACES = 4
-"""Of one kind of calls: a model may fold otherwise at some sizes, as where a batch is 1."""
 _MOST_IN_VAIN = 2
-"""Of these, while none has served another call: some models make constants of all their sizes."""
+"""Traces of one kind, while none has served another call: some models make constants of all their sizes."""
 
 log = logging.getLogger("graphcache")
 
@@ -33,30 +33,33 @@ class _Kind:
 
     Attributes:
         fixed: how many were traced as they are, before symbols were tried.
-        traces: those with symbols; None is one that failed.
+        traces: those with symbols; None is one that failed, and the list too before any was looked for.
+        used: those that were right for some call.
         served: whether one of them was right for a call that it was not made of.
     """
 
     fixed: int = 0
-    traces: list[Symbolic | None] = field(default_factory=list)
+    traces: list[SizedGraph | None] | None = None
+    used: list[SizedGraph] = field(default_factory=list)
     served: bool = False
 
     @property
     def may_be_traced(self) -> bool:
         """Whether another trace with symbols is worth its time."""
-        most = _MOST_TRACES if self.served else _MOST_IN_VAIN
-        return None not in self.traces and len(self.traces) < most
+        most = MOST_TRACES if self.served else _MOST_IN_VAIN
+        return self.traces is not None and None not in self.traces and len(self.traces) < most
 
 
 class SymbolicCaptures:
     """Traces with symbols, by the kind of calls that they are for: those that differ in sizes alone.
 
     The first `fixed` of a kind are traced as they are, since most models have one size, or two prompts of
-    different lengths; a further one with symbols, unless an earlier trace serves it.
+    different lengths; a further one with symbols, unless an earlier trace serves it, or one that was kept.
     """
 
-    def __init__(self, fixed: int = FIXED) -> None:
+    def __init__(self, fixed: int, kept: KeptCaptures) -> None:
         self._fixed = fixed
+        self._kept = kept
         self._kinds: OrderedDict[Key, _Kind] = OrderedDict()
 
     def find(
@@ -67,8 +70,8 @@ class SymbolicCaptures:
         tensors: Sequence[torch.Tensor],
         observers: Sequence[Observer],
         split: bool,
-    ) -> tuple[Captured, Symbolic | None] | None:
-        """The capture of a call, and the trace if it was made now; None where it has to be traced by itself.
+    ) -> tuple[Captured, SizedGraph | None] | None:
+        """The capture of a call, and the trace if it is the first of it; None where it is traced by itself.
 
         Args:
             key: of its program.
@@ -83,25 +86,34 @@ class SymbolicCaptures:
         self._kinds.move_to_end(kind)
         while len(self._kinds) > _MOST_KINDS:
             self._kinds.popitem(last=False)
-        if known.fixed < self._fixed:
-            known.fixed += 1
-            return None
         examples = examples_of(tensors)
         if not all(tensor.is_contiguous() for tensor in examples):
             return None
 
-        def filled(trace: Symbolic | None) -> Captured | None:
-            return Captured.at(trace, model, call, examples, observers, split) if trace else None
+        if known.traces is None:
+            known.traces = [*self._kept.traces(model, call, examples)]
 
-        made = next(filter(None, map(filled, known.traces)), None)
-        if made is not None or not known.may_be_traced:
-            known.served = known.served or made is not None
-            return (made, None) if made else None
-        trace = _traced(model, call, examples)
-        made = filled(trace)
-        # one that is not right for its own call is for none
-        known.traces.append(trace if made else None)
-        return (made, trace) if made else None
+        def filled(trace: SizedGraph) -> Captured | None:
+            return Captured.at(trace, model, call, examples, observers, split)
+
+        found = next(((made, trace) for trace in known.traces if trace and (made := filled(trace))), None)
+        if found is not None:
+            known.served = True
+        elif known.fixed < self._fixed:
+            known.fixed += 1
+        elif known.may_be_traced:
+            trace = _traced(model, call, examples)
+            made = filled(trace) if trace else None
+            # one that is not right for its own call is for none
+            known.traces.append(trace if made else None)
+            if made and trace:
+                self._kept.keep_trace(model, call, examples, trace)
+                found = made, trace
+        if found is None:
+            return None
+        is_first = found[1] not in known.used
+        known.used += [found[1]] * is_first
+        return found[0], found[1] if is_first else None
 
     def forget_others(self, variants: set[int]) -> None:
         """Drop those of all forms of the model but these."""

@@ -1,6 +1,5 @@
 """A captured step as data, and back: what a file says is looked up and checked, and never executed."""
 
-import operator
 import re
 from collections.abc import Mapping, Sequence
 from operator import attrgetter
@@ -22,7 +21,7 @@ from graphcache.ir.graph import (
     value_of,
     weights_of,
 )
-from graphcache.ir.operations import GETITEM, operation
+from graphcache.ir.operations import name_of, operation
 from graphcache.ir.tree import Leaf, fill
 from graphcache.libraries.torch_private import FakeTensor, FakeTensorMode
 
@@ -58,17 +57,20 @@ class GraphData(msgspec.Struct):
     outputs: int
 
 
-def graph_data(step: StepGraph, places: Mapping[int, int]) -> tuple[GraphData, list[Tensor]]:
+def graph_data(
+    step: StepGraph, places: Mapping[int, int], sized: bool = False
+) -> tuple[GraphData, list[Tensor]]:
     """A step as data, and the tensors that have to be stored beside it.
 
     Args:
-        step: as it was captured, for one call's sizes.
+        step: as it was captured.
         places: of the model's tensors, by identity.
+        sized: some of its nodes may compute sizes.
 
     Raises:
         CaptureError: there is something in it that data cannot be, such as the call of a module.
     """
-    if step.opaque or step.homes or step.packed or has_symbolic_shapes(step):
+    if step.opaque or step.homes or step.packed or (not sized and has_symbolic_shapes(step)):
         raise CaptureError("it calls modules, its weights are packed or kept elsewhere, or its sizes vary")
     if any(
         is_tensor(node) and (value_of(node).is_conj() or value_of(node).is_neg()) for node in step.graph.nodes
@@ -90,9 +92,8 @@ def graph_data(step: StepGraph, places: Mapping[int, int]) -> tuple[GraphData, l
 
     nodes = []
     for node in step.graph.nodes:
-        target = str(node.target)
+        target = name_of(node.target)
         if node.op == "call_function":
-            target = GETITEM if node.target is operator.getitem else target
             if operation(target) is not node.target:
                 raise CaptureError(f"it calls {target}, which is another operation")
         elif node.op == "get_attr" and target not in weights:
@@ -126,7 +127,7 @@ def step_of(
     tensors: Sequence[Tensor],
     stored: Sequence[Tensor],
 ) -> StepGraph:
-    """The step that data describes, whose values `run_described` describes.
+    """The step that data describes, without descriptions of its values, which `run_described` makes.
 
     Args:
         data: from a file.

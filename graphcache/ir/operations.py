@@ -1,5 +1,6 @@
 """The operations that a graph in a file may call."""
 
+import math
 import operator
 import re
 from typing import Any
@@ -9,7 +10,18 @@ import torch
 from graphcache.ir.errors import CaptureError
 from graphcache.libraries.torch_private import OpOverload, schema_of
 
-GETITEM = "getitem"
+_PYTHON = {
+    function.__name__: function
+    for function in (
+        *(operator.getitem, operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv),
+        *(operator.mod, operator.pow, operator.neg, operator.eq, operator.ne),
+        *(operator.lt, operator.le, operator.gt, operator.ge, math.trunc, math.floor, math.ceil),
+        *(torch.sym_float, torch.sym_int, torch.sym_ite, torch.sym_max, torch.sym_min, torch.sym_not),
+        *(torch.sym_sqrt, torch.sym_sum),
+    )
+}
+"""Takes one of several results, or computes sizes."""
+_NAMES = {function: name for name, function in _PYTHON.items()}
 _NAME = re.compile(r"aten\.\w+\.\w+|prims\.\w+\.\w+", re.ASCII)
 _PLAIN = frozenset((torch.Tag.core, torch.Tag.pointwise, torch.Tag.view_copy))
 _FURTHER = frozenset(
@@ -34,14 +46,19 @@ later operations do, or takes what it is given for addresses.
 """
 
 
+def name_of(operation: Any) -> str:
+    """By which `operation` finds it, if it is one that a file may name."""
+    return _NAMES.get(operation) or str(operation)
+
+
 def operation(name: str) -> Any:
     """An operation by its name.
 
     Raises:
         CaptureError: it is none of PyTorch's own that compute new tensors of tensors and numbers.
     """
-    if name == GETITEM:
-        return operator.getitem
+    if name in _PYTHON:
+        return _PYTHON[name]
     if _NAME.fullmatch(name):
         space, packet, overload = name.split(".")
         found: Any = getattr(getattr(getattr(torch.ops, space), packet, None), overload, None)

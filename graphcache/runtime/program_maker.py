@@ -27,7 +27,7 @@ from graphcache.runtime.options import Options
 from graphcache.runtime.spoken import Spoken
 from graphcache.tracing.capture import forward_parameters
 from graphcache.tracing.homes import Homes
-from graphcache.tracing.symbolic import Symbolic
+from graphcache.tracing.sized_graph import SizedGraph
 from graphcache.tracing.untraceable import told
 
 
@@ -60,8 +60,8 @@ class ProgramMaker:
         self.programs = Programs(options.signatures)
         self.decisions = Decisions()
         self.spoken = spoken
-        self._symbolic = SymbolicCaptures(0 if options.sizes == "any" else FIXED)
-        self._kept = KeptCaptures(options.captures)
+        self._kept = KeptCaptures(None if options.observers else options.captures)
+        self._symbolic = SymbolicCaptures(0 if options.sizes == "any" else FIXED, self._kept)
         self._number = 0
         self._rows: Rows | None = None
         self._opaque: Sequence[Opaque] = ()
@@ -133,7 +133,7 @@ class ProgramMaker:
             )
 
         there = None
-        if trace is not None and self.options.sizes == "any":
+        if trace is not None and self.options.sizes == "any" and self.compilation() is not None:
             observers, split = self.options.observers, self.options.plan.splits_parallel
             there = captured.elsewhere(trace, self.model, tensors, observers, split)
         if there is None:
@@ -160,23 +160,25 @@ class ProgramMaker:
 
     def _captured(
         self, key: Key, spec: CallSpec, tensors: Sequence[torch.Tensor], asks: bool
-    ) -> tuple[Captured, Symbolic | None]:
+    ) -> tuple[Captured, SizedGraph | None]:
         """A call's capture, and a trace with symbols that was made for it."""
         split, observers = self.options.plan.splits_parallel, self.options.observers
         self.homes.look()
         is_away, trace = self.homes.device is not None, None
         is_plain = not asks and self._is_plain
+        # one of any size is worth more than one of this size
+        before = self._filled(key, spec, tensors) if is_plain and self.options.sizes == "any" else None
 
         def traced() -> Captured:
-            nonlocal trace
-            found = self._filled(key, spec, tensors) if is_plain else None
+            found = self._filled(key, spec, tensors) if is_plain and self.options.sizes != "any" else None
             if found is not None:
-                trace = found[1]
                 return found[0]
             known = asks, self._opaque, self.homes
             return Captured.of(self.model, spec, tensors, observers, split, *known)
 
-        if is_plain and not observers:
+        if before is not None:
+            captured, trace = before
+        elif is_plain and not observers:
             captured = self._kept.captured(self.model, spec, tensors, split, traced)
         else:
             why = "it is observed, asks for values, calls modules or moves weights"
@@ -200,7 +202,7 @@ class ProgramMaker:
 
     def _filled(
         self, key: Key, spec: CallSpec, tensors: Sequence[torch.Tensor]
-    ) -> tuple[Captured, Symbolic | None] | None:
+    ) -> tuple[Captured, SizedGraph | None] | None:
         """A call's capture by a trace with symbols, and that trace if it is new; None where there is none."""
         if not self._ways().any_size:
             return None

@@ -228,10 +228,6 @@ def transform(
     check_options(branches, wait, signatures, watch, regions, sizes, max_cache_bytes, check)
     if stream_weights and regions is False and backend is not None:
         raise GraphCacheError("stream_weights=True fetches weights region by region; leave out regions=False")
-    if captures is not None and sizes == "any":
-        raise GraphCacheError(
-            'captures= keeps graphs of one size, and sizes="any" traces with symbols: leave out one of them'
-        )
     refuse_unknown(backend)
     options = Options(
         plan,

@@ -151,7 +151,10 @@ def test_what_everyone_may_use_is_left(planted: str) -> None:
     assert [*private_uses(planted)] == []
 
 
-LATER = {"_torchdynamo_disable", "_torchdynamo_disable_msg", "_class_name", "_num_timesteps"}
+LATER = {
+    *("_torchdynamo_disable", "_torchdynamo_disable_msg", "_class_name", "_num_timesteps"),
+    "_use_default_values",
+}
 """Names that only a user's things have; what PyTorch makes of the first two is in test_compile_order."""
 NAMES = [
     *((torch_private, name) for name in sorted(ANYWHERE)),
