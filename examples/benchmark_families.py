@@ -67,7 +67,9 @@ def _families(parts: Parts, profile: graphcache.Profile, test: list[Item]) -> li
     now = best(list(trials.values())).family
     check = checker(parts.sampling, parts.trained[:2], parts.steps)
     found = list[list[Cell]]()
-    for item in _by_estimate(profile, parts.speedup):
+    # one that was near only when it was run stands below
+    shown = {item.family: item for item in (*_by_estimate(profile, parts.speedup), *near)}
+    for item in shown.values():
         tried = trials.get(item.family)
         tuned = parts.tuned(item.plan if tried is None else tried.plan)
         quality = _quality(parts, item.plan if tuned is None else tuned.plan, test)
