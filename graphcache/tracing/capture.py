@@ -151,7 +151,6 @@ def _traced(
             _without_stack_traces(),
             # export writes code for modules that nobody calls, which takes a seventh of the time
             use_lazy_graph_module(True),
-            SeenWrites(),
             traced_casts(model),
         ):
             every = tuple([dict.fromkeys(range(one.dim()), torch.export.Dim.AUTO) for one in tensors])
@@ -224,7 +223,8 @@ class _FlatCall(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         self.begins()
         try:
-            with self.answers.replay(self.values) if self.answers else contextlib.nullcontext():
+            replay = self.answers.replay(self.values) if self.answers else contextlib.nullcontext()
+            with replay, SeenWrites():
                 result, taken = run_as_tensors(self.call, self.model, tensors)
             output, leaves = OutputSpec.of(result, taken)
         except CaptureError:
