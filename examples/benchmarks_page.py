@@ -42,7 +42,9 @@ empty where none is fast enough.
 {estimates-beside-real-errors}
 {profiling-within-a-limit}
 {plans-for-other-numbers-of-steps-digits}
+{plans-for-other-settings-digits}
 {plans-for-other-settings-pictures-for-words}
+{plans-for-other-settings-clips}
 {few-steps-digits}
 {few-steps-pictures-for-words}
 {few-steps-clips}
