@@ -4,11 +4,13 @@ Importing Dynamo and Inductor takes a second, and a model may be run that was co
 looked for where something is compiled first.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from graphcache.libraries.private import names_of
+from graphcache.libraries.private import attribute, names_of
 
 with names_of("torch"):
     # the backend that a user chose, behind what Dynamo puts around it
@@ -34,4 +36,26 @@ with names_of("torch"):
     # a graph as native code, which is given its weights when it is loaded
     aot_compile: Any = torch._inductor.aot_compile
 
+    # where export looks through all nodes for symbols that depend on data
+    from torch.export import _trace as _tracing
+
+    _trace: Any = _tracing
+    attribute(_trace, "_replace_unbacked_bindings")
+
 EXPORT_LOG: str = _non_strict.__name__
+
+
+@contextlib.contextmanager
+def unbacked_symbols_where_there_are_any() -> Iterator[None]:
+    """Export names them anew in each node, a twelfth of its time, also in graphs that have none."""
+    look = _trace._replace_unbacked_bindings
+
+    def look_if_any(module: torch.fx.GraphModule) -> None:
+        if any("unbacked_bindings" in node.meta for node in module.graph.nodes):
+            look(module)
+
+    _trace._replace_unbacked_bindings = look_if_any
+    try:
+        yield
+    finally:
+        _trace._replace_unbacked_bindings = look

@@ -139,6 +139,8 @@ def _traced(
     symbols: bool,
     homes: Homes,
 ) -> Traced:
+    from graphcache.libraries.torch_compilers_private import unbacked_symbols_where_there_are_any
+
     if answers is not None and not answers.given:
         raise Diverged
     outputs: list[OutputSpec] = []
@@ -151,6 +153,7 @@ def _traced(
             _without_stack_traces(),
             # export writes code for modules that nobody calls, which takes a seventh of the time
             use_lazy_graph_module(True),
+            unbacked_symbols_where_there_are_any(),
             traced_casts(model),
         ):
             every = tuple([dict.fromkeys(range(one.dim()), torch.export.Dim.AUTO) for one in tensors])
