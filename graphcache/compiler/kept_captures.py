@@ -101,18 +101,20 @@ class KeptCaptures:
             digest, sized = _of_any_size(model, call, examples)
             now = _shapes(sized, examples)
             for path in filter(os.path.exists, _paths(self._folder, digest)):
-                with _told(path):
+                with _reading(path):
                     graph, stored, shapes = decoded(path.read_bytes())
                     step = step_of(graph, sized, digest.tensors, stored)
                     found.append(StoredTrace.of(sized, step, shapes, now))
-                    _note_use(path)
         return found
 
     def keep_trace(
         self, model: nn.Module, call: CallSpec, examples: Sequence[Tensor], trace: Symbolic
     ) -> None:
         """Keep a trace with symbols that was made for a call."""
-        if self._folder is None or trace.call.sizes != SizedCall.made_of(call).sizes:
+        if self._folder is None:
+            return
+        if trace.call.sizes != SizedCall.made_of(call).sizes:
+            log.info("the trace is not kept: it is for the numbers of one call alone")
             return
         with contextlib.suppress(CaptureError):
             digest, sized = _of_any_size(model, call, examples)
@@ -127,12 +129,11 @@ class KeptCaptures:
         if not os.path.exists(path):  # pathlib raises where it may not look
             return None
         called = really_called(model, call, examples)
-        with _told(path):
+        with _reading(path):
             graph, stored, _ = decoded(path.read_bytes())
             step = step_of(graph, call, digest.tensors, stored)
             if not called.is_that_of(functools.partial(run_described, step)):
                 raise ValueError("it does not compute what the model does")
-            _note_use(path)
             return Captured(step, call, called.output, strides_of(examples), from_disk=True)
         return None
 
@@ -162,19 +163,17 @@ def _shapes(call: SizedCall, examples: Sequence[Tensor]) -> Shapes:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Whatever a file makes of reading it, and operations of what is in it, is told, and the file dropped."""
+def _reading(path: Path) -> Iterator[None]:
+    """Notes that a file is used. Whatever fails with what is in it is told, and the file dropped."""
     try:
         yield
     except Exception as error:
         log.warning("%s is made anew: %s: %s", path, type(error).__name__, error)
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def _note_use(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        os.utime(path)
+    else:
+        with contextlib.suppress(OSError):
+            os.utime(path)
 
 
 def _of_any_size(

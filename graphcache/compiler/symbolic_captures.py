@@ -89,7 +89,6 @@ class SymbolicCaptures:
         examples = examples_of(tensors)
         if not all(tensor.is_contiguous() for tensor in examples):
             return None
-
         if known.traces is None:
             known.traces = [*self._kept.traces(model, call, examples)]
 

@@ -55,7 +55,7 @@ def operation(name: str) -> Any:
     """An operation by its name.
 
     Raises:
-        CaptureError: it is none of PyTorch's own that compute new tensors of tensors and numbers.
+        CaptureError: it is none of those that compute new tensors of tensors and numbers, or sizes of sizes.
     """
     if name in _PYTHON:
         return _PYTHON[name]

@@ -47,7 +47,7 @@ EXPORT_LOG: str = _non_strict.__name__
 
 @contextlib.contextmanager
 def unbacked_symbols_where_there_are_any() -> Iterator[None]:
-    """Export names them anew in each node, a twelfth of its time, also in graphs that have none."""
+    """Export names them anew in each node, a thirteenth of its time, also in graphs that have none."""
     look = _trace._replace_unbacked_bindings
 
     def look_if_any(module: torch.fx.GraphModule) -> None:

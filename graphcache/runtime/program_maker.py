@@ -60,7 +60,7 @@ class ProgramMaker:
         self.programs = Programs(options.signatures)
         self.decisions = Decisions()
         self.spoken = spoken
-        self._kept = KeptCaptures(None if options.observers else options.captures)
+        self._kept = KeptCaptures(options.captures)
         self._symbolic = SymbolicCaptures(0 if options.sizes == "any" else FIXED, self._kept)
         self._number = 0
         self._rows: Rows | None = None
@@ -133,7 +133,7 @@ class ProgramMaker:
             )
 
         there = None
-        if trace is not None and self.options.sizes == "any" and self.compilation() is not None:
+        if trace is not None and self.options.sizes == "any":
             observers, split = self.options.observers, self.options.plan.splits_parallel
             there = captured.elsewhere(trace, self.model, tensors, observers, split)
         if there is None:

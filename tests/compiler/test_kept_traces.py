@@ -1,8 +1,5 @@
 """Traces with symbols kept on disk: another process serves sizes that nobody has called, and traces none."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -21,6 +18,7 @@ from counted import PLAN, compilations, generation, traces
 from graphcache.compiler.capture_file import Content, decoded, encoded
 from graphcache.ir.structure import structure
 from inside import programs_of
+from other_process import printed
 from reference import assert_same
 from sized import Sizes, subject
 from tiny import TinyDiT, arguments, tiny
@@ -107,10 +105,7 @@ with torch.no_grad():
     assert torch.equal(model(**call), tiny()(**call))
 print(model.summary().branches[0].from_disk)
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "1"}
-    command = [sys.executable, "-c", text, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "True", done.stderr
+    assert printed(text, str(tmp_path)) == ["True"]
 
 
 class Counts(TinyDiT):
@@ -185,7 +180,7 @@ def test_a_forged_trace_is_not_used(forgery: str) -> None:
     assert right_with(encoded(content))
 
 
-def test_sizes_that_the_model_has_not_are_no_error() -> None:
+def test_other_sizes_that_the_model_has_not_are_no_error() -> None:
     content = decoded(kept()[1])
     content.shapes[:] = [[(shape[0] + place, *shape[1:]) for place, shape in enumerate(content.shapes[0])]]
     assert not right_with(encoded(content))

@@ -226,3 +226,19 @@ def test_a_saved_model_names_its_class_where_it_is_looked_for(tmp_path: Path) ->
     diffusers.AutoencoderTiny().save_config(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved[diffusers_private.CLASS_NAME] == "AutoencoderTiny"
+
+
+@pytest.mark.parametrize("depends", [True, False])
+def test_symbols_that_depend_on_data_are_named_as_without(depends: bool) -> None:
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.nonzero() + 1 if depends else x + 1
+
+    def names() -> list[Any]:
+        graph = torch.export.export(Model(), (torch.ones(3),)).graph
+        return [(node.name, str(node.meta.get("unbacked_bindings"))) for node in graph.nodes]
+
+    expected = names()
+    with torch_compilers_private.unbacked_symbols_where_there_are_any():
+        assert names() == expected
+    assert any(named != "None" for _, named in expected) == depends
